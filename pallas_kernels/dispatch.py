@@ -1,0 +1,151 @@
+"""Which implementation of an op runs, on which device, and why.
+
+Every op owns an ordered tuple of `Implementation`s, fastest first, ending with the XLA reference, which runs
+anywhere. `call` walks it: an implementation is passed over when its `requires` names a reason against the device,
+or when it raises `NotImplementedError` for the shapes at hand while it is traced. `explain` makes the same walk
+on abstract shapes and keeps the reasons, so that a choice is never silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What an implementation may ask about the device it would run on."""
+
+    platform: str  # "cpu" or "cuda"
+    kind: str  # "NVIDIA H200", "cpu"
+    compute_capability: tuple[int, int] | None = None  # (9, 0) on Hopper; None off CUDA
+    core_count: int = 0  # streaming multiprocessors
+
+
+# Public data-sheet figures; `explain` and `jqserve plan` use them for a GPU that is not in the machine.
+KNOWN_DEVICES = {
+    "cpu": Device("cpu", "cpu"),
+    "h200": Device("cuda", "NVIDIA H200", (9, 0), 132),
+    "h100": Device("cuda", "NVIDIA H100 80GB HBM3", (9, 0), 132),
+    "a100": Device("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108),
+    "l40s": Device("cuda", "NVIDIA L40S", (8, 9), 142),
+    "l4": Device("cuda", "NVIDIA L4", (8, 9), 58),
+    "b200": Device("cuda", "NVIDIA B200", (10, 0), 148),
+}
+
+_override: contextvars.ContextVar[Device | None] = contextvars.ContextVar("pallas_kernels_device", default=None)
+
+
+@functools.cache
+def _default_device() -> Device:
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return KNOWN_DEVICES["cpu"]
+    major, _, minor = str(device.compute_capability).partition(".")
+    return Device("cuda", device.device_kind, (int(major), int(minor)), device.core_count)
+
+
+def current_device() -> Device:
+    """The device that ops are traced for: the one set by `use_device`, else JAX's first device."""
+    return _override.get() or _default_device()
+
+
+@contextlib.contextmanager
+def use_device(device: Device) -> Iterator[None]:
+    """Trace for `device` whatever is in this machine: to explain a choice, or to compile without a GPU."""
+    token = _override.set(device)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run an op. `requires(device)` returns None, or the reason why it cannot run there."""
+
+    name: str
+    fn: Callable[..., Any]
+    requires: Callable[[Device], str | None] = lambda device: None
+
+
+def hopper_only(device: Device) -> str | None:
+    """`requires` of kernels that use wgmma and TMA (compute capability 9.0 exactly: Blackwell dropped wgmma)."""
+    if device.compute_capability == (9, 0):
+        return None
+    return f"needs compute capability 9.0 (Hopper), {device.kind} has {device.compute_capability}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The outcome of `explain`: the implementation that runs and, in order, those refused with the reason."""
+
+    op: str
+    chosen: str | None
+    refused: tuple[tuple[str, str], ...]
+
+
+_registry: dict[str, tuple[Implementation, ...]] = {}
+
+
+def register(op: str, implementations: Sequence[Implementation]) -> tuple[Implementation, ...]:
+    """Makes `op` known to `explain`; returns the implementations for the op's own use with `call`."""
+    _registry[op] = tuple(implementations)
+    return _registry[op]
+
+
+def _candidates(op: str, only: str | None) -> tuple[Implementation, ...]:
+    implementations = _registry[op]
+    if only is None:
+        return implementations
+    named = tuple(i for i in implementations if i.name == only)
+    if not named:
+        raise ValueError(f"{op} has no implementation {only!r}; it has {', '.join(i.name for i in implementations)}")
+    return named
+
+
+def call(op: str, only: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Runs `op` through its first implementation that takes this device and these shapes.
+
+    `only` names one implementation and disables the fallback. Raises NotImplementedError, with each
+    implementation's reason, when none takes the call.
+    """
+    device = current_device()
+    reasons = []
+    for implementation in _candidates(op, only):
+        reason = implementation.requires(device)
+        if reason is None:
+            try:
+                return implementation.fn(*args, **kwargs)
+            except NotImplementedError as error:
+                reason = str(error)
+        reasons.append(f"{implementation.name}: {reason}")
+    raise NotImplementedError(f"{op}: no implementation takes this call on {device.kind}: " + "; ".join(reasons))
+
+
+def explain(op: str, *args: Any, device: Device | None = None, **kwargs: Any) -> Choice:
+    """Says which implementation `op` would take for these arguments (arrays or ShapeDtypeStructs), and why.
+
+    Nothing runs: each candidate is traced with `jax.eval_shape` under `use_device(device)`.
+    """
+    if op not in _registry:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_registry))}")
+    target = device or current_device()
+    refused: list[tuple[str, str]] = []
+    with use_device(target):
+        for implementation in _registry[op]:
+            reason = implementation.requires(target)
+            if reason is None:
+                try:
+                    jax.eval_shape(functools.partial(implementation.fn, **kwargs), *args)
+                    return Choice(op, implementation.name, tuple(refused))
+                except NotImplementedError as error:
+                    reason = str(error)
+            refused.append((implementation.name, reason))
+    return Choice(op, None, tuple(refused))
