@@ -1,0 +1,88 @@
+"""The plain types that the front end and the engine share: no jax, no protobuf, no behaviour."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class FinishReason(enum.IntEnum):
+    """Why a sequence ended."""
+
+    STOP = 1  # EOS, a stop token id, or (decided by the front end) a stop string
+    LENGTH = 2  # max_new_tokens or the context length
+    ABORT = 3  # cancelled by the client, its deadline, or a drain that ran out of time
+    ERROR = 4  # the engine failed; `StepEvent.error` says how
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. Validated by `jqserve.engine.validate`; the defaults change nothing.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. Penalties follow OpenAI (presence, frequency:
+    subtracted, over generated tokens) and Hugging Face (repetition: divided or multiplied, over prompt and generated
+    tokens). `seed` None draws one. `logprobs`: None, or the number (0..20) of top logprobs beside the sampled token's.
+    `stop` strings are matched by the front end, `stop_token_ids` and EOS by the engine.
+    """
+
+    max_new_tokens: int | None = None  # None: up to the context length
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineRequest:
+    """What crosses the link to the engine: one sequence. `n > 1` is several of these."""
+
+    rid: int  # unique in the life of the front end
+    prompt: tuple[int, ...]  # token ids, at least one
+    sampling: SamplingParams  # max_new_tokens and seed resolved (not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logs under the distribution after penalties, before temperature and truncation."""
+
+    token: float
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepEvent:
+    """What one step gave one sequence: usually one token. `finish` None while it runs."""
+
+    rid: int
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    matched_stop: int | None = None  # the token id that stopped it
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """The engine's load, sent with a step's events a few times a second."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    preemptions: int = 0
+    compilations_after_warmup: int = 0
+    steps: int = 0
+    generated_tokens: int = 0
+    mean_batch: float = 0.0
