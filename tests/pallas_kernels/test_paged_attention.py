@@ -1,0 +1,139 @@
+"""Paged attention: the XLA reference against dense numpy; the kernels are held to the reference in the same table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import decode_attention, prefill_attention, reference, write_kv
+from pallas_kernels.paged_attention.cases import DECODE_CASES, PREFILL_CASES, Case, dense_attention, make
+
+# The reference works in float32 and rounds once, to q's dtype: half an ulp of the output plus ~S * 2^-24.
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 5e-6}
+
+
+def run(case: Case, data: dict, implementation: str | None = None) -> np.ndarray:
+    """The op on a case, as float32 numpy."""
+    kwargs = dict(
+        sm_scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
+        k_scale=data["k_scale"], v_scale=data["v_scale"], implementation=implementation,
+    )  # fmt: skip
+    pages = [jnp.asarray(data[name]) for name in ("q", "k_pages", "v_pages", "page_table")]
+    if case.q_tile:
+        start, length = jnp.asarray(data["lens"][:, 0]), jnp.asarray(data["lens"][:, 1])
+        return np.asarray(prefill_attention(*pages, start, length, **kwargs).astype(jnp.float32))
+    return np.asarray(decode_attention(*pages, jnp.asarray(data["lens"]), **kwargs).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("case", [*DECODE_CASES.values(), *PREFILL_CASES.values()], ids=lambda c: f"{c.name}-{c.q_tile}")
+def test_reference_matches_dense(case):
+    data = make(case)
+    out = run(case, data, "xla")
+    assert np.isfinite(out).all()  # every unused slot of the pool is NaN
+    want = dense_attention(case, data, case.head_dim**-0.5)
+    np.testing.assert_allclose(out, want, rtol=ROUNDING[case.dtype], atol=1e-5)
+
+
+def test_padding_rows_are_zero():
+    case = DECODE_CASES["llama8b"]
+    assert (run(case, make(case), "xla")[0] == 0).all()
+    case = PREFILL_CASES["chunks"]
+    out = run(case, make(case), "xla")
+    assert (out[2, 37:] == 0).all() and (out[3] == 0).all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    case = DECODE_CASES["llama8b"]
+    data = make(case)
+    alone = {**data, "q": data["q"][4:5], "page_table": data["page_table"][4:5], "lens": data["lens"][4:5]}
+    np.testing.assert_array_equal(run(case, alone, "xla")[0], run(case, data, "xla")[4])
+
+
+def test_nan_of_one_row_stays_there():
+    case = DECODE_CASES["llama8b"]
+    data = make(case)
+    want = run(case, data, "xla")
+    data["v_pages"][data["page_table"][4, 0], :, 0, 0] = np.nan
+    out = run(case, data, "xla")
+    assert np.isnan(out[4, :, 0]).all()
+    np.testing.assert_array_equal(np.delete(out, 4, 0), np.delete(want, 4, 0))
+
+
+def test_chunked_map_gives_the_same(monkeypatch):
+    for case in (DECODE_CASES["llama8b"], PREFILL_CASES["chunks"]):
+        data = make(case)
+        want = run(case, data, "xla")
+        monkeypatch.setattr(reference, "_CHUNK_BYTES", 2 * 2**20)
+        np.testing.assert_allclose(run(case, data, "xla"), want, rtol=2.0**-7, atol=1e-5)
+        monkeypatch.undo()
+
+
+def test_prefill_of_one_query_is_decode():
+    case = DECODE_CASES["softcap"]
+    data = make(case)
+    lens = data["lens"]
+    args = [jnp.asarray(data[n]) for n in ("k_pages", "v_pages", "page_table")]
+    kwargs = dict(sm_scale=0.1, soft_cap=20.0)
+    q = jnp.asarray(data["q"])
+    one = prefill_attention(q[:, None], *args, jnp.asarray(lens - 1), jnp.ones_like(lens), **kwargs)[:, 0]
+    np.testing.assert_array_equal(one, decode_attention(q, *args, jnp.asarray(lens), **kwargs))
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_write_kv(kv_dtype):
+    rng = np.random.default_rng(0)
+    pages = jnp.asarray(rng.standard_normal((5, 2, 16, 64)), kv_dtype)
+    k, v = rng.standard_normal((2, 6, 2, 64)).astype(np.float32)
+    k[0, 0, 0] = 1e6  # clamps in fp8
+    slots = np.array([17, 79, 48, 5, 33, 5], np.int32)  # 5 twice: padding, in the trash page
+    k_scale = np.array([0.5, 2.0], np.float32) if kv_dtype != "bfloat16" else None
+    new_k, new_v = jax.jit(write_kv)(pages, pages, jnp.asarray(k), jnp.asarray(v), jnp.asarray(slots), k_scale=k_scale)
+    want_k, want_v = np.array(pages, np.float32), np.array(pages, np.float32)
+    for t, slot in enumerate(slots):
+        stored = k[t] / k_scale[:, None] if k_scale is not None else k[t]
+        if kv_dtype != "bfloat16":
+            stored = np.clip(stored, -448, 448)
+        want_k[slot // 16, :, slot % 16] = np.asarray(jnp.asarray(stored, kv_dtype), np.float32)
+        want_v[slot // 16, :, slot % 16] = np.asarray(jnp.asarray(v[t], kv_dtype), np.float32)
+    np.testing.assert_array_equal(np.asarray(new_k, np.float32)[1:], want_k[1:])
+    np.testing.assert_array_equal(np.asarray(new_v, np.float32)[1:], want_v[1:])
+    assert np.isfinite(np.asarray(new_k, np.float32)).all()
+
+
+def test_write_kv_is_in_place_and_does_not_transpose_the_pool():
+    pool = jax.ShapeDtypeStruct((64, 8, 16, 128), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((4, 8, 128), jnp.bfloat16)
+    slots = jax.ShapeDtypeStruct((4,), jnp.int32)
+    compiled = jax.jit(write_kv, donate_argnums=(0, 1)).lower(pool, pool, kv, kv, slots).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * 64 * 8 * 16 * 128 * 2
+    assert "transpose(" not in compiled.as_text()
+
+
+def test_errors():
+    pages = jnp.zeros((4, 2, 16, 64), jnp.bfloat16)
+    q, table, lens = jnp.zeros((3, 4, 64), jnp.bfloat16), jnp.zeros((3, 2), jnp.int32), jnp.zeros(3, jnp.int32)
+    for bad, message in (
+        (dict(q=q[:, :3]), "no multiple of 2"),
+        (dict(q=q[..., :32]), "head dim 32"),
+        (dict(page_table=table[:2]), "page_table"),
+        (dict(kv_len=lens[:2]), "kv_len"),
+        (dict(v_pages=pages[:, :1]), "k_pages and v_pages"),
+        (dict(window=0), "window"),
+        (dict(soft_cap=0.0), "soft_cap"),
+        (dict(k_scale=jnp.ones(3)), "k_scale"),
+        (dict(implementation="none"), "no implementation"),
+    ):
+        args = dict(q=q, k_pages=pages, v_pages=pages, page_table=table, kv_len=lens, sm_scale=1.0) | bad
+        with pytest.raises(ValueError, match=message):
+            decode_attention(**args)
+
+
+def test_empty_batch():
+    pages = jnp.zeros((4, 2, 16, 64), jnp.bfloat16)
+    out = decode_attention(
+        jnp.zeros((0, 4, 64), jnp.bfloat16), pages, pages, jnp.zeros((0, 2), jnp.int32), jnp.zeros(0, jnp.int32),
+        sm_scale=1.0, implementation="xla",
+    )  # fmt: skip
+    assert out.shape == (0, 4, 64)
