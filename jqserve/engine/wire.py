@@ -30,7 +30,7 @@ STEP = struct.Struct("<6I")
 
 
 class WireError(Exception):
-    """The stream does not hold what this module writes: the two processes are of different versions, or one is broken."""
+    """The stream does not hold what this module writes: the two processes differ in version, or one is broken."""
 
 
 @dataclasses.dataclass(frozen=True)
