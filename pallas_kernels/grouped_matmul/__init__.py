@@ -1,0 +1,1 @@
+"""Matmul of expert-sorted rows with one weight per expert."""

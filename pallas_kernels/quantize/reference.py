@@ -1,0 +1,69 @@
+"""XLA implementation of the quantization ops: runs anywhere, the oracle of the tests."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
+
+
+def row_scale(y: jax.Array, block: int | None, divisor: float) -> jax.Array:
+    """float32 [M, K] -> [M, 1] or [M, ceil(K/block)]: max|y| / divisor, 1 where that is 0."""
+    m, k = y.shape
+    block = block or max(k, 1)
+    blocks = -(-k // block)
+    magnitude = jnp.pad(jnp.abs(y), ((0, 0), (0, blocks * block - k))).reshape(m, blocks, block)
+    absmax = jnp.max(magnitude, axis=-1, initial=0.0)
+    scale = absmax / jnp.float32(divisor)
+    return jnp.where(scale == 0, 1.0, scale)
+
+
+def cast_scaled(y: jax.Array, scale: jax.Array, qdtype: jax.typing.DTypeLike) -> jax.Array:
+    """clamp(y / scale) in qdtype; y float32 [M, K], scale [M or 1, 1] or [M, ceil(K/block)] already expanded to K."""
+    y = y / scale
+    if jnp.dtype(qdtype) == jnp.int8:
+        return jnp.clip(jnp.round(y), -128, 127).astype(jnp.int8)
+    return jnp.clip(y, -FP8_MAX, FP8_MAX).astype(qdtype)
+
+
+def _quantize(y, qdtype, block, divisor):
+    scale = row_scale(y, block, divisor)
+    expanded = scale if block is None else jnp.repeat(scale, block, axis=1)[:, : y.shape[1]]
+    return cast_scaled(y, expanded, qdtype), scale
+
+
+def quantize_rows(
+    x: jax.Array, qdtype, *, block: int | None = None, divisor: float, static_scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.quantize_rows`."""
+    y = x.astype(jnp.float32)
+    if static_scale is not None:
+        return cast_scaled(y, static_scale, qdtype), static_scale
+    return _quantize(y, qdtype, block, divisor)
+
+
+def rms_norm_quantize(
+    x: jax.Array,
+    weight: jax.Array,
+    residual: jax.Array | None = None,
+    *,
+    eps: float,
+    qdtype,
+    block: int | None = None,
+    divisor: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See `api.rms_norm_quantize`."""
+    if residual is not None:
+        x = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
+    return *_quantize(y, qdtype, block, divisor), x
+
+
+def silu_mul_quantize(
+    gate_up: jax.Array, *, qdtype, block: int | None = None, divisor: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `api.silu_mul_quantize`."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    return _quantize(jax.nn.silu(gate) * up, qdtype, block, divisor)

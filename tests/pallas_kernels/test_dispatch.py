@@ -1,0 +1,74 @@
+"""dispatch: order, device checks, explain; and that importing the package touches no device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import KNOWN_DEVICES, current_device, dispatch, explain, use_device
+
+
+@pytest.fixture
+def op():
+    def picky(x):
+        if x.shape[0] % 2:
+            raise NotImplementedError("takes even sizes")
+        return x + 1
+
+    implementations = [
+        dispatch.Implementation("hopper", lambda x: x + 2, dispatch.hopper_only),
+        dispatch.Implementation("even", picky),
+        dispatch.Implementation("xla", lambda x: x),
+    ]
+    dispatch.register("test_op", implementations)
+    yield "test_op"
+    del dispatch._registry["test_op"]
+
+
+@pytest.mark.parametrize("size, device, chosen", [(2, "h200", 2), (2, "cpu", 1), (3, "cpu", 0), (3, "l4", 0)])
+def test_first_that_takes_the_call_runs(op, size, device, chosen):
+    with use_device(KNOWN_DEVICES[device]):
+        assert dispatch.call(op, None, jnp.zeros(size))[0] == chosen
+
+
+def test_only_disables_the_fallback(op):
+    with pytest.raises(NotImplementedError, match="even: takes even sizes"):
+        dispatch.call(op, "even", jnp.zeros(3))
+    with pytest.raises(ValueError, match="it has hopper, even, xla"):
+        dispatch.call(op, "nope", jnp.zeros(3))
+
+
+def test_explain_keeps_reasons(op):
+    choice = explain(op, jax.ShapeDtypeStruct((3,), jnp.float32), device=KNOWN_DEVICES["a100"])
+    assert choice.chosen == "xla"
+    assert [name for name, _ in choice.refused] == ["hopper", "even"]
+    assert "9.0" in choice.refused[0][1] and "even sizes" in choice.refused[1][1]
+
+
+def test_use_device_nests():
+    outer = current_device()
+    with use_device(KNOWN_DEVICES["h200"]):
+        with use_device(KNOWN_DEVICES["l4"]):
+            assert current_device().kind == "NVIDIA L4"
+        assert current_device().compute_capability == (9, 0)
+    assert current_device() == outer
+
+
+@pytest.mark.parametrize("device", ["cpu", "l4", "a100", "h200"])
+def test_scaled_matmul_has_an_implementation_everywhere(device):
+    s = jax.ShapeDtypeStruct
+    xq, wq = s((16, 4096), jnp.float8_e4m3fn), s((4096, 4096), jnp.float8_e4m3fn)
+    xs, ws = s((16, 1), jnp.float32), s((4096, 1), jnp.float32)
+    assert explain("scaled_matmul", xq, wq, xs, ws, device=KNOWN_DEVICES[device]).chosen is not None
+
+
+def test_import_touches_no_device():
+    code = (
+        "import pallas_kernels as p; from pallas_kernels import explain, quantize_rows, scaled_matmul;"
+        "from jax._src import xla_bridge as b; assert not b._backends, b._backends"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
