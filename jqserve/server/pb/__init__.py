@@ -1,0 +1,1 @@
+"""Generated from protos/jqserve/v1/jqserve.proto by protos/generate.py: do not edit."""
