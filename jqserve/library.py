@@ -1,0 +1,138 @@
+"""The library: a checkpoint as (model, params), pure functions of both, and a look inside quantized weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jqserve.checkpoint.convert import load as load_checkpoint
+from jqserve.checkpoint.hub import resolve
+from jqserve.models.build import build
+from jqserve.models.config import ModelConfig
+from jqserve.models.decoder import Decoder
+from jqserve.ops.relayout import relayout_leaf, to_canonical
+from jqserve.quant import QuantizedTensor
+from jqserve.quant import dequantize as dequantize_canonical
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model without its arrays: every method is a pure function of (params, input), fit for jit, vmap and grad.
+
+    config             shapes and facts of the architecture
+    plan               the load plan: one row per module with its scheme, bytes, notes (`print(model.plan.to_table())`)
+    generation_config  the checkpoint's sampling defaults
+
+    Gradients flow to activations (`from_embeddings`) and to dense weights; packed weights have none.
+    """
+
+    config: ModelConfig
+    plan: Any = None
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """tokens int32 [S] or [B, S] -> logits float32 [S, V] or [B, S, V], full causal attention from position 0."""
+        return _logits(self.config, params, jnp.asarray(tokens))
+
+    def embeddings(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """tokens int32 [...] -> [..., D] in the model's dtype: the input of `from_embeddings`."""
+        return jnp.take(params["embed"]["weight"], jnp.asarray(tokens), axis=0, mode="clip")
+
+    def from_embeddings(self, params: Params, embeddings: jax.Array) -> jax.Array:
+        """embeddings [S, D] or [B, S, D] -> logits float32 [..., S, V]; differentiate this with respect to inputs."""
+        return _logits_of_embeddings(self.config, params, embeddings)
+
+    def decoder(self, params: Params) -> Decoder:
+        """The nnx module over `params`, for use inside a jit: pages, hidden states, single layers."""
+        return build(self.config, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    return build(config, params).full(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits_of_embeddings(config: ModelConfig, params: Params, embeddings: jax.Array) -> jax.Array:
+    decoder = build(config, params)
+    return decoder.logits(decoder.hidden_states(embeddings))
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    activations: Literal["config", "none"] = "config",
+    revision: str | None = None,
+    layout: Literal["kernel", "canonical"] = "kernel",
+    progress: Callable[..., None] | None = None,
+) -> tuple[Model, dict[str, Any]]:
+    """Loads a checkpoint directory (or a Hub id from the local cache, or a `jqserve convert` directory).
+
+    Args:
+      dtype: "float32", "bfloat16" or "float16" for everything unquantized and for activations; None: the checkpoint's.
+      quantization: "fp8" quantizes an unquantized checkpoint while it loads.
+      activations: "none" leaves activations unquantized whatever the checkpoint asks, to look at the weights alone.
+      revision: of a Hub id.
+      layout: "kernel" rearranges each weight for this device's kernels; "canonical" keeps the documented packing.
+
+    Returns (model, params): params is the parameter tree, a nested dict whose weights are arrays [N out, K in] or
+    QuantizedTensors. Raises CheckpointError or UnsupportedError.
+    """
+    directory = resolve(str(path), revision)
+    loaded = load_checkpoint(
+        directory, dtype=dtype, activations=activations, quantization=quantization, progress=progress
+    )
+    place = functools.partial(_place, relaid=layout == "kernel")
+    params = jax.tree.map(place, loaded.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
+    return Model(loaded.config, loaded.plan, loaded.generation_config), params
+
+
+def _place(leaf: Any, *, relaid: bool) -> Any:
+    on_device = jax.device_put(leaf)
+    return relayout_leaf(on_device) if relaid else on_device
+
+
+def dequantize(tensor: QuantizedTensor | jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """The matrix W [N, K] of a weight in any layout, in its original column order; a dense array is just cast."""
+    if not isinstance(tensor, QuantizedTensor):
+        return jnp.asarray(tensor, dtype)
+    return dequantize_canonical(to_canonical(tensor), dtype)
+
+
+def greedy(model: Model, params: Params, prompt: jax.Array, steps: int) -> jax.Array:
+    """The `steps` tokens that follow prompt int32 [S] (S >= 1) by argmax, whatever the EOS -> int32 [steps].
+
+    Every step computes the whole sequence again: simple, exact, and only meant for comparisons. `jqserve.Engine`
+    generates properly.
+    """
+    length = len(prompt)
+    padded = jnp.zeros(_bucket(length + steps), jnp.int32).at[:length].set(jnp.asarray(prompt, jnp.int32))
+    return _greedy(model.config, steps, params, padded, jnp.int32(length))[length : length + steps]
+
+
+def _bucket(length: int) -> int:
+    """Padded lengths are multiples of 64: causality makes padding at the end harmless, and few shapes compile."""
+    return -(-length // 64) * 64
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _greedy(config: ModelConfig, steps: int, params: Params, tokens: jax.Array, length: jax.Array) -> jax.Array:
+    decoder = build(config, params)
+
+    def step(i: jax.Array, tokens: jax.Array) -> jax.Array:
+        last = length + i - 1
+        hidden = decoder.hidden_states(decoder.embeddings(tokens))
+        choice = jnp.argmax(decoder.logits(hidden[last]))
+        return tokens.at[last + 1].set(choice.astype(jnp.int32))
+
+    return jax.lax.fori_loop(0, steps, step, tokens)

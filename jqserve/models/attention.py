@@ -1,0 +1,52 @@
+"""The attention block: projections (fused or apart), optional q/k norm, rotary embedding; keys and values come and go
+through the `attend` function that the caller passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jqserve.models.config import ModelConfig
+from jqserve.models.linear import Linear
+from jqserve.models.norm import RMSNorm
+from jqserve.models.rope import rotate
+from jqserve.ops.activations import QuantizedRows, fusible_activation
+from jqserve.quant import ActivationSpec
+
+#: (q [..., H, Dh], k [..., Hkv, Dh], v [..., Hkv, Dh]) -> ([..., H, Dh], whatever the caller keeps: the new pages)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. `tree`: {"qkv": LIN | "q","k","v": LIN, "o": LIN, "q_norm","k_norm": {"weight"}?}."""
+
+    def __init__(self, config: ModelConfig, tree: Mapping[str, Any]) -> None:
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        names = ("qkv",) if "qkv" in tree else ("q", "k", "v")
+        self.projections = nnx.List([Linear(tree[name]) for name in names])
+        self.o = Linear(tree["o"])
+        self.q_norm = RMSNorm(tree["q_norm"]["weight"], config.norm_eps) if "q_norm" in tree else None
+        self.k_norm = RMSNorm(tree["k_norm"]["weight"], config.norm_eps) if "k_norm" in tree else None
+
+    @property
+    def input_scheme(self) -> ActivationSpec | None:
+        """The activation scheme that the norm before may produce for all projections; see fusible_activation."""
+        return fusible_activation(*(p.matrix for p in self.projections))
+
+    def __call__(
+        self, x: jax.Array | QuantizedRows, rope: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        """x [..., D], rope = (cos, sin) [..., Dh/2] -> ([..., D], what `attend` kept)."""
+        parts = [projection(x) for projection in self.projections]
+        if len(parts) == 1:
+            widths = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
+            parts = jnp.split(parts[0], widths, axis=-1)
+        q, k, v = (part.reshape(*part.shape[:-1], -1, self.head_dim) for part in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out, kept = attend(rotate(q, *rope), rotate(k, *rope), v)
+        return self.o(out.reshape(*out.shape[:-2], self.heads * self.head_dim)), kept

@@ -1,0 +1,85 @@
+"""Canonical weights to the layout that this device's kernels want, and back, one weight at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jqserve.ops.device import Device, current_device
+from jqserve.quant import QuantizedTensor
+from pallas_kernels.w4a16 import layout as w4a16_layout
+from pallas_kernels.w8a16 import layout as w8a16_layout
+
+
+def relayout(params: Mapping[str, Any], device: Device | None = None, *, donate: bool = False) -> dict[str, Any]:
+    """A parameter tree with every QuantizedTensor in the layout that `device` (default: this one) prefers."""
+    return {
+        name: relayout_leaf(value, device, donate=donate)
+        if not isinstance(value, Mapping)
+        else relayout(value, device, donate=donate)
+        for name, value in params.items()
+    }
+
+
+def relayout_leaf(weight: Any, device: Device | None = None, *, donate: bool = True) -> Any:
+    """One weight: a canonical QuantizedTensor -> the same values in the kernel layout; anything else unchanged.
+
+    Runs jitted on the device that holds the arrays. `donate` gives the canonical arrays up, so that the peak is the
+    model plus one weight. Scales of weights with quantized activations become float32 here, once, because
+    `scaled_matmul` wants them so.
+    """
+    if not isinstance(weight, QuantizedTensor) or weight.spec.layout != "canonical":
+        return weight
+    layout = preferred_layout(weight, device or current_device())
+    wide = weight.spec.activation.kind != "none" and weight.scale.dtype != "float32"
+    if layout == "canonical" and not wide:
+        return weight
+    convert = _to_layout_donating if donate else _to_layout
+    return convert(weight, layout)
+
+
+def preferred_layout(weight: QuantizedTensor, device: Device) -> str:
+    """The layout's name; "canonical" where the kernels read canonical arrays, as scaled_matmul always does."""
+    spec = weight.spec
+    if spec.activation.kind != "none" or spec.group_shape[0] != 1:
+        return "canonical"
+    n, k = spec.shape
+    module = w4a16_layout if spec.qtype == "uint4" else w8a16_layout
+    return module.preferred_layout(n, k, spec.group_size, spec.zero, device)
+
+
+def to_canonical(weight: QuantizedTensor) -> QuantizedTensor:
+    """The inverse of `relayout_leaf`: the same packed values, bit for bit (scales may have become float32)."""
+    layout = weight.spec.layout
+    if layout == "canonical":
+        return weight
+    return _apply(weight, w4a16_layout.from_layout, w8a16_layout.from_layout, layout, becomes="canonical")
+
+
+def _convert(weight: QuantizedTensor, layout: str) -> QuantizedTensor:
+    if weight.spec.activation.kind != "none":
+        weight = weight.replace(scale=weight.scale.astype("float32"))
+    if layout == "canonical":
+        return weight
+    return _apply(weight, w4a16_layout.to_layout, w8a16_layout.to_layout, layout, becomes=layout)
+
+
+def _apply(
+    weight: QuantizedTensor, four_bit: Callable[..., Any], eight_bit: Callable[..., Any], layout: str, becomes: str
+) -> QuantizedTensor:
+    """Calls the layout function of the weight's kernel; the 4-bit one has a slot more, for a float zero (offset)."""
+    spec, zero = weight.spec, weight.zero_point
+    if spec.qtype == "uint4":
+        integer, offset = (zero, None) if spec.zero == "int" else (None, zero)
+        qvalue, scale, integer, offset = four_bit(weight.qvalue, weight.scale, integer, offset, layout, spec.group_size)
+        zero = integer if spec.zero == "int" else offset
+    else:
+        qvalue, scale, zero = eight_bit(weight.qvalue, weight.scale, zero, layout, spec.group_size)
+    return weight.replace(qvalue=qvalue, scale=scale, zero_point=zero, spec=spec.replace(layout=becomes))
+
+
+_to_layout = functools.partial(jax.jit, static_argnums=1)(_convert)
+_to_layout_donating = functools.partial(jax.jit, static_argnums=1, donate_argnums=0)(_convert)
