@@ -1,0 +1,85 @@
+"""The KV pool's arrays: how large, of which type, and making them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jqserve.errors import JqserveError, UnsupportedError
+from jqserve.models.config import ModelConfig
+
+KV_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "fp8_e4m3": jnp.float8_e4m3fn}
+
+Cache = tuple[tuple[jax.Array, jax.Array], ...]  # one (k_pages, v_pages) [P, Hkv, Ps, Dh] per layer
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """P pages (page 0 is the trash page, so P - 1 can be used) of Ps tokens, for L layers."""
+
+    layers: int
+    pages: int
+    kv_heads: int
+    page_size: int
+    head_dim: int
+    dtype: str  # a key of KV_DTYPES
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        item = jnp.dtype(KV_DTYPES[self.dtype]).itemsize
+        return 2 * self.layers * self.kv_heads * self.page_size * self.head_dim * item
+
+    @property
+    def tokens(self) -> int:
+        return (self.pages - 1) * self.page_size
+
+    @property
+    def layer(self) -> tuple[int, int, int, int]:
+        return self.pages, self.kv_heads, self.page_size, self.head_dim
+
+    def abstract(self) -> Any:
+        leaf = jax.ShapeDtypeStruct(self.layer, KV_DTYPES[self.dtype])
+        return ((leaf, leaf),) * self.layers
+
+
+def cache_shape(config: ModelConfig, *, page_size: int, pages: int, dtype: str) -> CacheShape:
+    """`dtype` "auto" takes the model's compute dtype, given then by the caller. `pages` usable ones."""
+    if dtype not in KV_DTYPES:
+        raise UnsupportedError(f"KV dtype {dtype!r} is not supported; supported: auto, {', '.join(KV_DTYPES)}")
+    return CacheShape(config.layers, pages + 1, config.kv_heads, page_size, config.head_dim, dtype)
+
+
+def make_cache(shape: CacheShape, device: Any = None) -> Cache:
+    """Zeroed pages, each array its own buffer (they are donated to every step)."""
+    return tuple(
+        (
+            jnp.zeros(shape.layer, KV_DTYPES[shape.dtype], device=device),
+            jnp.zeros(shape.layer, KV_DTYPES[shape.dtype], device=device),
+        )
+        for _ in range(shape.layers)
+    )
+
+
+def pages_that_fit(
+    *, page_bytes: int, limit: int, in_use: int, static_bytes: int, activation_bytes: int, most: int
+) -> int:
+    """Usable pages of a GPU pool.
+
+    limit         bytes that XLA may allocate; in_use: what weights and per-slot state hold already
+    static_bytes  the share of the GPU meant for weights and pages (--mem-fraction-static)
+    activation_bytes  what the worst step needs beside them
+    most          pages that all slots at full context could use
+    """
+    budget = min(static_bytes, limit - activation_bytes) - in_use
+    pages = budget // page_bytes - 1
+    if pages < 1:
+        raise JqserveError(
+            f"no memory is left for KV pages: {in_use / 2**30:.2f} GiB in use, {activation_bytes / 2**30:.2f} GiB for "
+            f"activations, {static_bytes / 2**30:.2f} GiB allowed for weights and pages. Raise --mem-fraction-static, "
+            "lower --max-running-requests or --chunked-prefill-size, or choose a smaller or quantized checkpoint"
+        )
+    return int(min(pages, most))

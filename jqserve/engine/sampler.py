@@ -1,0 +1,164 @@
+"""From logits to the next token, on the device, inside the step's jit. Shapes: R rows, V vocabulary.
+
+    l1 = penalised(l)     repetition r over prompt and answer: l/r where l > 0 else l*r (Hugging Face)
+                          presence, frequency over the answer: l - presence*[n > 0] - frequency*n (OpenAI)
+    l2 = l1 + logit_bias  (and -inf for stop ids while the answer is shorter than min_new_tokens)
+    logprobs = log_softmax(l2)
+    temperature 0: argmax(l2); else l3 = l2 / temperature, then top-k, top-p (of what top-k left), min-p, and a draw
+
+The draw is argmax(l3 + Gumbel noise), the noise a function of (seed, position) alone: the same request with the same
+seed draws the same token alone, in any batch, and after it was preempted and recomputed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_TOP_LOGPROBS = 20
+_HIGH_BIT = 0x80000000
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowParams:
+    """Sampling parameters of R rows (see `engine/slots` for their meaning) and what the rows have seen.
+
+    All [R] unless said: temperature, top_p, min_p, repetition, presence, frequency float32; top_k int32 (0 = off);
+    seed uint32 [R, 2]; position int32: where the sampled token will stand; top_logprobs int32 (-1 = no logprobs);
+    bias_ids int32 [R, E] (V and above = none), bias_values float32 [R, E], bias_until int32 [R, E]: the entry holds
+    for positions below it; generated int16 [R, V]: how often each token stands in the answer; prompted bool [R, V].
+    """
+
+    temperature: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition: jax.Array
+    presence: jax.Array
+    frequency: jax.Array
+    top_k: jax.Array
+    seed: jax.Array
+    position: jax.Array
+    top_logprobs: jax.Array
+    bias_ids: jax.Array
+    bias_values: jax.Array
+    bias_until: jax.Array
+    generated: jax.Array
+    prompted: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """tokens int32 [R]; the rest None in the greedy variant: logprob float32 [R], top_ids [R, 20], top [R, 20]."""
+
+    tokens: jax.Array
+    logprob: jax.Array | None = None
+    top_ids: jax.Array | None = None
+    top: jax.Array | None = None
+
+
+def greedy(logits: jax.Array) -> Sampled:
+    """The variant of steps in which nobody asked for more: logits float32 [R, V]."""
+    return Sampled(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def sample(logits: jax.Array, params: RowParams) -> Sampled:
+    """logits float32 [R, V]; greedy rows (temperature 0) give what `greedy` gives unless penalties or biases say so."""
+    logits = biased(penalised(logits, params), params)
+    greedy_tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn = lax.cond(jnp.any(params.temperature > 0), _draw, lambda *_: greedy_tokens, logits, params)
+    tokens = jnp.where(params.temperature > 0, drawn, greedy_tokens)
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    logprob = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
+    count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+
+    def top(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        best, ids = lax.top_k(values, count)
+        return ids.astype(jnp.int32), best
+
+    def nothing(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((values.shape[0], count), jnp.int32), jnp.zeros((values.shape[0], count), jnp.float32)
+
+    top_ids, best = lax.cond(jnp.any(params.top_logprobs > 0), top, nothing, logits)
+    return Sampled(tokens, logprob[:, 0], top_ids, best - total)
+
+
+def penalised(logits: jax.Array, params: RowParams) -> jax.Array:
+    """Repetition, presence and frequency penalties; [R, V] -> [R, V]."""
+    answered = params.generated > 0
+    seen = params.prompted | answered
+    repetition = params.repetition[:, None]
+    scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(seen, scaled, logits)
+    logits = logits - params.presence[:, None] * answered
+    return logits - params.frequency[:, None] * params.generated
+
+
+def biased(logits: jax.Array, params: RowParams) -> jax.Array:
+    """logit_bias, and the ban on stop ids before min_new_tokens; [R, V] -> [R, V]."""
+
+    def add(logits: jax.Array) -> jax.Array:
+        rows = jnp.arange(logits.shape[0])[:, None]
+        values = jnp.where(params.position[:, None] < params.bias_until, params.bias_values, 0.0)
+        return logits.at[rows, params.bias_ids].add(values, mode="drop")
+
+    return lax.cond(jnp.any(params.bias_ids < logits.shape[-1]), add, lambda x: x, logits)
+
+
+def _draw(logits: jax.Array, params: RowParams) -> jax.Array:
+    scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+    keep = kept(scaled, params.top_k, params.top_p, params.min_p)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, params.position, logits.shape[-1])
+    return jnp.argmax(jnp.where(keep, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def _gumbel(seed: jax.Array, position: jax.Array, count: int) -> jax.Array:
+    """[count] float32 noise from the key of a row: fold_in(key(seed), position)."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+    return jax.random.gumbel(key, (count,), jnp.float32)
+
+
+def kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
+    """Which tokens may be drawn, bool [R, V]. Ties at a threshold are all kept, as Hugging Face does.
+
+    No sort: the threshold of top-k and of top-p is found bit by bit, in 32 passes over the row, exactly.
+    """
+    order = _sortable(scaled)
+    vocabulary = scaled.shape[-1]
+
+    def by_count(_: None) -> jax.Array:
+        k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
+        return order >= _threshold(order, lambda at_least: jnp.sum(at_least, axis=-1) >= k)
+
+    everything = jnp.ones(scaled.shape, bool)
+    keep = lax.cond(jnp.any(top_k > 0), by_count, lambda _: everything, None)
+
+    def by_mass(keep: jax.Array) -> jax.Array:
+        weight = jnp.where(keep, jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), 0.0)
+        wanted = top_p * jnp.sum(weight, axis=-1)
+        threshold = _threshold(order, lambda at_least: jnp.sum(jnp.where(at_least, weight, 0.0), axis=-1) >= wanted)
+        return keep & ((order >= threshold) | (top_p >= 1)[:, None])
+
+    keep = lax.cond(jnp.any(top_p < 1), by_mass, lambda keep: keep, keep)
+    floor = jnp.max(scaled, axis=-1) + jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-30)), -jnp.inf)
+    return keep & (scaled >= floor[:, None])
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 in the same order (both zeros equal)."""
+    bits = lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+    return jnp.where(bits >= _HIGH_BIT, ~bits, bits | jnp.uint32(_HIGH_BIT))
+
+
+def _threshold(order: jax.Array, enough) -> jax.Array:  # type: ignore[no-untyped-def]
+    """The greatest t per row for which `enough(order >= t)` [R] still holds; [R, 1]. It must hold for t = 0."""
+
+    def bit(i: jax.Array, t: jax.Array) -> jax.Array:
+        candidate = t | (jnp.uint32(_HIGH_BIT) >> i.astype(jnp.uint32))
+        return jnp.where(enough(order >= candidate)[:, None], candidate, t)
+
+    return lax.fori_loop(0, 32, bit, jnp.zeros((order.shape[0], 1), jnp.uint32))
