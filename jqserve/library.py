@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
@@ -109,20 +110,28 @@ def dequantize(tensor: QuantizedTensor | jax.Array, dtype: Any = jnp.float32) ->
     return dequantize_canonical(to_canonical(tensor), dtype)
 
 
-def greedy(model: Model, params: Params, prompt: jax.Array, steps: int) -> jax.Array:
+def logits(model: Model, params: Params, tokens: Any) -> np.ndarray:
+    """tokens int [S] -> float32 [S, V] on the host. Pads S to a bucket, so that prompts of many lengths compile few
+    programs; `model(params, tokens)` is the plain function."""
+    return np.asarray(model(params, _pad(tokens, len(tokens))))[: len(tokens)]
+
+
+def greedy(model: Model, params: Params, prompt: Any, steps: int) -> jax.Array:
     """The `steps` tokens that follow prompt int32 [S] (S >= 1) by argmax, whatever the EOS -> int32 [steps].
 
     Every step computes the whole sequence again: simple, exact, and only meant for comparisons. `jqserve.Engine`
     generates properly.
     """
     length = len(prompt)
-    padded = jnp.zeros(_bucket(length + steps), jnp.int32).at[:length].set(jnp.asarray(prompt, jnp.int32))
+    padded = _pad(prompt, length + steps)
     return _greedy(model.config, steps, params, padded, jnp.int32(length))[length : length + steps]
 
 
-def _bucket(length: int) -> int:
-    """Padded lengths are multiples of 64: causality makes padding at the end harmless, and few shapes compile."""
-    return -(-length // 64) * 64
+def _pad(tokens: Any, least: int) -> jax.Array:
+    """Zeros up to a multiple of 64 that is at least `least`: causality makes padding at the end harmless."""
+    padded = np.zeros(-(-least // 64) * 64, np.int32)
+    padded[: len(tokens)] = np.asarray(tokens)
+    return jnp.asarray(padded)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
