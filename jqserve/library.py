@@ -116,15 +116,21 @@ def logits(model: Model, params: Params, tokens: Any) -> np.ndarray:
     return np.asarray(model(params, _pad(tokens, len(tokens))))[: len(tokens)]
 
 
-def greedy(model: Model, params: Params, prompt: Any, steps: int) -> jax.Array:
-    """The `steps` tokens that follow prompt int32 [S] (S >= 1) by argmax, whatever the EOS -> int32 [steps].
+def greedy(model: Model, params: Params, prompt: Any, steps: int) -> np.ndarray:
+    """The `steps` tokens that follow prompt int [S] (S >= 1) by argmax, whatever the EOS -> int32 [steps].
 
-    Every step computes the whole sequence again: simple, exact, and only meant for comparisons. `jqserve.Engine`
-    generates properly.
+    Every step computes the whole padded sequence again with the program of `logits`: exact, simple, and only meant
+    for comparisons. `jqserve.Engine` generates properly.
     """
-    length = len(prompt)
-    padded = _pad(prompt, length + steps)
-    return _greedy(model.config, steps, params, padded, jnp.int32(length))[length : length + steps]
+    tokens = _pad(prompt, len(prompt) + steps)
+    for position in range(len(prompt), len(prompt) + steps):
+        tokens = _append(tokens, model(params, tokens), position)
+    return np.asarray(tokens)[len(prompt) : len(prompt) + steps]
+
+
+@jax.jit
+def _append(tokens: jax.Array, logits: jax.Array, position: int) -> jax.Array:
+    return tokens.at[position].set(jnp.argmax(logits[position - 1]).astype(tokens.dtype))
 
 
 def _pad(tokens: Any, least: int) -> jax.Array:
@@ -132,16 +138,3 @@ def _pad(tokens: Any, least: int) -> jax.Array:
     padded = np.zeros(-(-least // 64) * 64, np.int32)
     padded[: len(tokens)] = np.asarray(tokens)
     return jnp.asarray(padded)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _greedy(config: ModelConfig, steps: int, params: Params, tokens: jax.Array, length: jax.Array) -> jax.Array:
-    decoder = build(config, params)
-
-    def step(i: jax.Array, tokens: jax.Array) -> jax.Array:
-        last = length + i - 1
-        hidden = decoder.hidden_states(decoder.embeddings(tokens))
-        choice = jnp.argmax(decoder.logits(hidden[last]))
-        return tokens.at[last + 1].set(choice.astype(jnp.int32))
-
-    return jax.lax.fori_loop(0, steps, step, tokens)

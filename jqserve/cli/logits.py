@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     for name, tokens in prompts.items():
         results[name] = library.logits(model, params, tokens)
         if args.greedy:
-            results[f"{name}_greedy"] = np.asarray(library.greedy(model, params, tokens, args.greedy))
+            results[f"{name}_greedy"] = library.greedy(model, params, tokens, args.greedy)
         print(f"{name}: {len(tokens)} tokens", flush=True)
     write(out, results)
     print(f"wrote {out}")

@@ -75,12 +75,13 @@ class Decoder(nnx.Module):
         written in place. Rows are laid out as `AttentionMetadata` says; padding rows give numbers that mean nothing.
         """
         rope = rope_table(positions, self.config.rope, self.config.head_dim)
-        x, residual = self.embeddings(tokens), None
+        x: jax.Array = self.embeddings(tokens)
+        residual: jax.Array | None = None
         new_kv = []
         for layer, pages in zip(self.layers, kv, strict=True):
             x, residual, pages = _paged_layer(*_static(layer), x, residual, rope, pages, meta)
             new_kv.append(pages)
-        return x + residual, tuple(new_kv)
+        return _sum(x, residual), tuple(new_kv)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] from `__call__` or `hidden_states` -> float32 [..., V]; takes the final norm first."""
@@ -102,14 +103,19 @@ class Decoder(nnx.Module):
         padding at the end harmless.
         """
         rope = rope_table(jnp.arange(embeddings.shape[-2]), self.config.rope, self.config.head_dim)
-        x, residual = embeddings.astype(self.embed.get_value().dtype), None
+        x = embeddings.astype(self.embed.get_value().dtype)
+        residual: jax.Array | None = None
         for layer in self.layers:
             x, residual = _full_layer(*_static(layer), x, residual, rope)
-        return x + residual
+        return _sum(x, residual)
 
     def full(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [S] or [B, S] -> logits float32 [S, V] or [B, S, V]."""
         return self.logits(self.hidden_states(self.embeddings(tokens)))
+
+
+def _sum(x: jax.Array, residual: jax.Array | None) -> jax.Array:
+    return x if residual is None else x + residual
 
 
 def _static(layer: Layer) -> tuple[Device, Any, Any]:

@@ -64,7 +64,8 @@ def _run_kernel(x: jax.Array, weight: QuantizedTensor, bias: jax.Array | None) -
         if weight.perm is not None:
             x = jnp.take(x, weight.perm, axis=1, unique_indices=True, mode="clip")
         return quantized_rows_matmul(quantize_input(x, weight), weight, bias)
-    scale, zero = _grid_per_row(weight.scale, spec), _grid_per_row(weight.zero_point, spec)
+    scale = _grid_per_row(weight.scale, spec)
+    zero = None if weight.zero_point is None else _grid_per_row(weight.zero_point, spec)
     kwargs: dict[str, Any] = {"perm": weight.perm, "group_size": spec.group_size, "layout": spec.layout}
     if spec.qtype == "uint4":
         integer, offset = (zero, None) if spec.zero == "int" else (None, zero)
@@ -74,10 +75,10 @@ def _run_kernel(x: jax.Array, weight: QuantizedTensor, bias: jax.Array | None) -
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _grid_per_row(grid: jax.Array | None, spec: QuantSpec) -> jax.Array | None:
+def _grid_per_row(grid: jax.Array, spec: QuantSpec) -> jax.Array:
     """Weight-only kernels take scales and zeros per output feature ([N, G]) or one for all ([1, 1])."""
     (n, k), (gn, gk) = spec.shape, spec.group_shape
-    if grid is None or gn == 1 or (gn >= n and gk >= k):
+    if gn == 1 or (gn >= n and gk >= k):
         return grid
     return jnp.repeat(grid, gn, axis=0)[:n]
 

@@ -77,7 +77,7 @@ def test_quantized_activations(name: str) -> None:
 
 
 def test_int8_divisor_is_the_spec_s() -> None:
-    """127 and 127.5 differ: with 127.5 the largest value of a row becomes 127.5, rounds to 128 and is clamped to 127."""
+    """With 127.5 a row's largest value becomes 127.5, rounds to 128 and is clamped to 127; -128 does occur."""
     x = jnp.array([[-3.0, 1.0, 2.5, 3.0] + [0.25] * 12])
     for divisor, expected in ((127.5, [-128, 42, 106, 127]), (127.0, [-127, 42, 106, 127])):
         scheme = Scheme("int8", (1, -1), activation=ActivationSpec("dynamic_token", "int8", divisor))
