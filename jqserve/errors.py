@@ -29,3 +29,11 @@ class QueueFullError(JqserveError):
 
 class EngineUnavailableError(JqserveError):
     """The engine is starting, draining, or gone."""
+
+
+class ModelNotFoundError(JqserveError):
+    """A request for another model than the one served."""
+
+
+class EngineFailedError(JqserveError):
+    """The engine broke under a running request: our fault, not the request's."""

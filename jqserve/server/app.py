@@ -1,0 +1,191 @@
+"""The server's life: bind, start the engine, serve, drain or fail, exit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jqserve.engine import wire
+from jqserve.errors import EngineUnavailableError, JqserveError, UnsupportedError
+from jqserve.server.config import ServerConfig
+from jqserve.server.frontend import Frontend, State
+from jqserve.server.launch import OnProgress, RunningEngine
+from jqserve.server.pb import jqserve_pb2, jqserve_pb2_grpc
+from jqserve.server.servicer import InferenceServicer
+from jqserve.server.tokenizer import load_tokenizer
+
+log = logging.getLogger("jqserve.server")
+
+SERVICE = jqserve_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+OPTIONS = (
+    ("grpc.max_receive_message_length", 64 * 2**20),  # a 128k-token prompt of ids is under 0.5 MB
+    ("grpc.max_send_message_length", 64 * 2**20),
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside the first
+    # Gateways ping idle connections every 30 s; the C core's own limit of 300 s would close them.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+LAST_WORDS = 2.0  # seconds that statuses have to reach their callers before the sockets close
+Launch = Callable[[OnProgress], Awaitable[RunningEngine]]
+
+
+class Server:
+    """One front end with one engine. `run` is its whole life."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        launch: Launch,
+        *,
+        announce: Callable[[str], None] = lambda text: print(text, flush=True),
+        on_ready: Callable[[int], None] = lambda port: None,
+    ) -> None:
+        """`announce` shows the plan and the address; `on_ready` is called with the port when requests are served."""
+        self.config = config
+        self.port = 0
+        self._launch = launch
+        self._announce, self._on_ready = announce, on_ready
+        self._drain = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._plan_shown = False
+
+    def drain(self) -> None:
+        """Finish what runs, take nothing new, then return from `run`. A second call ends what runs, too."""
+        if self._drain.is_set():
+            self._hurry.set()
+        self._drain.set()
+
+    async def run(self, *, handle_signals: bool = True) -> int:
+        """Returns the exit status: 0 after a drain, 1 when the engine died, 2 when the user has to change something."""
+        self.frontend = Frontend(self.config)
+        server = grpc.aio.server(options=OPTIONS)
+        self.health = health.aio.HealthServicer()
+        jqserve_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self.frontend), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            self.port = server.add_insecure_port(address(self.config.host, self.config.port))
+        except RuntimeError as error:
+            log.debug("%s", error)
+            log.error("cannot listen on %s; is the port in use? --port 0 picks a free one", self._address())
+            return 2
+        await self._set_health("", serving=True)
+        await self._set_health(SERVICE, serving=False)
+        await server.start()
+        if handle_signals:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, self.drain)
+        log.info("bound to %s; loading %s", self._address(), self.config.model_path)
+        engine = await self._launch(self._progress)
+        try:
+            code = await self._serve(engine)
+            await server.stop(LAST_WORDS)
+        finally:
+            await engine.stop()
+        return code
+
+    async def _serve(self, engine: RunningEngine) -> int:
+        frontend = self.frontend
+        frontend.link, frontend.engine_pid = engine.link, engine.pid
+        engine.link.configure(self.config.engine)
+        start = asyncio.ensure_future(self._start(engine))
+        drain = asyncio.ensure_future(self._drain.wait())
+        try:
+            await asyncio.wait((start, drain), return_when=asyncio.FIRST_COMPLETED)
+            if not start.done():
+                return 0  # told to stop while loading
+            start.result()
+            await asyncio.wait((drain, engine.link.closed), return_when=asyncio.FIRST_COMPLETED)
+            if engine.link.closed.done():
+                return await self._engine_died(engine)
+            return await self._drained(engine)
+        except EngineUnavailableError as error:
+            frontend.state, frontend.status_text = State.FAILED, str(error)
+            log.error("the engine did not start: %s (%s)", error, await engine.how_it_ended())
+            return 1
+        except JqserveError as error:
+            frontend.state, frontend.status_text = State.FAILED, str(error)
+            log.error("%s", error)
+            return 2
+        finally:
+            start.cancel()
+            drain.cancel()
+
+    async def _start(self, engine: RunningEngine) -> None:
+        """The tokenizer loads on a thread while the engine loads the weights."""
+        config, frontend = self.config, self.frontend
+        if not config.ids_only:
+            source = config.tokenizer_path or config.model_path
+            revision = None if config.tokenizer_path else config.revision
+            frontend.tokenizer = await asyncio.to_thread(load_tokenizer, source, revision, config.chat_template)
+        elif config.chat_template:
+            raise UnsupportedError("--chat-template needs a tokenizer; give --tokenizer-path")
+        frontend.ready(await engine.link.ready)
+        await self._set_health(SERVICE, serving=True)
+        self._announce(f"listening on {self._address()}")
+        self._write_ready_file()
+        self._on_ready(self.port)
+
+    async def _drained(self, engine: RunningEngine) -> int:
+        frontend = self.frontend
+        frontend.state, frontend.status_text = State.DRAINING, "draining"
+        await self.health.enter_graceful_shutdown()
+        log.info("draining: %d requests are running", len(frontend.generations))
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(e.wait()) for e in (frontend.idle, self._hurry)]
+        await asyncio.wait(
+            [*waits, engine.link.closed], timeout=self.config.drain_timeout, return_when=asyncio.FIRST_COMPLETED
+        )
+        for wait in waits:
+            wait.cancel()
+        if engine.link.closed.done() and not frontend.idle.is_set():
+            return await self._engine_died(engine)
+        if not frontend.idle.is_set():
+            log.warning("%d requests did not finish; ending them", len(frontend.generations))
+            frontend.fail_all(EngineUnavailableError("the server shut down before this request finished"))
+        log.info("drained")
+        return 0
+
+    async def _engine_died(self, engine: RunningEngine) -> int:
+        """The link has failed the running requests already; new ones are refused until the statuses are out."""
+        self.frontend.state, self.frontend.status_text = State.FAILED, engine.link.closed.result()
+        await self.health.enter_graceful_shutdown()
+        log.error("the engine died: %s (%s); exiting", engine.link.closed.result(), await engine.how_it_ended())
+        return 1
+
+    def _progress(self, progress: wire.Progress) -> None:
+        if progress.stage == "plan":
+            self._announce(progress.text)
+        else:
+            self.frontend.status_text = f"{progress.stage}: {progress.text}"
+            log.info("%s", self.frontend.status_text)
+
+    async def _set_health(self, service: str, *, serving: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        await self.health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
+
+    def _address(self) -> str:
+        return address(self.config.host, self.port or self.config.port)
+
+    def _write_ready_file(self) -> None:
+        if self.config.ready_file:
+            path = Path(self.config.ready_file)
+            scratch = path.with_name(f".{path.name}.{os.getpid()}")
+            facts = {"host": self.config.host, "port": self.port, "pid": os.getpid()}
+            scratch.write_text(json.dumps({**facts, "engine_pid": self.frontend.engine_pid}))
+            scratch.replace(path)  # a reader never sees half of it
+
+
+def address(host: str, port: int) -> str:
+    """IPv6 hosts need brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
