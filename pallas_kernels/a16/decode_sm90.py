@@ -1,0 +1,490 @@
+"""Small M on Hopper: weights streamed once from HBM, multiplied by mma.m16n8k16 as they arrive.
+
+Every warp owns a private ring of shared-memory stages that the copy engine fills `stages` ahead, and a fixed set of
+k units; nothing synchronises warps until a tile's partial sums meet. x stays in shared memory for the whole kernel
+(a cluster of `split` blocks divides K, so that it fits). Weights become bf16 integers in registers (`dequant`), the
+group scales multiply the float32 sums.
+
+One block of 16 warps per SM; a tile is 16 * row_tiles * row_warps rows of W by all of K; the warps are
+row_warps x k_warps, the rest idle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.a16 import ptx
+from pallas_kernels.a16.dequant import DEQUANT, KINDS, Kind, zero_pair
+from pallas_kernels.a16.fragments import BLOCK_BYTES, ROWS
+from pallas_kernels.a16.ptx import Int
+
+WARPS = 16
+SMEM_BYTES = 227 * 1024
+DTYPES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16", jnp.dtype(jnp.float32): "f32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """row_tiles: 16-row tiles per warp; row_warps x k_warps <= 16 warps; unit: blocks of k per stage of a warp's
+    ring; split: blocks of a cluster along K; stages: depth of the ring (0: as deep as fits)."""
+
+    row_tiles: int = 1
+    row_warps: int = 1
+    k_warps: int = 16
+    unit: int = 4
+    split: int = 1
+    stages: int = 0
+    pdl: bool = False
+
+    @property
+    def rows(self) -> int:
+        return ROWS * self.row_tiles * self.row_warps
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one kernel, derived from the shapes."""
+
+    m: int
+    n: int
+    k: int
+    kind: Kind
+    x_dtype: str
+    scale_dtype: str
+    group: int  # columns that share a scale; k: one group
+    scales_in_epilogue: bool  # one scale per row (or one for all), applied to the finished sum
+    one_scale: bool
+    has_zero: bool
+    has_offset: bool
+    sms: int
+    config: Config
+
+    @property
+    def n_tiles(self) -> int:  # mma columns: x rows in eights
+        return -(-self.m // 8)
+
+    @property
+    def k_block(self) -> int:  # columns of one block of the cluster
+        return self.k // self.config.split
+
+    @property
+    def unit_k(self) -> int:
+        return self.config.unit * self.kind.block_k
+
+    @property
+    def units(self) -> int:  # per warp and tile
+        return self.k_block // (self.unit_k * self.config.k_warps)
+
+    @property
+    def tiles(self) -> int:
+        return self.n // self.config.rows
+
+    @property
+    def clusters(self) -> int:
+        return min(self.tiles, self.sms // self.config.split)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.group)
+
+    @property
+    def flush_k(self) -> int:  # columns summed before a scale is applied
+        return self.unit_k if self.scales_in_epilogue else math.gcd(self.group, self.unit_k)
+
+    @property
+    def unit_groups(self) -> int:  # groups a unit may touch
+        if self.unit_k % self.group == 0:
+            return self.unit_k // self.group
+        if self.group % self.unit_k == 0:
+            return 1
+        return min((self.unit_k - 2) // self.group + 2, self.groups)
+
+    @property
+    def scale_record(self) -> int:  # bytes of one group's 16 scales
+        return 16 * (4 if self.scale_dtype == "f32" else 2)
+
+    @property
+    def weight_bytes(self) -> int:  # of a stage
+        return self.config.row_tiles * self.config.unit * BLOCK_BYTES
+
+    def table_bytes(self) -> tuple[int, int, int]:
+        """Bytes of scales, zeros and offsets of a stage, for one 16-row tile."""
+        if self.scales_in_epilogue:
+            return 0, 0, 0
+        scale = self.scale_record * self.unit_groups
+        return scale, 16 * self.unit_groups if self.has_zero else 0, scale if self.has_offset else 0
+
+    @property
+    def copied_bytes(self) -> int:
+        return self.weight_bytes + self.config.row_tiles * sum(self.table_bytes())
+
+    @property
+    def stage_bytes(self) -> int:
+        return -(-self.copied_bytes // 128) * 128
+
+    @property
+    def x_stride(self) -> int:  # 16 bytes of padding keep ldmatrix free of bank conflicts
+        return self.k_block * 2 + 16
+
+    @property
+    def x_bytes(self) -> int:
+        return -(-self.m * self.x_stride // 128) * 128
+
+    @property
+    def partial_stride(self) -> int:  # floats between two columns of the partial sums
+        return self.config.rows + 4
+
+    @property
+    def partial_bytes(self) -> int:  # one buffer of partial sums
+        return self.config.k_warps * self.n_tiles * 8 * self.partial_stride * 4
+
+    @property
+    def stages(self) -> int:
+        active = self.config.row_warps * self.config.k_warps
+        room = SMEM_BYTES - 1024 - self.x_bytes - 2 * self.partial_bytes
+        fits = room // (active * (self.stage_bytes + 8))
+        total = self.units * -(-self.tiles // self.clusters)  # a deeper ring would never be filled
+        return min(fits, self.config.stages or 16, max(total, 1))
+
+    def check(self) -> None:
+        """Raises NotImplementedError when the kernel cannot take this problem in this configuration."""
+        c = self.config
+        problem = None
+        if self.n % c.rows:
+            problem = f"N = {self.n} is not a multiple of {c.rows}"
+        elif self.k_block * c.split != self.k or self.units * self.unit_k * c.k_warps != self.k_block:
+            problem = f"K = {self.k} is not a multiple of {c.split} x {c.k_warps} x {self.unit_k}"
+        elif c.row_warps * c.k_warps > WARPS:
+            problem = "more than 16 warps"
+        elif not self.scales_in_epilogue and (self.flush_k % 16 or self.k % self.group):
+            problem = f"groups of {self.group} do not divide units of {self.unit_k} columns"
+        elif self.stages < 2 and self.units * self.tiles > self.clusters:
+            problem = f"x [{self.m}, {self.k_block}] leaves no shared memory for the weights"
+        elif self.stages < 1 or not 1 <= self.m <= 64 or c.rows % c.split:
+            problem = f"no room for M = {self.m}"
+        if problem:
+            raise NotImplementedError(f"decode kernel: {problem}")
+
+
+def matmul(
+    plan: Plan, x: jax.Array, weight: jax.Array, scale: jax.Array, zero: jax.Array | None, offset: jax.Array | None
+) -> jax.Array:
+    """x [M, K] by packed arrays (see `fragments`) -> [M, N] in x's dtype."""
+    plan.check()
+    optional = [a for a in (zero, offset) if a is not None]
+    smem = plan.x_bytes + 2 * plan.partial_bytes
+    smem += plan.config.row_warps * plan.config.k_warps * plan.stages * (plan.stage_bytes + 8) + 128
+    refs = (plgpu.RefType(),) * (5 + len(optional))
+
+    def body(*args):
+        if plan.config.pdl:
+            plgpu.griddepcontrol_launch_dependents()
+        # The primitive marks the kernel for programmatic launch; the wait itself stands in `_emit`, after prefetch.
+        plgpu.inline_mgpu(arg_types=refs)(functools.partial(_emit, plan))(*args)
+        if plan.config.pdl:
+            plgpu.griddepcontrol_wait()
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), x.dtype),
+        grid=(plan.clusters,),
+        grid_names=("tile",),
+        cluster=(plan.config.split,) if plan.config.split > 1 else (),
+        cluster_names=("split",) if plan.config.split > 1 else (),
+        num_threads=WARPS // 4,
+        thread_name="wg",
+        scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+    return kernel(x, weight, scale, *optional)
+
+
+class _Block:
+    """Thread coordinates and the addresses in shared memory."""
+
+    def __init__(self, plan: Plan, smem: ir.Value):
+        c = plan.config
+        tid = ptx.special("%tid.x")
+        self.tid = tid
+        # All lanes of a warp agree on their warp's number: a shuffle tells the compiler so.
+        warp = Int(mgpu.warp_idx(sync=True))
+        self.warp = warp
+        self.lane = tid & 31
+        self.row_warp = warp % c.row_warps
+        self.k_warp = warp // c.row_warps
+        self.active = warp.lt(c.row_warps * c.k_warps)
+        self.leader = self.lane.eq(0)
+        self.rank = ptx.special("%cluster_ctarank") if c.split > 1 else Int.of(0)
+        self.cluster = ptx.special("%ctaid.x") // c.split
+        base = ptx.shared_address(smem)
+        self.x = base
+        self.partials = base + plan.x_bytes
+        ring = self.partials + 2 * plan.partial_bytes
+        self.ring = ring + warp * (plan.stages * plan.stage_bytes)
+        barriers = ring + c.row_warps * c.k_warps * plan.stages * plan.stage_bytes
+        self.x_barrier = barriers
+        self.barriers = barriers + 8 + warp * (plan.stages * 8)
+
+
+def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
+    del ctx
+    *optional, y_ref, smem = rest
+    tables = [s_ref, *optional]
+    b = _Block(plan, smem)
+    x_base, y_base, w_base = (ptx.global_address(r) for r in (x_ref, y_ref, w_ref))
+    t_bases = [ptx.global_address(r) for r in tables]
+    tile_count = (Int.of(plan.tiles - 1) - b.cluster) // plan.clusters + 1
+
+    fetch = functools.partial(_fetch, plan, b, w_base, t_bases)
+    with ptx.when(arith.andi(b.active, b.leader)):
+        for stage in range(plan.stages):
+            ptx.mbarrier_init(b.barriers + 8 * stage, 1)
+        with ptx.when(b.warp.eq(0)):
+            ptx.mbarrier_init(b.x_barrier, 1)
+        ptx.fence_mbarrier_init()
+        for stage in range(plan.stages):
+            tile, unit = b.cluster + (stage // plan.units) * plan.clusters, stage % plan.units
+            with ptx.when(tile.lt(plan.tiles)):
+                fetch(tile, Int.of(unit), Int.of(stage))
+    if plan.config.pdl:
+        ptx.asm("griddepcontrol.wait;")
+    with ptx.when(b.warp.eq(0)):
+        with ptx.when(b.leader):
+            ptx.mbarrier_expect(b.x_barrier, plan.m * plan.k_block * 2)
+        ptx.syncwarp()
+
+        def load_row(i: Int, carry):
+            row = i * 32 + b.lane
+            with ptx.when(row.lt(plan.m)):
+                source = ptx.offset(
+                    x_base, (row * (plan.k * 2)).i64(), (b.rank * (plan.k_block * 2)).i64()
+                )
+                ptx.bulk_load_keep(b.x + row * plan.x_stride, source, plan.k_block * 2, b.x_barrier)
+            return carry
+
+        ptx.loop(-(-plan.m // 32), [], load_row)
+    ptx.syncthreads()
+    ptx.mbarrier_wait(b.x_barrier, Int.of(0))
+
+    # Lane l reads row l % 8 of the 8x8 matrix l / 8; rows past M repeat the last one, their sums are never stored.
+    x_lanes = []
+    for nt in range(plan.n_tiles):
+        row = (b.lane % 8 + 8 * nt).min(plan.m - 1)
+        x_lanes.append(b.x + row * plan.x_stride + (b.lane // 8) * 16)
+
+    zero_acc = [ptx.f32(0.0)] * (plan.config.row_tiles * plan.n_tiles * 4)
+    my_units = ptx.select(b.active, plan.units, 0)
+    ahead, ahead_unit = divmod(plan.stages, plan.units)
+
+    def tile_body(i: Int, carry):
+        tile = b.cluster + i * plan.clusters
+
+        def unit_body(unit: Int, carry):
+            stage, phase, f_tile, f_unit, *acc = carry
+            stage, phase, f_tile, f_unit = Int(stage), Int(phase), Int(f_tile), Int(f_unit)
+            ptx.mbarrier_wait(b.barriers + stage * 8, phase)
+            acc = _multiply(plan, b, x_lanes, b.ring + stage * plan.stage_bytes, unit, acc)
+            ptx.syncwarp()
+            with ptx.when(arith.andi(b.leader, f_tile.lt(plan.tiles))):
+                fetch(f_tile, f_unit, stage)
+            wrap = (stage + 1).eq(plan.stages)
+            stage, phase = ptx.select(wrap, 0, stage + 1), ptx.select(wrap, phase ^ 1, phase)
+            done = (f_unit + 1).eq(plan.units)
+            f_tile = ptx.select(done, f_tile + plan.clusters, f_tile)
+            f_unit = ptx.select(done, 0, f_unit + 1)
+            return [stage.value, phase.value, f_tile.value, f_unit.value, *acc]
+
+        out = ptx.loop(my_units, [*carry, *zero_acc], unit_body)
+        carry, acc = out[:4], out[4:]
+        buffer = b.partials + (i & 1) * plan.partial_bytes
+        _store_partials(plan, b, buffer, acc)
+        if plan.config.split > 1:
+            ptx.cluster_sync()
+        else:
+            ptx.syncthreads()
+        _finish(plan, b, buffer, tile, s_ref, y_base)
+        return carry
+
+    start = [Int.of(0), Int.of(0), b.cluster + ahead * plan.clusters, Int.of(ahead_unit)]
+    ptx.loop(tile_count, [v.value for v in start], tile_body)
+    if plan.config.split > 1:  # the other blocks may still read this one's sums
+        ptx.cluster_sync()
+
+
+def _fetch(plan: Plan, b: _Block, w_base, t_bases, tile: Int, unit: Int, stage: Int) -> None:
+    """One lane starts the copies of a stage: row_tiles pieces of weights, then their scales, zeros and offsets."""
+    c = plan.config
+    barrier = b.barriers + stage * 8
+    target = b.ring + stage * plan.stage_bytes
+    ptx.mbarrier_expect(barrier, plan.copied_bytes)
+    piece = c.unit * BLOCK_BYTES
+    block0 = b.rank * (plan.k_block // plan.kind.block_k) + (unit * c.k_warps + b.k_warp) * c.unit
+    table_at = plan.weight_bytes
+    row_bytes = plan.k // plan.kind.block_k * BLOCK_BYTES
+    for r in range(c.row_tiles):
+        row = (tile * c.row_warps + b.row_warp) * c.row_tiles + r
+        row_start = arith.muli(row.i64(), arith.constant(ptx.i64_type(), row_bytes))
+        ptx.bulk_load(target + r * piece, ptx.offset(w_base, row_start, (block0 * BLOCK_BYTES).i64()), piece, barrier)
+        first = _first_group(plan, block0 * plan.kind.block_k)
+        records = (plan.scale_record, 16, plan.scale_record)
+        present = [(size, rec) for size, rec in zip(plan.table_bytes(), records, strict=True) if size]
+        for base, (size, record) in zip(t_bases, present, strict=False):
+            index = row * plan.groups + first
+            ptx.bulk_load(target + table_at, ptx.offset(base, (index * record).i64()), size, barrier)
+            table_at += size
+
+
+def _first_group(plan: Plan, k0: Int) -> Int:
+    """The first group whose scales a unit starting at column k0 loads (its last record must exist)."""
+    first = k0 // plan.group
+    aligned = plan.unit_k % plan.group == 0 or plan.group % plan.unit_k == 0
+    return first if aligned else first.min(plan.groups - plan.unit_groups)
+
+
+def _multiply(plan: Plan, b: _Block, x_lanes, stage: Int, unit: Int, acc: list[ir.Value]) -> list[ir.Value]:
+    """acc += (scales applied) W x over one stage; acc[(row_tile, n_tile, 4)]."""
+    c, kind = plan.config, plan.kind
+    steps_per_flush = plan.flush_k // 16
+    zero4 = [ptx.f32(0.0)] * 4
+    k_local = (unit * c.k_warps + b.k_warp) * plan.unit_k  # in the block's part of K
+    k0 = k_local + b.rank * plan.k_block
+    x_at = [lane + k_local * 2 for lane in x_lanes]
+    size = sum(plan.table_bytes())
+    table = stage + plan.weight_bytes
+    sums = {(r, t): zero4 for r in range(c.row_tiles) for t in range(plan.n_tiles)}
+    x_sums = {t: zero4 for t in range(plan.n_tiles)}
+    zeros: dict[int, tuple[Int, Int]] = {}
+    ones = [Int.of(0x3F803F80 if plan.x_dtype == "bf16" else 0x3C003C00)] * 4
+    words: dict[int, list[Int]] = {}
+    x_frag: dict[int, list[Int]] = {}
+    acc = list(acc)
+    for step in range(c.unit * kind.steps):
+        flush = step // steps_per_flush
+        if step % 2 == 0:  # one ldmatrix.x4 serves two steps of 16 columns
+            x_frag = {t: ptx.ldmatrix_x4(x_at[t] + step * 32) for t in range(plan.n_tiles)}
+        if step % kind.steps == 0:
+            at = stage + b.lane * 16 + (step // kind.steps) * BLOCK_BYTES
+            words = {r: ptx.load_shared(at + r * c.unit * BLOCK_BYTES, 4) for r in range(c.row_tiles)}
+        if step % steps_per_flush == 0 and plan.has_zero:
+            for r in range(c.row_tiles):
+                at = table + r * size + plan.table_bytes()[0]
+                pair = ptx.load_shared_u16(at + _local_group(plan, k0, flush) * 16 + (b.lane // 4) * 2)
+                zeros[r] = (zero_pair(plan.x_dtype, pair, False), zero_pair(plan.x_dtype, pair, True))
+        part = (step % kind.steps) * kind.words
+        for r in range(c.row_tiles):
+            a = DEQUANT[kind.name](plan.x_dtype, words[r][part : part + kind.words], zeros.get(r))
+            for t in range(plan.n_tiles):
+                half = x_frag[t][2 * (step % 2) : 2 * (step % 2) + 2]
+                sums[r, t] = ptx.mma_m16n8k16(plan.x_dtype, sums[r, t], a, half)
+        if plan.has_offset:
+            for t in range(plan.n_tiles):
+                half = x_frag[t][2 * (step % 2) : 2 * (step % 2) + 2]
+                x_sums[t] = ptx.mma_m16n8k16(plan.x_dtype, x_sums[t], ones, half)
+        if (step + 1) % steps_per_flush:
+            continue
+        for r in range(c.row_tiles):
+            if plan.scales_in_epilogue:
+                scales = None
+            else:
+                group = _local_group(plan, k0, flush)
+                scales = _row_pair(plan, table + r * size, group, b.lane)
+            if plan.has_offset:
+                sizes = plan.table_bytes()
+                offsets = _row_pair(plan, table + r * size + sizes[0] + sizes[1], group, b.lane)
+            for t in range(plan.n_tiles):
+                for i in range(4):
+                    j = (r * plan.n_tiles + t) * 4 + i
+                    if scales is None:
+                        acc[j] = arith.addf(acc[j], sums[r, t][i])
+                    else:
+                        acc[j] = ptx.fma_f32(sums[r, t][i], scales[i // 2], acc[j])
+                    if plan.has_offset:
+                        acc[j] = ptx.fma_f32(x_sums[t][i], offsets[i // 2], acc[j])
+                sums[r, t] = zero4
+        x_sums = {t: zero4 for t in range(plan.n_tiles)}
+    return acc
+
+
+def _local_group(plan: Plan, k0: Int, flush: int) -> Int | int:
+    """Which of the loaded groups the flush'th part of the unit belongs to."""
+    if plan.unit_k % plan.group == 0:
+        return flush * plan.flush_k // plan.group
+    if plan.group % plan.unit_k == 0:
+        return 0
+    return (k0 + flush * plan.flush_k) // plan.group - _first_group(plan, k0)
+
+
+def _row_pair(plan: Plan, table: Int, group: Int | int, lane: Int) -> tuple[ir.Value, ir.Value]:
+    """The float32 scales of rows g and g + 8 (g = lane / 4)."""
+    at = table + (lane // 4) * (plan.scale_record // 8)
+    at = at + group * plan.scale_record
+    if plan.scale_dtype == "f32":
+        low, high = ptx.load_shared(at, 2)
+        return ptx.bits_to_f32(low), ptx.bits_to_f32(high)
+    (word,) = ptx.load_shared(at, 1)
+    if plan.scale_dtype == "f16":
+        return ptx.half_to_f32(word, False), ptx.half_to_f32(word, True)
+    return ptx.bits_to_f32(word << 16), ptx.bits_to_f32(word & 0xFFFF0000)
+
+
+def _store_partials(plan: Plan, b: _Block, buffer: Int, acc: list[ir.Value]) -> None:
+    """Accumulators to shared memory as [k_warp][x row][W row]."""
+    c = plan.config
+    with ptx.when(b.active):
+        base = buffer + b.k_warp * (plan.n_tiles * 8 * plan.partial_stride * 4)
+        base = base + ((b.lane % 4) * (2 * plan.partial_stride) + b.lane // 4 + b.row_warp * (ROWS * c.row_tiles)) * 4
+        for r in range(c.row_tiles):
+            for t in range(plan.n_tiles):
+                for i in range(4):
+                    at = ((8 * t + i % 2) * plan.partial_stride + ROWS * r + 8 * (i // 2)) * 4
+                    ptx.store_shared_f32(base + at, acc[(r * plan.n_tiles + t) * 4 + i])
+
+
+def _finish(plan: Plan, b: _Block, buffer: Int, tile: Int, s_ref, y_base) -> None:
+    """Sums the partial sums of all warps and blocks; each block of the cluster writes its share of the rows."""
+    c = plan.config
+    share = c.rows // c.split
+    outputs = share * plan.m
+    threads = WARPS * 32
+    for start in range(0, outputs, threads):
+        index = b.tid + start
+        with ptx.when(index.lt(outputs)):
+            m, row = index // share, index % share + b.rank * share
+            at = buffer + (m * plan.partial_stride + row) * 4
+            total = ptx.f32(0.0)
+            for peer in range(c.split):
+                base = ptx.cluster_map(at, peer) if c.split > 1 else at
+                for kw in range(c.k_warps):
+                    step = kw * plan.n_tiles * 8 * plan.partial_stride * 4
+                    total = arith.addf(total, ptx.load_shared_f32(base + step, cluster=c.split > 1))
+            n = tile * c.rows + row
+            if plan.scales_in_epilogue:
+                total = arith.mulf(total, _load_scale(plan, s_ref, n))
+            out_type = ir.BF16Type.get() if plan.x_dtype == "bf16" else ir.F16Type.get()
+            value = arith.truncf(out_type, total)
+            address = ptx.offset(y_base, ((m * plan.n + n) * 2).i64())
+            llvm.store(value, llvm.inttoptr(llvm.PointerType.get(1), address))
+
+
+def _load_scale(plan: Plan, s_ref, n: Int) -> ir.Value:
+    """The float32 scale of row n from the [N, 1] or [1, 1] array."""
+    size = 4 if plan.scale_dtype == "f32" else 2
+    types = {"f32": ir.F32Type, "bf16": ir.BF16Type, "f16": ir.F16Type}
+    index = Int.of(0) if plan.one_scale else n
+    address = ptx.offset(ptx.global_address(s_ref), (index * size).i64())
+    value = llvm.load(types[plan.scale_dtype].get(), llvm.inttoptr(llvm.PointerType.get(1), address))
+    return value if size == 4 else arith.extf(ir.F32Type.get(), value)
+
+
+__all__ = ["DTYPES", "KINDS", "Config", "Plan", "matmul"]

@@ -1,0 +1,93 @@
+"""Packed words -> operand A of the tensor core, by bit patterns instead of conversions.
+
+The number 2^7 + u (bf16, u < 128) or 2^10 + u (fp16, u < 1024) is the magic word's bits with u in the mantissa, so
+AND and OR (one LOP3) make it and one packed subtraction takes the magic number and the zero point off again, exactly:
+every value is an integer below 2^8.
+
+`words(kind)` 32-bit words per lane hold 16 rows x 16 columns; each function returns the four registers a0..a3
+(a0, a2 of row g, a1, a3 of row g + 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.a16.ptx import Int, lop3_and_or, packed, prmt
+
+MAGIC = {"bf16": 0x4300, "f16": 0x6400}  # 128.0 and 1024.0
+
+
+def both(half: int) -> int:
+    """A 16-bit pattern in both halves of a word."""
+    return half << 16 | half
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A stored type: "u4", "s8" or "e4m3" (float8_e4m3fn)."""
+
+    name: str
+    words: int  # per lane for 16 rows x 16 columns
+    block_k: int  # columns in a block of 512 bytes
+
+    @property
+    def steps(self) -> int:
+        """16-column steps in a block."""
+        return self.block_k // 16
+
+
+KINDS = {"u4": Kind("u4", 1, 64), "s8": Kind("s8", 2, 32), "e4m3": Kind("e4m3", 2, 32)}
+
+
+def zero_pair(dtype: str, zeros: Int, high: bool) -> Int:
+    """Byte 0 (row g) or byte 1 (row g + 8) of `zeros` -> magic + zero in both halves of a word."""
+    magic = Int.of(both(MAGIC[dtype]))
+    # prmt picks bytes: 0..3 of zeros, 4..7 of the magic word.
+    low = 1 if high else 0
+    if dtype == "bf16":  # 0x43zz with zz < 128
+        return prmt(zeros, magic, 0x5050 | low << 8 | low)
+    return prmt(zeros, magic, 0x5050 | low << 8 | low)
+
+
+def u4(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]:
+    """Values u - zero; `zeros` are (row g, row g + 8) words of `zero_pair`; None is 8."""
+    magic = both(MAGIC[dtype])
+    low, high = zeros or (Int.of(magic + both(8)),) * 2
+    out = []
+    for i in range(4):
+        word = lop3_and_or(words[0] >> (4 * i), both(15), magic)
+        out.append(packed("sub", dtype, word, (low, high)[i % 2]))
+    return out
+
+
+def s8(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]:
+    """int8: the low seven bits minus 128 where the sign bit is set (that bit turns 128 into 256 in bf16's exponent)."""
+    magic = both(MAGIC[dtype])
+    out = []
+    for i in range(4):
+        word = words[i // 2] >> (8 * (i % 2))
+        magnitude = lop3_and_or(word, both(0x7F), magic)
+        sign = lop3_and_or(word, both(0x80), magic)
+        value = packed("sub", dtype, magnitude, sign)
+        out.append(packed("sub", dtype, value, zeros[i % 2]) if zeros else value)
+    return out
+
+
+def e4m3(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]:
+    """fp8: exponent and mantissa moved into place, then multiplied by the difference of the exponents' biases."""
+    assert zeros is None
+    shift = 4 if dtype == "bf16" else 1
+    bias = both(0x7B80 if dtype == "bf16" else 0x5C00)  # 2^120, 2^8
+    out = []
+    for i in range(4):
+        word = words[i // 2] if i % 2 else words[i // 2] << 8
+        rest = (word & both(0x7F00)) >> shift
+        out.append(packed("mul", dtype, Int.of(_sign_or(word, rest)), Int.of(bias)))
+    return out
+
+
+def _sign_or(word: Int, rest: Int) -> Int:
+    return (word & both(0x8000)) | rest
+
+
+DEQUANT = {"u4": u4, "s8": s8, "e4m3": e4m3}
