@@ -16,10 +16,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 MAX_TOP_LOGPROBS = 20
-_HIGH_BIT = 0x80000000
+_HIGH_BIT = np.uint32(0x80000000)
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +54,8 @@ class RowParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """tokens int32 [R]; the rest None in the greedy variant: logprob float32 [R], top_ids [R, 20], top [R, 20]."""
+    """tokens int32 [R] (-1: the logits held NaN). The rest is None in the greedy variant: logprob float32 [R], top_ids
+    int32 and top float32 [R, 20]."""
 
     tokens: jax.Array
     logprob: jax.Array | None = None
@@ -63,15 +65,21 @@ class Sampled:
 
 def greedy(logits: jax.Array) -> Sampled:
     """The variant of steps in which nobody asked for more: logits float32 [R, V]."""
-    return Sampled(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return Sampled(_argmax(logits))
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """int32 [R]; -1 for a row with NaN, so that the engine ends that request instead of emitting noise."""
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first NaN, when there is one
+    return jnp.where(jnp.isnan(jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]), -1, best)
 
 
 def sample(logits: jax.Array, params: RowParams) -> Sampled:
     """logits float32 [R, V]; greedy rows (temperature 0) give what `greedy` gives unless penalties or biases say so."""
     logits = biased(penalised(logits, params), params)
-    greedy_tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy_tokens = _argmax(logits)
     drawn = lax.cond(jnp.any(params.temperature > 0), _draw, lambda *_: greedy_tokens, logits, params)
-    tokens = jnp.where(params.temperature > 0, drawn, greedy_tokens)
+    tokens = jnp.where((params.temperature > 0) & (greedy_tokens >= 0), drawn, greedy_tokens)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     logprob = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
     count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
@@ -151,14 +159,14 @@ def kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
 def _sortable(x: jax.Array) -> jax.Array:
     """float32 -> uint32 in the same order (both zeros equal)."""
     bits = lax.bitcast_convert_type(x + 0.0, jnp.uint32)
-    return jnp.where(bits >= _HIGH_BIT, ~bits, bits | jnp.uint32(_HIGH_BIT))
+    return jnp.where(bits >= _HIGH_BIT, ~bits, bits | _HIGH_BIT)
 
 
 def _threshold(order: jax.Array, enough) -> jax.Array:  # type: ignore[no-untyped-def]
     """The greatest t per row for which `enough(order >= t)` [R] still holds; [R, 1]. It must hold for t = 0."""
 
     def bit(i: jax.Array, t: jax.Array) -> jax.Array:
-        candidate = t | (jnp.uint32(_HIGH_BIT) >> i.astype(jnp.uint32))
+        candidate = t | (_HIGH_BIT >> i.astype(jnp.uint32))
         return jnp.where(enough(order >= candidate)[:, None], candidate, t)
 
     return lax.fori_loop(0, 32, bit, jnp.zeros((order.shape[0], 1), jnp.uint32))

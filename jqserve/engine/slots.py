@@ -11,7 +11,7 @@ import numpy as np
 from jqserve.engine.sampler import RowParams
 from jqserve.engine.sequence import Sequence
 
-MAX_BIASES = 320  # entries a slot: 300 of logit_bias (OpenAI's bound) and the stop ids that min_new_tokens bans
+MAX_BIASES = 336  # entries a slot: 300 of logit_bias (OpenAI's bound) and the stop ids that min_new_tokens bans
 FOREVER = np.iinfo(np.int32).max
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")

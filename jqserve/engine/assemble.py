@@ -1,0 +1,151 @@
+"""From a loaded model to an engine: sizes chosen from the model and the device, everything put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from jqserve.engine.batch import StepShape
+from jqserve.engine.buckets import Buckets, make_buckets
+from jqserve.engine.cache import CacheShape, cache_shape, pages_that_fit
+from jqserve.engine.config import DeviceDefaults, EngineConfig, defaults_for
+from jqserve.engine.engine import EngineCore
+from jqserve.engine.pages import PagePool
+from jqserve.engine.runner import Runner
+from jqserve.engine.scheduler import Scheduler
+from jqserve.engine.slots import empty
+from jqserve.engine.step import Structure, lower_step, make_state
+from jqserve.engine.validate import Limits
+from jqserve.errors import UnsupportedError
+from jqserve.models.build import build, split
+from jqserve.models.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+CPU_POOL_BYTES = 512 * 2**20
+CPU_CONTEXT = 4096  # the CPU's attention reads a sequence's whole page table, whatever of it is in use
+
+
+def assemble(
+    config: EngineConfig, model: ModelConfig, params: Mapping[str, Any], *, info: dict[str, Any] | None = None
+) -> EngineCore:
+    """An engine over `params` (in kernel layout, on the device), not warmed up yet.
+
+    Raises UnsupportedError for options that contradict each other or the model, JqserveError when no memory is left.
+    """
+    structure, leaves = split(build(model, params))
+    device = next(iter(leaves[0].devices()))
+    defaults = defaults_for(device.platform)
+    slots = config.max_running_requests or defaults.max_running_requests
+    tile_size = config.tile_size or defaults.tile_size
+    tiles = -(-(config.chunked_prefill_size or defaults.chunked_prefill_size) // tile_size)
+    buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets)
+    page_size = config.page_size or defaults.page_size
+    dtype = str(params["embed"]["weight"].dtype) if config.kv_dtype == "auto" else config.kv_dtype
+    context = _wanted_context(config, model, device.platform)
+    smallest = cache_shape(model, page_size=page_size, pages=1, dtype=dtype)
+    shape = StepShape(slots, page_size, -(-context // page_size), tile_size, model.vocab_size)
+    pages = config.num_pages or _choose_pages(config, structure, leaves, shape, smallest, buckets)
+    cache = dataclasses.replace(smallest, pages=pages + 1)
+    if cache.tokens < context:
+        context = _shortened(config, context, cache)
+        shape = dataclasses.replace(shape, pages_per_sequence=-(-context // page_size))
+    limits = Limits(model.vocab_size, context, model.eos_token_ids)
+    runner = Runner(structure, leaves, shape, cache, buckets)
+    scheduler = Scheduler(PagePool(pages), page_size=page_size, slots=slots, tile_size=tile_size, tiles=tiles)
+    facts = _facts(config, model, context, slots, cache, device) | (info or {})
+    overlap = not config.disable_overlap_schedule
+    return EngineCore(runner, scheduler, limits, max_queued=config.max_queued, overlap=overlap, info=facts)
+
+
+def warmup_runs(engine: EngineCore) -> int:
+    return defaults_for(engine.runner.device.platform).warmup_runs
+
+
+def device_defaults() -> DeviceDefaults:
+    return defaults_for(jax.devices()[0].platform)
+
+
+def _wanted_context(config: EngineConfig, model: ModelConfig, platform: str) -> int:
+    if config.context_length is None:
+        return min(model.max_position, CPU_CONTEXT) if platform == "cpu" else model.max_position
+    if config.context_length > model.max_position:
+        raise UnsupportedError(
+            f"context_length {config.context_length} is more than the model's {model.max_position} positions; "
+            f"choose at most {model.max_position}"
+        )
+    return config.context_length
+
+
+def _shortened(config: EngineConfig, context: int, cache: CacheShape) -> int:
+    """A single request must fit into the pool, or it could never end."""
+    if config.context_length is not None:
+        raise UnsupportedError(
+            f"the KV pool holds {cache.tokens} tokens, fewer than one request of context_length {context} may need; "
+            "lower --context-length, or give more memory (--mem-fraction-static, num_pages)"
+        )
+    log.warning("context length %d is lowered to %d, what the KV pool holds", context, cache.tokens)
+    return cache.tokens
+
+
+def _choose_pages(
+    config: EngineConfig,
+    structure: Structure,
+    leaves: tuple[jax.Array, ...],
+    shape: StepShape,
+    smallest: CacheShape,
+    buckets: Buckets,
+) -> int:
+    """Usable pages: on a CPU a fixed budget, on a GPU what weights and the worst step's activations leave."""
+    device = next(iter(leaves[0].devices()))
+    most = shape.slots * shape.pages_per_sequence
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if not stats or "bytes_limit" not in stats:
+        return max(1, min(most, CPU_POOL_BYTES // smallest.page_bytes))
+    trial = dataclasses.replace(smallest, pages=shape.slots + 1)
+    state = jax.eval_shape(lambda: make_state(shape))
+    worst = max(buckets.all(), key=lambda b: (b.sampled, b.rows(shape.tile_size)))
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
+    compiled = lower_step(structure, shape, worst, True, weights, trial.abstract(), state, empty(shape.slots)).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    limit = int(stats["bytes_limit"])
+    pages = pages_that_fit(
+        page_bytes=smallest.page_bytes,
+        limit=limit,
+        in_use=int(stats["bytes_in_use"]) + state_bytes,
+        static_bytes=int(limit / config.xla_fraction * config.mem_fraction_static),
+        activation_bytes=int(1.1 * temporary) + 2**28,  # a tenth for fragmentation, 256 MiB for outputs and libraries
+        most=most,
+    )
+    log.info("the worst step takes %.2f GiB beside weights and pages; %d pages", temporary / 2**30, pages)
+    return pages
+
+
+def _facts(
+    config: EngineConfig, model: ModelConfig, context: int, slots: int, cache: CacheShape, device: Any
+) -> dict[str, Any]:
+    return {
+        "model_path": config.model_path,
+        "architecture": model.architecture,
+        "model_type": model.model_type,
+        "vocab_size": model.vocab_size,
+        "context_length": context,
+        "max_running_requests": slots,
+        "max_queued": config.max_queued,
+        "eos_token_ids": list(model.eos_token_ids),
+        "model": model.to_json(),
+        "kv": {
+            "dtype": cache.dtype,
+            "page_size": cache.page_size,
+            "pages": cache.pages - 1,
+            "bytes": cache.pages * cache.page_bytes,
+            "tokens": cache.tokens,
+        },
+        "device": f"{device.platform}: {device.device_kind}",
+        "overlap_schedule": not config.disable_overlap_schedule,
+    }

@@ -1,0 +1,100 @@
+"""`EngineConfig`: how to load and run a model, decided once; nothing below it reads the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from jqserve.errors import UnsupportedError
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What to load and how to run it. None means: chosen from the model and the device when the engine is built.
+
+    model_path, revision, load_format   a directory or Hub id; "dummy" makes random weights in the checkpoint's scheme
+    dtype, quantization, activations    as in `jqserve.load`; kv_dtype: "auto" (the compute dtype) or a KV dtype
+    max_running_requests   slots: sequences that run at once
+    context_length         tokens of prompt and answer together
+    mem_fraction_static    share of the GPU's memory for weights and KV pages; xla_fraction: the share that XLA may
+                           allocate (its own default is 0.75; `engine/process` sets more before jax is imported)
+    chunked_prefill_size   most prompt tokens in one step, rounded up to whole tiles of `tile_size`
+    page_size, num_pages   tokens per KV page; pages of the pool
+    max_queued             waiting requests beyond which new ones are refused
+    random_seed            of the seeds that the offline engine draws for requests without one, and of dummy weights
+    disable_overlap_schedule  read each step before the next is dispatched (the tokens are the same)
+    disable_warmup         compile each shape when it first comes (tests, offline use), not before serving
+    compilation_cache_dir  JAX's persistent cache, an owner-only directory; None: not set
+    """
+
+    model_path: str = ""
+    revision: str | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: str | None = None
+    quantization: str | None = None
+    activations: Literal["config", "none"] = "config"
+    kv_dtype: str = "auto"
+    max_running_requests: int | None = None
+    context_length: int | None = None
+    mem_fraction_static: float = 0.88
+    xla_fraction: float = 0.75
+    chunked_prefill_size: int | None = None
+    page_size: int | None = None
+    tile_size: int | None = None
+    num_pages: int | None = None
+    max_queued: int = 1024
+    random_seed: int = 0
+    disable_overlap_schedule: bool = False
+    disable_warmup: bool = False
+    compilation_cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.load_format not in ("auto", "dummy"):
+            raise UnsupportedError(f"load_format {self.load_format!r} is not supported; supported: auto, dummy")
+        if not 0.05 <= self.mem_fraction_static <= 0.98:
+            raise UnsupportedError(
+                f"mem_fraction_static {self.mem_fraction_static} is not in 0.05 .. 0.98 (usual: 0.8 .. 0.9)"
+            )
+        for name in (
+            "max_running_requests",
+            "context_length",
+            "chunked_prefill_size",
+            "page_size",
+            "tile_size",
+            "num_pages",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UnsupportedError(f"{name} must be at least 1, found {value}")
+        if self.max_queued < 0:
+            raise UnsupportedError(f"max_queued must not be negative, found {self.max_queued}")
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> EngineConfig:
+        """From the keys of `wire.Configure`; None keeps the default. Raises UnsupportedError for an unknown key."""
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(set(fields) - known):
+            raise UnsupportedError(f"unknown engine options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return EngineConfig(**{name: value for name, value in fields.items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceDefaults:
+    """What suits a kind of device, where the user has not said."""
+
+    max_running_requests: int
+    chunked_prefill_size: int
+    page_size: int
+    tile_size: int
+    fine_buckets: bool
+    warmup_runs: int  # XLA captures a CUDA graph on a program's second or third run
+
+
+#: a CPU computes every padded row, and its users wait for every compilation; GPU figures follow the attention kernels'
+#: page of 64 tokens and tile of 64 queries.
+CPU = DeviceDefaults(16, 128, 16, 32, False, 1)
+GPU = DeviceDefaults(256, 2048, 64, 64, True, 3)
+
+
+def defaults_for(platform: str) -> DeviceDefaults:
+    return CPU if platform == "cpu" else GPU

@@ -1,0 +1,201 @@
+"""The loop: schedule a step, dispatch it, read the one before it, tell what came out.
+
+With overlap (the default) step n+1 is dispatched before step n has been read: its decode rows take their tokens from
+the device. A sequence that step n turns out to end has then one row too many in step n+1; that row is dropped, and
+nothing of it is ever emitted. When a step raises, the pages and the slots' state are made anew, everything that ran
+waits to be recomputed, and the sequences of that step run one at a time until the one at fault is found.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from jqserve.engine.request import EngineRequest, EngineStats, FinishReason, StepEvent, TokenLogprobs
+from jqserve.engine.runner import Launched, Runner
+from jqserve.engine.scheduler import Plan, Scheduler
+from jqserve.engine.sequence import Sequence
+from jqserve.engine.validate import Limits, check_request, stop_ids
+from jqserve.errors import JqserveError, QueueFullError, RequestError
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model's logits are not numbers (NaN): the weights or the dtype do not suit this prompt"
+MAX_FAILURES_IN_A_ROW = 300  # more than the most sequences of a step: a device that never works again ends the engine
+
+
+class EngineCore:
+    """One model's engine. One thread calls it."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        limits: Limits,
+        *,
+        max_queued: int,
+        overlap: bool = True,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        self.runner, self.scheduler, self.limits = runner, scheduler, limits
+        self.max_queued, self.overlap = max_queued, overlap
+        self._info = info or {}
+        self._sequences: dict[int, Sequence] = {}
+        self._in_flight: Launched | None = None
+        self._arrivals = 0
+        self._steps = self._generated = self._rows = self._failures = 0
+        #: seconds of the host by phase since the start: schedule, launch, wait (for the device), emit
+        self.host_seconds = dict.fromkeys(("schedule", "launch", "wait", "emit"), 0.0)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Raises RequestError for what cannot be served, QueueFullError when too many wait."""
+        if request.rid in self._sequences:
+            raise RequestError("rid", f"request {request.rid} is running already")
+        if len(self.scheduler.waiting) >= self.max_queued + len(self.scheduler.free_slots):
+            raise QueueFullError(
+                f"{len(self.scheduler.waiting)} requests wait already (max_queued {self.max_queued}); try again later"
+            )
+        request = check_request(request, self.limits)
+        assert request.sampling.max_new_tokens is not None
+        sequence = Sequence(
+            request=request,
+            arrival=self._arrivals,
+            limit=len(request.prompt) + request.sampling.max_new_tokens,
+            tokens=list(request.prompt),
+            stop_ids=stop_ids(request.sampling, self.limits),
+        )
+        self._arrivals += 1
+        self._sequences[request.rid] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, rid: int) -> bool:
+        """Forgets a request at once, wherever it is; no event follows. False when there is no such request."""
+        sequence = self._sequences.pop(rid, None)
+        if sequence is None:
+            return False
+        sequence.finish = FinishReason.ABORT
+        self.scheduler.remove(sequence)
+        return True
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do; False only when nothing runs, waits, or has to be read."""
+        return bool(self._sequences) or self._in_flight is not None
+
+    def step(self) -> list[StepEvent]:
+        """One turn of the loop: dispatches a step, waits for the one before it. Nothing to do: returns at once.
+
+        Raises only when the device does not come back after a failure; every request is lost then.
+        """
+        clock = time.perf_counter()
+        plan = self.scheduler.schedule()
+        clock = self._time("schedule", clock)
+        launched, failure = None, None
+        if plan:
+            try:
+                launched = self.runner.launch(plan)
+            except Exception as error:
+                failure = error
+        clock = self._time("launch", clock)
+        if self.overlap:
+            previous, self._in_flight = self._in_flight, launched
+        else:
+            previous = launched
+        failures = self._failures
+        events = self._resolve(previous) if previous is not None else []
+        if failure is not None and self._failures <= failures:  # else: it failed because the one before it had
+            events += self._recover(failure, plan)
+        if not plan and previous is None and self._sequences and failure is None:
+            events += self._stalled()
+        return events
+
+    def stats(self) -> EngineStats:
+        pool = self.scheduler.pool
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages_used=pool.used,
+            pages_total=pool.total,
+            preemptions=self.scheduler.preemptions,
+            compilations_after_warmup=self.runner.compilations_after_warmup,
+            steps=self._steps,
+            generated_tokens=self._generated,
+            mean_batch=self._rows / self._steps if self._steps else 0.0,
+        )
+
+    def model_info(self) -> dict[str, Any]:
+        """JSON: the model, its plan, the KV pool, limits and defaults (the keys are listed in `engine/channel`)."""
+        return dict(self._info)
+
+    def _resolve(self, launched: Launched) -> list[StepEvent]:
+        """Reads a step and takes its tokens over."""
+        clock = time.perf_counter()
+        try:
+            read = self.runner.read(launched)
+        except Exception as error:
+            return self._recover(error, launched.plan)
+        clock = self._time("wait", clock)
+        plan = launched.plan
+        self._failures = 0
+        self._steps += 1
+        self._rows += len(plan.sequences)
+        events = []
+        computed = [row.position + 1 for row in plan.decodes] + [chunk.start + chunk.length for chunk in plan.chunks]
+        for sequence, token, logprobs, reached in zip(plan.sequences, read.tokens, read.logprobs, computed):
+            if sequence.finish is not None:
+                continue  # it had ended, or was aborted, when this step was under way
+            self.scheduler.passed(sequence, reached)
+            if token is not None:
+                sequence.pending -= 1
+                events.append(self._take(sequence, token, logprobs))
+        self._time("emit", clock)
+        return events
+
+    def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> StepEvent:
+        if token < 0:
+            self._end(sequence, FinishReason.ERROR)
+            return StepEvent(sequence.rid, (), FinishReason.ERROR, error=NOT_FINITE)
+        sequence.tokens.append(token)
+        self._generated += 1
+        finish, matched = None, None
+        if token in sequence.stop_ids:
+            finish, matched = FinishReason.STOP, token
+        elif len(sequence.tokens) >= sequence.limit:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._end(sequence, finish)
+        return StepEvent(sequence.rid, (token,), finish, matched, () if logprobs is None else (logprobs,))
+
+    def _end(self, sequence: Sequence, finish: FinishReason) -> None:
+        sequence.finish = finish
+        del self._sequences[sequence.rid]
+        self.scheduler.remove(sequence)
+
+    def _recover(self, error: Exception, plan: Plan) -> list[StepEvent]:
+        """After a step raised. Its sequences are run one at a time from now on; one that fails alone is given up."""
+        self._failures += 1
+        if self._failures > MAX_FAILURES_IN_A_ROW:
+            raise JqserveError(f"{self._failures} steps failed in a row; the last one with: {error}") from error
+        log.error("a step with %d sequences failed: %s", len(plan.sequences), error, exc_info=error)
+        in_flight, self._in_flight = self._in_flight, None
+        events = []
+        alone = plan.sequences[0] if len(plan.sequences) == 1 else None
+        if alone is not None and alone.probation and alone.finish is None:
+            events.append(StepEvent(alone.rid, (), FinishReason.ERROR, error=f"the step failed: {error}"))
+            self._end(alone, FinishReason.ERROR)
+        del in_flight  # its results depend on what the failed step left
+        self.runner.reset()
+        self.scheduler.requeue(plan.sequences)
+        return events
+
+    def _stalled(self) -> list[StepEvent]:
+        """Nothing can be scheduled though requests wait: an engine's fault, which must not become a hang."""
+        sequence = self.scheduler.waiting[0] if self.scheduler.waiting else self.scheduler.running[0]
+        log.error("nothing can be scheduled; giving up on request %d: %s", sequence.rid, self.stats())
+        self._end(sequence, FinishReason.ERROR)
+        return [StepEvent(sequence.rid, (), FinishReason.ERROR, error="no step could be scheduled for this request")]
+
+    def _time(self, phase: str, since: float) -> float:
+        now = time.perf_counter()
+        self.host_seconds[phase] += now - since
+        return now
