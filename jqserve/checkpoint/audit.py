@@ -1,0 +1,113 @@
+"""The header phase: every tensor is claimed by a module, is a harmless extra, or is an error, before any is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+from jqserve.checkpoint.extras import Extra, classify
+from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, modules
+from jqserve.checkpoint.quant_config import QuantPlan
+from jqserve.checkpoint.readers.dense import DENSE
+from jqserve.checkpoint.scheme import FLOATS, Need, Scheme
+from jqserve.errors import CheckpointError
+from jqserve.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One Linear with the tensors it is read from: suffix -> full name, and the bias's full name."""
+
+    key: str
+    slot: LinearSlot
+    scheme: Scheme
+    tensors: dict[str, str]
+    bias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSource:
+    """A LinearGroup whose parts are found and checked."""
+
+    group: LinearGroup
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """All modules in loading order, and the tensors that are left out for a known reason."""
+
+    modules: tuple[Vector | GroupSource, ...]
+    extras: tuple[Extra, ...]
+
+
+def audit(checkpoint: Checkpoint, config: ModelConfig, plan: QuantPlan) -> Audit:
+    """Compares config, plan and headers.
+
+    Raises CheckpointError for a missing tensor, a wrong shape or dtype, a module that is quantized in the file and
+    not in the config or the other way round, and for tensors that nobody uses.
+    """
+    of_module: dict[str, list[str]] = defaultdict(list)
+    for name in checkpoint.names():
+        of_module[name.rpartition(".")[0]].append(name)
+    claimed: set[str] = set()
+    found: list[Vector | GroupSource] = []
+    for module in modules(config):
+        if isinstance(module, Vector):
+            _check(checkpoint, module.name, Need(FLOATS, (module.shape,)))
+            claimed.add(module.name)
+            found.append(module)
+            continue
+        parts = tuple(_part(checkpoint, key, slot, plan, of_module[slot.name]) for key, slot in module.parts)
+        for part in parts:
+            claimed.update(part.tensors.values())
+            claimed.update({part.bias} if part.bias else ())
+        found.append(GroupSource(module, parts))
+    left = [name for name in checkpoint.names() if name not in claimed]
+    return Audit(tuple(found), classify(checkpoint, config, left))
+
+
+def _check(checkpoint: Checkpoint, name: str, need: Need) -> None:
+    if name not in checkpoint:
+        raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is missing; the model's config asks for it")
+    dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
+    if dtype not in need.dtypes:
+        raise CheckpointError(
+            f"{checkpoint.file_of(name)}: {name}: dtype {dtype} found, {' or '.join(need.dtypes)} expected"
+        )
+    if shape not in need.shapes:
+        expected = " or ".join(str(list(s)) for s in need.shapes)
+        raise CheckpointError(f"{checkpoint.file_of(name)}: {name}: shape {list(shape)} found, {expected} expected")
+
+
+def _part(checkpoint: Checkpoint, key: str, slot: LinearSlot, plan: QuantPlan, present: list[str]) -> Part:
+    scheme = plan.scheme(slot.name)
+    needs = scheme.needs(slot.n, slot.k)
+    suffixes = {name.rpartition(".")[2] for name in present}
+    missing = [s for s, need in needs.items() if need.required and s not in suffixes]
+    dense = suffixes & {"weight"} and checkpoint.dtype(f"{slot.name}.weight") in FLOATS
+    if missing or (dense and scheme != DENSE):
+        raise _disagree(checkpoint, slot, scheme, missing, present)
+    scheme.check(slot.name, slot.n, slot.k)
+    tensors = {s: f"{slot.name}.{s}" for s in needs if s in suffixes}
+    for suffix, name in tensors.items():
+        _check(checkpoint, name, needs[suffix])
+    if not slot.bias:
+        return Part(key, slot, scheme, tensors)
+    bias = f"{slot.name}.bias"
+    _check(checkpoint, bias, Need(FLOATS, ((slot.n,),)))
+    return Part(key, slot, scheme, tensors, bias)
+
+
+def _disagree(
+    checkpoint: Checkpoint, slot: LinearSlot, scheme: Scheme, missing: list[str], present: list[str]
+) -> CheckpointError:
+    if not present:
+        return CheckpointError(f"{checkpoint.path}: no tensor of module {slot.name!r} is there; is a shard missing?")
+    found = ", ".join(f"{name.rpartition('.')[2]} {checkpoint.dtype(name)}" for name in present)
+    need = f"needs {', '.join(missing)}" if missing else "has no dense weight"
+    return CheckpointError(
+        f"{checkpoint.file_of(present[0])}: {slot.name}: config.json makes this module {scheme.method}, which {need}; "
+        f"the file has {found}. Config and tensors must agree (ignore lists, dynamic, modules_to_not_convert)"
+    )

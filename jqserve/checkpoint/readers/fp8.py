@@ -1,0 +1,98 @@
+"""`quant_method: fp8` with one scale a tensor (AutoFP8, vLLM; FORMATS.md section 4). Blocks are not read yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jqserve.checkpoint.fields import Fields
+from jqserve.checkpoint.readers.dense import DENSE
+from jqserve.checkpoint.readers.patterns import regex_matches
+from jqserve.checkpoint.scheme import (
+    FLOATS,
+    FP8_STATIC,
+    FP8_TOKEN,
+    Arrays,
+    Need,
+    Prepared,
+    Scheme,
+    finite,
+    grid_f32,
+    static_input_scale,
+)
+from jqserve.errors import CheckpointError
+from jqserve.quant import ActivationSpec, QuantSpec
+
+#: Scales multiply, also the one that transformers calls the inverse.
+WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
+INPUT_SCALES = ("input_scale", "activation_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8PerTensor(Scheme):
+    """W = weight * weight_scale. `static`: the file stores an input scale, whether or not it is used."""
+
+    static: bool
+    activation: ActivationSpec
+
+    @property
+    def method(self) -> str:
+        return "fp8"
+
+    def spec(self, n: int, k: int) -> QuantSpec:
+        return QuantSpec("float8_e4m3fn", (n, k), (n, k), "none", self.activation)
+
+    def needs(self, n: int, k: int) -> dict[str, Need]:
+        scalar = Need(FLOATS, ((), (1,)), required=False)
+        found = {"weight": Need(("F8_E4M3",), ((n, k),)), **dict.fromkeys(WEIGHT_SCALES, scalar)}
+        return {**found, **dict.fromkeys(INPUT_SCALES, scalar)} if self.static else found
+
+    def prepare(self, where: str, raw: Mapping[str, np.ndarray], n: int, k: int) -> Prepared:
+        name = _the_one(where, WEIGHT_SCALES, raw)
+        arrays = {"weight": raw["weight"], "scale": finite(where, name, raw[name])}
+        if not self.static:
+            return Prepared(arrays)
+        name = _the_one(where, INPUT_SCALES, raw)
+        scale = static_input_scale(where, name, raw[name])
+        return Prepared(arrays, input_scale=scale if self.activation.kind == "static_tensor" else None)
+
+    def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
+        return arrays["weight"], grid_f32(arrays["scale"], self.spec(n, k)), None
+
+
+def _the_one(where: str, names: tuple[str, ...], raw: Mapping[str, np.ndarray]) -> str:
+    found = [name for name in names if name in raw]
+    if len(found) != 1:
+        raise CheckpointError(f"{where}: exactly one of {' and '.join(names)} is expected, found {found or 'none'}")
+    return found[0]
+
+
+class Fp8Plan:
+    """All Linears but lm_head, `modules_to_not_convert` (transformers' prefix or suffix rule) and
+    `ignored_layers` (exact names, as vLLM reads them)."""
+
+    method = "fp8"
+
+    def __init__(self, config: Fields) -> None:
+        if config.data.get("weight_block_size") is not None:
+            raise config.unsupported(
+                "weight_block_size",
+                "null (one scale a tensor); block scales are not supported yet: use a "
+                "compressed-tensors FP8 checkpoint, or --quantization fp8 on the unquantized one",
+            )
+        config.one_of("fmt", ("e4m3",), "e4m3")
+        static = config.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
+        self._scheme = Fp8PerTensor(static, FP8_STATIC if static else FP8_TOKEN)
+        self._patterns = config.texts("modules_to_not_convert")
+        self._exact = frozenset(config.texts("ignored_layers"))
+        self._where = f"{config.where}, modules_to_not_convert"
+
+    def scheme(self, module: str) -> Scheme:
+        if module == "lm_head" or module in self._exact:
+            return DENSE
+        if any(module.endswith(p) or regex_matches(p, module, self._where) for p in self._patterns):
+            return DENSE
+        return self._scheme

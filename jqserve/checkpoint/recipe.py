@@ -1,0 +1,113 @@
+"""From prepared parts to canonical Linears: decode, fuse along N, cast: pure array code, for numpy or jit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jqserve.checkpoint.finite import all_finite
+from jqserve.checkpoint.online import OnlineFp8
+from jqserve.checkpoint.scheme import Arrays, Prepared, Scheme, namespace
+from jqserve.quant import QuantizedTensor, QuantSpec
+
+Linear = dict[str, Any]  # {"weight": Array | QuantizedTensor, "bias": Array (optional)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to build the Linears of one group. Hashable: equal recipes share one compilation.
+
+    parts    (scheme, n, k) of each Linear
+    fused    one Linear of all parts, concatenated along N, or one each
+    dtype    of dense weights and biases
+    online   quantizes what would be dense, or None
+    """
+
+    parts: tuple[tuple[Scheme, int, int], ...]
+    fused: bool
+    dtype: str
+    online: OnlineFp8 | None = None
+
+    def specs(self) -> tuple[QuantSpec | None, ...]:
+        """The spec of each Linear that `build` gives; None for a dense one."""
+        specs = [scheme.spec(n, k) for scheme, n, k in self.parts]
+        if self.fused and len(specs) > 1:
+            specs = [fused_spec(specs, sum(n for _, n, _ in self.parts))]
+        if self.online is None:
+            return tuple(specs)
+        shapes = [(n, k) for _, n, k in self.parts]
+        if len(specs) != len(shapes):
+            shapes = [(sum(n for n, _ in shapes), shapes[0][1])]
+        return tuple(self.online.spec(*shape) if spec is None else spec for spec, shape in zip(specs, shapes))
+
+    def build(self, arrays: tuple[Arrays, ...]) -> tuple[tuple[Linear, ...], Any]:
+        """arrays of each part (Scheme.decode's, and "perm", "input_scale", "bias" where there are) ->
+        (the Linears, whether every float in them is finite)."""
+        decoded = [scheme.decode(a, n, k) for (scheme, n, k), a in zip(self.parts, arrays)]
+        groups = [list(range(len(decoded)))] if self.fused else [[i] for i in range(len(decoded))]
+        linears, finite = [], True
+        for indices, spec in zip(groups, self.specs()):
+            values = [decoded[i] for i in indices]
+            own = [scheme.spec(n, k) for scheme, n, k in (self.parts[i] for i in indices)]
+            linear: Linear = {"weight": self._weight(spec, own, values, arrays[indices[0]])}
+            if "bias" in arrays[indices[0]]:
+                linear["bias"] = _joined([arrays[i]["bias"] for i in indices]).astype(self.dtype)
+                finite = finite & all_finite(linear["bias"])
+            weight = linear["weight"]
+            finite = finite & all_finite(weight.qvalue if isinstance(weight, QuantizedTensor) else weight)
+            linears.append(linear)
+        return tuple(linears), finite
+
+    def _weight(self, spec: QuantSpec | None, own: list[QuantSpec | None], values: list[Any], first: Arrays) -> Any:
+        qvalue = _joined([v[0] for v in values])
+        if spec is None:
+            return qvalue.astype(self.dtype)
+        if self.online is not None and own[0] is None:
+            return self.online.quantize(qvalue)
+        scales = [v[1] for v in values]
+        if len(values) > 1:  # per tensor -> per channel
+            scales = [namespace(s).repeat(s, n, axis=0) if s.shape[0] == 1 else s for s, n in _with_rows(scales, own)]
+        zeros = [v[2] for v in values]
+        zero = None if zeros[0] is None else _joined(zeros)
+        return QuantizedTensor(qvalue, _joined(scales), zero, first.get("perm"), first.get("input_scale"), spec)
+
+
+def _with_rows(scales: list[Any], specs: list[QuantSpec | None]) -> list[tuple[Any, int]]:
+    return [(scale, spec.shape[0] if spec else 0) for scale, spec in zip(scales, specs)]
+
+
+def _joined(arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else namespace(arrays[0]).concatenate(arrays, axis=0)
+
+
+def fused_spec(specs: list[QuantSpec | None], n: int) -> QuantSpec | None:
+    """The spec of parts concatenated along N. Raises ValueError where they do not agree."""
+    per_channel = [s and s.replace(shape=(n, s.shape[1]), group_shape=(1, s.group_shape[1])) for s in specs]
+    if any(s != per_channel[0] for s in per_channel):
+        raise ValueError(f"parts of different specs: {specs}")
+    return per_channel[0]
+
+
+def why_apart(parts: tuple[tuple[Scheme, int, int], ...], prepared: list[Prepared], biases: list[bool]) -> str | None:
+    """None where the parts may be fused, else the reason, for the plan."""
+    if len(prepared) == 1:
+        return None
+    try:
+        fused_spec([scheme.spec(n, k) for scheme, n, k in parts], sum(n for _, n, _ in parts))
+    except ValueError:
+        return "schemes differ"
+    if len(set(biases)) > 1:
+        return "only some have a bias"
+    for what in ("perm", "input_scale"):
+        values = [getattr(p, what) for p in prepared]
+        same = all((v is None) == (values[0] is None) for v in values)
+        if not same or not (values[0] is None or all(np.array_equal(v, values[0]) for v in values)):
+            return "act-order permutations differ" if what == "perm" else "input scales differ"
+    dtypes = {p.arrays["scale" if "scale" in p.arrays else "scales"].dtype for p in prepared if _scale(p)}
+    return "scale dtypes differ" if len(dtypes) > 1 else None
+
+
+def _scale(prepared: Prepared) -> bool:
+    return "scale" in prepared.arrays or "scales" in prepared.arrays
