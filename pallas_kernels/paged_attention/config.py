@@ -13,6 +13,7 @@ class DecodeConfig:
     warps: int = 4
     stages: int = 3
     split: int = 1
+    pdl: bool = False  # launch while the kernel before still runs, and wait for it in the kernel
 
 
 def decode_heuristic(items: int, tokens: int, row_bytes: int, cores: int) -> DecodeConfig:

@@ -47,6 +47,7 @@ class Problem:
     warps: int
     stages: int
     split: int
+    pdl: bool = False
 
     @property
     def fp8(self) -> bool:

@@ -9,7 +9,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
@@ -42,7 +41,7 @@ def problem(q, k_pages, page_table, config: DecodeConfig, **kwargs: Any) -> Prob
     return Problem(
         heads=group // parts, parts=parts, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         table_width=page_table.shape[1], kv_kind=kv_kind, q_kind=q_kind, warps=config.warps, stages=config.stages,
-        split=config.split, **kwargs,
+        split=config.split, pdl=config.pdl, **kwargs,
     )  # fmt: skip
 
 
@@ -50,7 +49,11 @@ def problem(q, k_pages, page_table, config: DecodeConfig, **kwargs: Any) -> Prob
 def _kernel(p: Problem, rows: int, dtype: Any):
     items = rows * p.kv_heads * p.parts
 
-    def body(q, k_pages, v_pages, page_table, kv_len, k_scale, v_scale, out, smem):
+    def paged_decode(q, k_pages, v_pages, page_table, kv_len, k_scale, v_scale, out, smem):
+        if p.pdl:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 9)
         def program(ctx, q, k_pages, v_pages, page_table, kv_len, k_scale, v_scale, out, smem):
             del ctx
@@ -74,7 +77,7 @@ def _kernel(p: Problem, rows: int, dtype: Any):
 
     cluster: dict[str, Any] = dict(cluster=(p.split,), cluster_names=("split",)) if p.split > 1 else {}
     return plgpu.kernel(
-        body,
+        paged_decode,
         out_type=jax.ShapeDtypeStruct((rows, p.kv_heads * p.parts * p.heads, p.head_dim), dtype),
         scratch_types=[plgpu.SMEM((p.smem_bytes,), jnp.int8)],
         grid=(items,),
