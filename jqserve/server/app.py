@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jqserve.engine import wire
 from jqserve.errors import EngineUnavailableError, JqserveError, UnsupportedError
 from jqserve.server.config import ServerConfig
 from jqserve.server.frontend import Frontend, State
-from jqserve.server.launch import OnProgress, RunningEngine
+from jqserve.server.launch import Launch, RunningEngine
 from jqserve.server.pb import jqserve_pb2, jqserve_pb2_grpc
 from jqserve.server.servicer import InferenceServicer
 from jqserve.server.tokenizer import load_tokenizer
@@ -37,7 +37,6 @@ OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 LAST_WORDS = 2.0  # seconds that statuses have to reach their callers before the sockets close
-Launch = Callable[[OnProgress], Awaitable[RunningEngine]]
 
 
 class Server:

@@ -64,9 +64,10 @@ class Generation:
             for sequence in sorted(due, key=lambda s: s.index):
                 if sequence.over:
                     continue
+                ended = sequence.finish is not None  # before the yield: what is pushed meanwhile is the next turn's
                 if (delta := sequence.take()) is not None:
                     yield delta
-                if sequence.finish is not None:
+                if ended:
                     if sequence.finish is FinishReason.ERROR:
                         raise sequence.error or JqserveError("the engine failed")
                     running -= 1

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from jqserve.engine import wire
 from jqserve.engine.channel import Channel
@@ -52,6 +52,9 @@ class RunningEngine:
         except subprocess.TimeoutExpired:
             return "it closed its link but still runs"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+Launch = Callable[[OnProgress], Awaitable[RunningEngine]]  # one of the functions below, its options filled in
 
 
 async def _connect(ours: socket.socket, on_progress: OnProgress) -> EngineLink:
