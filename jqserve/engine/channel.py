@@ -20,7 +20,7 @@ The engine process (`jqserve.engine.process`) is expected to do this:
 `Ready.info` is JSON; the front end reads these keys of it: model_path, architecture, model_type, vocab_size,
 context_length (tokens of prompt and answer together), max_running_requests, max_queued, eos_token_ids,
 sampling_defaults (non-default fields of SamplingParams from generation_config.json), quantization (text), dtype,
-plan (rows of LoadPlan.to_json()), kv {dtype, page_size, pages, bytes, tokens}, device, load_seconds, warmup_seconds.
+plan (LoadPlan.to_json()), kv {dtype, page_size, pages, bytes, tokens}, device, load_seconds, warmup_seconds.
 Everything that is missing is shown as unknown; everything else in it is passed on in GetServerInfo's JSON.
 
 A drain is the front end's business: it stops adding, waits for its streams, and closes the link.

@@ -23,7 +23,8 @@ def model_info(frontend: Frontend) -> pb.GetModelInfoResponse:
     if not frontend.info:
         frontend.need_ready()
     info = frontend.info
-    modules = [_message(pb.ModuleQuantization(), row) for row in info.get("plan") or ()]
+    plan = info.get("plan") or {}
+    modules = [_message(pb.ModuleQuantization(), _row(row)) for row in plan.get("rows") or ()]
     return _message(
         pb.GetModelInfoResponse(
             served_model_name=frontend.config.name,
@@ -33,7 +34,7 @@ def model_info(frontend: Frontend) -> pb.GetModelInfoResponse:
             weight_bytes=info.get("weight_bytes") or sum(module.bytes for module in modules),
             has_chat_template=frontend.tokenizer is not None and frontend.tokenizer.chat is not None,
         ),
-        {name: info.get(name) for name in MODEL_FIELDS},
+        {"quantization": plan.get("method"), **{name: info[name] for name in MODEL_FIELDS if name in info}},
     )
 
 
@@ -54,6 +55,12 @@ def server_info(frontend: Frontend) -> pb.GetServerInfoResponse:
         versions=versions(),
         engine=_struct(rest),
     )
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of LoadPlan.to_json() by the proto's names."""
+    n, k = row.get("shape") or (None, None)
+    return {**row, "group_size": row.get("group"), "n": n, "k": k}
 
 
 def load_message(stats: EngineStats) -> pb.Load:

@@ -235,6 +235,7 @@ def test_model_and_server_info(client: Client) -> None:
     model = client.model_info()
     assert (model.served_model_name, model.architecture, model.vocab_size) == ("echo", "EchoForCausalLM", 4096)
     assert (model.modules[0].path, model.modules[0].bits, model.weight_bytes) == ("layers.0.attn.qkv", 4, 1000)
+    assert (model.modules[0].n, model.modules[0].k, model.quantization) == (768, 256, "echo int4")
     assert model.kv_cache.pages == 100 and model.has_chat_template and model.eos_token_ids == [2]
     server = client.server_info()
     assert server.state == pb.SERVER_STATE_READY and server.frontend_pid and not server.engine_pid

@@ -307,7 +307,7 @@ class GetModelInfoResponse(_message.Message):
     def __init__(self, model_path: _Optional[str] = ..., served_model_name: _Optional[str] = ..., architecture: _Optional[str] = ..., model_type: _Optional[str] = ..., vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[_Union[ModuleQuantization, _Mapping]]] = ..., kv_cache: _Optional[_Union[KvCache, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., has_chat_template: _Optional[bool] = ...) -> None: ...
 
 class ModuleQuantization(_message.Message):
-    __slots__ = ("path", "scheme", "bits", "group_size", "activation", "dtype", "bytes", "kernel", "note")
+    __slots__ = ("path", "scheme", "bits", "group_size", "activation", "dtype", "bytes", "kernel", "note", "source", "n", "k")
     PATH_FIELD_NUMBER: _ClassVar[int]
     SCHEME_FIELD_NUMBER: _ClassVar[int]
     BITS_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +317,9 @@ class ModuleQuantization(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     KERNEL_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    N_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
     path: str
     scheme: str
     bits: int
@@ -326,7 +329,10 @@ class ModuleQuantization(_message.Message):
     bytes: int
     kernel: str
     note: str
-    def __init__(self, path: _Optional[str] = ..., scheme: _Optional[str] = ..., bits: _Optional[int] = ..., group_size: _Optional[int] = ..., activation: _Optional[str] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., kernel: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
+    source: str
+    n: int
+    k: int
+    def __init__(self, path: _Optional[str] = ..., scheme: _Optional[str] = ..., bits: _Optional[int] = ..., group_size: _Optional[int] = ..., activation: _Optional[str] = ..., dtype: _Optional[str] = ..., bytes: _Optional[int] = ..., kernel: _Optional[str] = ..., note: _Optional[str] = ..., source: _Optional[str] = ..., n: _Optional[int] = ..., k: _Optional[int] = ...) -> None: ...
 
 class KvCache(_message.Message):
     __slots__ = ("dtype", "page_size", "pages", "bytes", "tokens")

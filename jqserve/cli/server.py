@@ -1,0 +1,193 @@
+"""`jqserve-server`: serves a checkpoint over gRPC. The front end runs in this process, which never imports jax."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import gc
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jqserve.errors import JqserveError, UnsupportedError
+from jqserve.server.app import Server
+from jqserve.server.config import ServerConfig
+from jqserve.server.launch import Launch, launch_process, launch_thread
+from jqserve.server.tokenizer import has_tokenizer
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
+
+#: flags that are the engine's: they go to it under `EngineConfig`'s names, when given
+ENGINE_FLAGS = (
+    "revision",
+    "load_format",
+    "dtype",
+    "quantization",
+    "activations",
+    "kv_dtype",
+    "max_running_requests",
+    "max_queued",
+    "context_length",
+    "mem_fraction_static",
+    "chunked_prefill_size",
+    "page_size",
+    "num_pages",
+    "random_seed",
+    "disable_overlap_schedule",
+    "disable_warmup",
+    "compilation_cache_dir",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """SGLang's names where SGLang has the flag."""
+    parser = argparse.ArgumentParser(
+        prog="jqserve-server",
+        description="Serve a Hugging Face checkpoint (AWQ, GPTQ, compressed-tensors, FP8 or unquantized) over gRPC.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    model = parser.add_argument_group("model")
+    add = functools.partial(model.add_argument, default=None)
+    add("--model-path", metavar="DIR|HUB_ID", help="a checkpoint directory or Hub id; without it, the demo model")
+    add("--revision", help="the Hub branch, tag or commit")
+    add("--load-format", choices=("auto", "dummy"), help="dummy: random weights in the checkpoint's scheme")
+    add("--tokenizer-path", metavar="DIR|HUB_ID", help="where the tokenizer is, if not with the model")
+    add("--chat-template", metavar="FILE|TEMPLATE", help="a Jinja chat template instead of the checkpoint's")
+    add("--served-model-name", metavar="NAME", help="the name that requests may give; else the path's last part")
+    add(
+        "--quantization",
+        metavar="NAME",
+        help="quantize an unquantized checkpoint while loading (fp8); others need none",
+    )
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of activations and unquantized weights")
+    add("--activations", choices=("config", "none"), help="none: leave activations unquantized")
+    add("--context-length", type=positive, metavar="TOKENS", help="of prompt and answer together")
+
+    engine = parser.add_argument_group("engine")
+    add = functools.partial(engine.add_argument, default=None)
+    add("--max-running-requests", type=positive, metavar="N", help="sequences that run at once")
+    add("--max-queued", type=count, metavar="N", help="sequences that may wait; more are refused")
+    add("--mem-fraction-static", type=float, metavar="F", help="share of GPU memory for weights and KV pages")
+    add("--chunked-prefill-size", type=positive, metavar="TOKENS", help="most prompt tokens in one step")
+    add("--kv-dtype", metavar="DTYPE", help="of the KV cache")
+    add("--page-size", type=positive, metavar="TOKENS", help="of a KV page")
+    add("--num-pages", type=positive, metavar="N", help="KV pages, instead of as many as memory holds")
+    add("--random-seed", type=int, metavar="N", help="makes the seeds drawn for requests without one reproducible")
+    add(
+        "--compilation-cache-dir",
+        metavar="DIR",
+        help="keeps compiled programs between starts; only you may write there",
+    )
+    add("--disable-overlap-schedule", action="store_true", help="read each step before dispatching the next")
+    add("--disable-warmup", action="store_true", help="compile each shape when it first comes")
+
+    serving = parser.add_argument_group("serving")
+    serving.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves everybody who can reach this machine")
+    serving.add_argument("--port", type=port, default=30000, help="0 picks a free one and prints it")
+    serving.add_argument(
+        "--frontend", choices=("process", "inline"), default="process", help="inline: one process (tests)"
+    )
+    serving.add_argument(
+        "--drain-timeout", type=float, default=300.0, metavar="S", help="for running requests at SIGTERM"
+    )
+    serving.add_argument("--ready-file", metavar="FILE", help="written when ready: JSON {host, port, pid, engine_pid}")
+    serving.add_argument("--log-requests", action="store_true", help="one line per request (sizes and times, no text)")
+    serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not a port (0 to 65535)")
+    return value
+
+
+def server_config(args: argparse.Namespace) -> ServerConfig:
+    """Raises `UnsupportedError` for a model path that cannot be one."""
+    model_path = args.model_path or str(DEMO_MODEL)
+    looks_local = model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
+    folder = Path(model_path).expanduser()
+    if looks_local and not folder.is_dir():
+        what = "is a file; expected the checkpoint's directory" if folder.is_file() else "does not exist"
+        raise UnsupportedError(f"--model-path {model_path} {what}")
+    model_path = str(folder.resolve()) if folder.is_dir() else model_path
+    values: dict[str, Any] = vars(args)
+    dtype = None if args.dtype == "auto" else args.dtype
+    engine = {name: values[name] for name in ENGINE_FLAGS if values[name]} | {"model_path": model_path}
+    engine |= {name: values[name] for name in ("max_queued", "random_seed") if values[name] is not None}
+    engine.pop("dtype", None)
+    if dtype:
+        engine["dtype"] = dtype
+    source = args.tokenizer_path or model_path
+    ids_only = args.load_format == "dummy" and not has_tokenizer(source)
+    if ids_only:
+        logging.getLogger("jqserve.server").warning("%s has no tokenizer: serving token ids only", source)
+    return ServerConfig(
+        model_path=model_path,
+        host=args.host,
+        port=args.port,
+        revision=args.revision,
+        tokenizer_path=args.tokenizer_path,
+        chat_template=args.chat_template,
+        served_model_name=args.served_model_name or (None if args.model_path else "demo"),
+        frontend=args.frontend,
+        random_seed=args.random_seed,
+        log_requests=args.log_requests,
+        drain_timeout=args.drain_timeout,
+        ready_file=args.ready_file,
+        ids_only=ids_only,
+        engine=engine,
+        arguments=values,
+    )
+
+
+def launcher(config: ServerConfig) -> Launch:
+    """How the engine is started."""
+    if config.frontend == "process":
+        return launch_process
+    from jqserve.engine.process import serve  # the inline front end shares its process with jax
+
+    return functools.partial(launch_thread, serve=serve)
+
+
+async def serve(config: ServerConfig) -> int:
+    return await Server(config, launcher(config)).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 after a drain, 1 when the engine died, 2 when the user has to change something."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(
+        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    )
+    try:
+        config = server_config(args)
+        gc.freeze()  # modules and the like: the collector need not look at them again
+        return asyncio.run(serve(config))
+    except JqserveError as error:
+        print(f"jqserve-server: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
