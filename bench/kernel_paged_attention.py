@@ -28,7 +28,16 @@ from pallas_kernels.paged_attention.config import DecodeConfig, decode_heuristic
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # (rows, context, bar in us): the table.
-DECODE = ((1, 1024, 8), (8, 1024, 18.3), (64, 1024, 74), (256, 1024, 285), (1, 8192, 16), (8, 8192, 76.5), (64, 8192, 494.6), (256, 8192, 1930))
+DECODE = (
+    (1, 1024, 8),
+    (8, 1024, 18.3),
+    (64, 1024, 74),
+    (256, 1024, 285),
+    (1, 8192, 16),
+    (8, 8192, 76.5),
+    (64, 8192, 494.6),
+    (256, 8192, 1930),
+)
 DECODE_FP8 = ((64, 8192, 275), (256, 8192, 1100))
 POOL_TOKENS = 256 * 8192  # 8.6 GB of bf16 keys and values
 
@@ -150,7 +159,17 @@ def candidates(rows: int, context: int, row_bytes: int, sweep: bool) -> list[Any
     elif rows == 8:
         more = [C(4, 3, 4), C(8, 3, 2), C(4, 6, 2), C(4, 3, 2), C(4, 3, 8), C(8, 3, 1)]
     else:
-        more = [C(4, 3, 1), C(4, 2, 1), C(4, 6, 1), C(8, 3, 1), C(4, 3, 2), C(4, 4, 1), C(4, 3, 4), C(4, 3, 1, True), C(8, 2, 2)]
+        more = [
+            C(4, 3, 1),
+            C(4, 2, 1),
+            C(4, 6, 1),
+            C(8, 3, 1),
+            C(4, 3, 2),
+            C(4, 4, 1),
+            C(4, 3, 4),
+            C(4, 3, 1, True),
+            C(8, 2, 2),
+        ]
     return list(dict.fromkeys([best, *more]))
 
 
@@ -181,7 +200,13 @@ def bench_decode(log: Log, sweep: bool, page: int = 16) -> None:
         op = functools.partial(mosaic_decode_sm90.decode_attention, **kwargs)
         S = jax.ShapeDtypeStruct
         pages_of = [S((rows, context // page), jnp.int32)] * calls
-        args = (S((rows, HEADS, HEAD_DIM), jnp.bfloat16), S(shape, dtype), S(shape, dtype), S((rows,), jnp.int32), *pages_of)
+        args = (
+            S((rows, HEADS, HEAD_DIM), jnp.bfloat16),
+            S(shape, dtype),
+            S(shape, dtype),
+            S((rows,), jnp.int32),
+            *pages_of,
+        )
         return chain(op, calls).lower(*args).compile()
 
     with concurrent.futures.ThreadPoolExecutor(12) as executor:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import mosaic_decode_sm90, reference
 
 Scale = jax.Array | float | None
 
@@ -52,7 +52,8 @@ def _check_read(op, q, k_pages, v_pages, page_table, window, soft_cap, k_scale, 
     heads = q.shape[-2]
     _require(q.shape[-1] == head_dim, f"{op}: q has head dim {q.shape[-1]}, the pages have {head_dim}")
     _require(
-        kv_heads > 0 and heads % kv_heads == 0, f"{op}: {heads} query heads are no multiple of {kv_heads} key/value heads"
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"{op}: {heads} query heads are no multiple of {kv_heads} key/value heads",
     )
     _require(
         page_table.ndim == 2 and page_table.shape[0] == q.shape[0] and jnp.issubdtype(page_table.dtype, jnp.integer),
@@ -171,5 +172,11 @@ def prefill_attention(
 
 
 dispatch.register("write_kv", [dispatch.Implementation("xla", reference.write_kv)])
-dispatch.register("decode_attention", [dispatch.Implementation("xla", reference.decode_attention)])
+dispatch.register(
+    "decode_attention",
+    [
+        dispatch.Implementation("mosaic_sm90", mosaic_decode_sm90.decode_attention, dispatch.hopper_only),
+        dispatch.Implementation("xla", reference.decode_attention),
+    ],
+)
 dispatch.register("prefill_attention", [dispatch.Implementation("xla", reference.prefill_attention)])

@@ -17,13 +17,25 @@ class DecodeConfig:
 
 
 def decode_heuristic(items: int, tokens: int, row_bytes: int, cores: int) -> DecodeConfig:
-    """For `items` (row, kv head) pairs of at most `tokens` keys of `row_bytes` on a GPU of `cores` SMs."""
-    split = 1
-    while split < 8 and items * split * 2 <= 2 * cores and tokens // (split * 2) >= 64:
-        split *= 2
+    """For `items` (row, kv head) pairs of at most `tokens` keys of `row_bytes` on a GPU of `cores` SMs.
+
+    From a sweep on one H200 (kernel time in us, heads 32/8 x 128 bf16; bench/results/paged_attention.json):
+    few items take one CTA of 8 warps per SM and share a row over a cluster (1 x 1,024: split 8 5.1, 4 5.6, 16 9.1;
+    1 x 8,192: 12.4, 14.5, 17.7); many items take two CTAs of 4 warps per SM, so that one streams while the other
+    starts or merges (64 x 1,024: 65.0 against 66.4). Rows of many pages are split in two even then: it costs 0.2 %
+    (64 x 8,192: 484.7 against 484.0) and halves the tail when lengths differ.
+    """
     padded = -(-row_bytes // 128) * 128
-    stages = max(3, min(8, 96 * 1024 // (4 * 2 * 16 * padded)))  # two CTAs an SM
-    return DecodeConfig(4, stages, split)
+    ring = 2 * 16 * padded  # bytes of one warp's stage
+    few = 2 * items <= cores
+    split = 1
+    while few and split < 8 and items * split * 2 <= cores and tokens // (split * 2) >= 128:
+        split *= 2
+    if items <= cores and 8 * 2 * ring <= 200 * 1024:
+        return DecodeConfig(8, min(6, 192 * 1024 // (8 * ring)), split)
+    if not few and tokens >= 4096:
+        split = 2
+    return DecodeConfig(4, max(3, min(6, 96 * 1024 // (4 * ring))), split)
 
 
 def decode_search_space(row_bytes: int) -> list[DecodeConfig]:

@@ -27,7 +27,9 @@ def problem(q, k_pages, page_table, config: DecodeConfig, **kwargs: Any) -> Prob
     _, kv_heads, page_size, _ = k_pages.shape
     q_kind, kv_kind = _KINDS.get(str(q.dtype)), _KINDS.get(str(k_pages.dtype))
     if q_kind not in ("bf16", "f16") or kv_kind is None or (kv_kind in ("bf16", "f16") and kv_kind != q_kind):
-        raise NotImplementedError(f"takes bf16 or f16 queries on pages of the same dtype or fp8, not {q.dtype} on {k_pages.dtype}")
+        raise NotImplementedError(
+            f"takes bf16 or f16 queries on pages of the same dtype or fp8, not {q.dtype} on {k_pages.dtype}"
+        )
     if head_dim % 32 or head_dim > 256:
         raise NotImplementedError(f"takes head dims up to 256 that are multiples of 32, not {head_dim}")
     if page_size % decode_warp.TILE:
@@ -112,5 +114,11 @@ def decode_attention(
         return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, jnp.float32).reshape(-1), (kv_heads,))
 
     return _kernel(p, rows, q.dtype)(
-        q, k_pages, v_pages, page_table.astype(jnp.int32), kv_len.astype(jnp.int32), per_head(k_scale), per_head(v_scale)
+        q,
+        k_pages,
+        v_pages,
+        page_table.astype(jnp.int32),
+        kv_len.astype(jnp.int32),
+        per_head(k_scale),
+        per_head(v_scale),
     )

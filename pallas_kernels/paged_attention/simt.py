@@ -89,7 +89,9 @@ class Mlir:
         self.i64 = ir.IntegerType.get_signless(64)
         self.f32 = ir.F32Type.get()
         self.base = {
-            name: Reg(llvm.ptrtoint(self.i64, utils.memref_ptr(ref))) for name, ref in buffers.items() if ref is not None
+            name: Reg(llvm.ptrtoint(self.i64, utils.memref_ptr(ref)))
+            for name, ref in buffers.items()
+            if ref is not None
         }
         self.smem_base = Reg(llvm.ptrtoint(self.i32, utils.memref_ptr(smem)))
 
@@ -189,7 +191,9 @@ class Mlir:
 
     def copy_async(self, address: Reg, pointer: Reg, offset: int, size: Reg) -> None:
         """16 bytes global -> shared, of which the bytes past `size` (0 or 16) are zeros and not read."""
-        self._ptx(f"cp.async.cg.shared.global.L2::128B [$0], [$1 + {offset}], 16, $2;", address, pointer, size, effects=True)
+        self._ptx(
+            f"cp.async.cg.shared.global.L2::128B [$0], [$1 + {offset}], 16, $2;", address, pointer, size, effects=True
+        )
 
     def commit(self) -> None:
         self._ptx("cp.async.commit_group;", effects=True)

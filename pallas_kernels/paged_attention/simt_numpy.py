@@ -149,7 +149,9 @@ class Numpy:
     def store_shared(self, address: Any, x: Any, where: Any = None) -> None:
         for lane in range(32):
             if where is None or where[lane]:
-                self.shared[self.rank][address[lane] : address[lane] + 4] = np.float32(x[lane]).reshape(1).view(np.uint8)
+                self.shared[self.rank][address[lane] : address[lane] + 4] = (
+                    np.float32(x[lane]).reshape(1).view(np.uint8)
+                )
 
     def store_shared4(self, address: Any, x: Sequence[Any]) -> None:
         for i in range(4):

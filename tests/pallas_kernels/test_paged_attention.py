@@ -7,8 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import decode_attention, prefill_attention, reference, write_kv
+import pallas_kernels
+from pallas_kernels.paged_attention import (
+    decode_attention,
+    decode_warp,
+    mosaic_decode_sm90,
+    prefill_attention,
+    reference,
+    write_kv,
+)
 from pallas_kernels.paged_attention.cases import DECODE_CASES, PREFILL_CASES, Case, dense_attention, make
+from pallas_kernels.paged_attention.config import DecodeConfig, decode_heuristic
+from pallas_kernels.paged_attention.simt_numpy import Numpy, _lanes
+from tests.pallas_kernels.aot import compile_for_h200
 
 # The reference works in float32 and rounds once, to q's dtype: half an ulp of the output plus ~S * 2^-24.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 5e-6}
@@ -27,7 +38,9 @@ def run(case: Case, data: dict, implementation: str | None = None) -> np.ndarray
     return np.asarray(decode_attention(*pages, jnp.asarray(data["lens"]), **kwargs).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("case", [*DECODE_CASES.values(), *PREFILL_CASES.values()], ids=lambda c: f"{c.name}-{c.q_tile}")
+@pytest.mark.parametrize(
+    "case", [*DECODE_CASES.values(), *PREFILL_CASES.values()], ids=lambda c: f"{c.name}-{c.q_tile}"
+)
 def test_reference_matches_dense(case):
     data = make(case)
     out = run(case, data, "xla")
@@ -137,3 +150,111 @@ def test_empty_batch():
         sm_scale=1.0, implementation="xla",
     )  # fmt: skip
     assert out.shape == (0, 4, 64)
+
+
+# The decode kernel's warp program, executed lane by lane in numpy (its instructions are beyond Mosaic's interpreter).
+# Weights are rounded to 16 bits before they multiply the values: half an ulp of bf16 (2^-9) or f16 of the output's
+# scale, then the output's own rounding.
+EMULATED = {
+    "mha": DecodeConfig(4, 2, 1),
+    "mqa": DecodeConfig(4, 3, 2),
+    "window": DecodeConfig(4, 3, 2),
+    "window1": DecodeConfig(4, 3, 4),
+    "softcap": DecodeConfig(8, 2, 1),
+    "fp8_page64": DecodeConfig(4, 6, 2),
+    "f16": DecodeConfig(4, 3, 1),
+}
+
+
+def emulate_decode(case: Case, data: dict, config: DecodeConfig) -> np.ndarray:
+    p = mosaic_decode_sm90.problem(
+        data["q"], data["k_pages"], data["page_table"], config, sm_scale=case.head_dim**-0.5, window=case.window,
+        soft_cap=case.soft_cap, k_scaled=case.scaled, v_scaled=case.scaled,
+    )  # fmt: skip
+    out = np.full(data["q"].shape, 99, data["q"].dtype)
+    names = ("q", "k_pages", "v_pages", "page_table", "k_scale", "v_scale")
+    buffers = {n: data[n] for n in names} | {"kv_len": data["lens"], "out": out}
+    lane = _lanes(np.arange(32), np.int64)
+    for index in range(len(case.lens) * p.kv_heads * p.parts):
+        item = _lanes(index, np.int64)
+        shared = [np.full(p.smem_bytes, 0xFF, np.uint8) for _ in range(p.split)]
+        warps = [
+            (Numpy(buffers, shared, r), _lanes(r, np.int64), _lanes(w, np.int64))
+            for r in range(p.split)
+            for w in range(p.warps)
+        ]
+        for ops, rank, warp in warps:
+            decode_warp.stream(ops, p, item, rank, warp, lane)
+        for ops, _, warp in warps:
+            decode_warp.merge_warps(ops, p, item, warp * 32 + lane)
+        for ops, rank, warp in warps if p.split > 1 else ():
+            decode_warp.merge_cluster(ops, p, item, rank, warp * 32 + lane)
+    return out.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", EMULATED)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # casts of lanes whose row is masked
+def test_decode_warp_program(name):
+    case = DECODE_CASES[name]
+    data = make(case)
+    want = dense_attention(case, data, case.head_dim**-0.5)
+    got = emulate_decode(case, data, EMULATED[name])
+    np.testing.assert_allclose(got, want, atol=2 * ROUNDING[case.dtype] * np.abs(want).max())
+
+
+# registers: two CTAs of 128 threads an SM allow 255; 168 would still allow three.
+COMPILED = {
+    "bf16": (dict(), dict(), 168),
+    "fp8": (dict(kv=jnp.float8_e4m3fn), dict(k_scale=0.5, v_scale=0.5), 168),
+    "window_softcap": (dict(), dict(window=512, soft_cap=50.0), 168),
+    "head256": (dict(head_dim=256), dict(), 224),
+    "head96": (dict(head_dim=96, page=64), dict(), 168),
+    "group16": (dict(heads=64, kv_heads=4), dict(), 240),
+    "split8": (dict(rows=1), dict(), 168),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_decode_compiles_for_h200_without_spills(name):
+    shape, kwargs, registers = COMPILED[name]
+    s = dict(rows=128, heads=32, kv_heads=8, head_dim=128, page=16, kv=jnp.bfloat16) | shape
+    S = jax.ShapeDtypeStruct
+    pages = S((1000, s["kv_heads"], s["page"], s["head_dim"]), s["kv"])
+    args = (
+        S((s["rows"], s["heads"], s["head_dim"]), jnp.bfloat16),
+        pages,
+        pages,
+        S((s["rows"], 64), jnp.int32),
+        S((s["rows"],), jnp.int32),
+    )
+    compiled = compile_for_h200(
+        lambda *a: decode_attention(*a, sm_scale=0.1, implementation="mosaic_sm90", **kwargs), *args
+    )
+    steps = s["head_dim"] // 16 * max(1, s["heads"] // s["kv_heads"] // 8)
+    assert compiled.spill_bytes == 0 and compiled.stack_bytes == 0
+    assert compiled.registers <= registers
+    assert compiled.count("mma.sync.aligned") == 2 * steps  # K Q^T and V^T P^T of one tile: the loop is not unrolled
+    assert (".reqnctapercluster 8" in compiled.ptx) == (name == "split8")
+
+
+def test_decode_kernel_says_what_it_does_not_take():
+    case = DECODE_CASES["f32"]
+    data = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in make(case).items()}
+    args = (data["q"], data["k_pages"], data["v_pages"], data["page_table"], data["lens"])
+    choice = pallas_kernels.explain(
+        "decode_attention", *args, sm_scale=1.0, device=pallas_kernels.KNOWN_DEVICES["h200"]
+    )
+    assert choice.chosen == "xla" and "float32" in choice.refused[0][1]
+    choice = pallas_kernels.explain(
+        "decode_attention", *args, sm_scale=1.0, device=pallas_kernels.KNOWN_DEVICES["a100"]
+    )
+    assert choice.chosen == "xla" and "Hopper" in choice.refused[0][1]
+
+
+@pytest.mark.parametrize("items", [1, 8, 64, 100, 128, 512, 4096])
+@pytest.mark.parametrize("row_bytes", [64, 128, 192, 256, 512])
+def test_decode_heuristic_fits(items, row_bytes):
+    for tokens in (16, 1024, 8192, 131072):
+        config = decode_heuristic(items, tokens, row_bytes, 132)
+        assert config.warps * config.stages * 32 * (-(-row_bytes // 128) * 128) <= 200 * 1024
+        assert config.stages >= 2 and config.split in (1, 2, 4, 8)
