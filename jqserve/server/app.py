@@ -36,6 +36,7 @@ OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
 )
+LINGER = 0.5  # seconds more of answering UNAVAILABLE: a call that meets the closing itself would read CANCELLED
 LAST_WORDS = 2.0  # seconds that statuses have to reach their callers before the sockets close
 
 
@@ -89,6 +90,7 @@ class Server:
         engine = await self._launch(self._progress)
         try:
             code = await self._serve(engine)
+            await asyncio.sleep(LINGER)
             await server.stop(LAST_WORDS)
         finally:
             await engine.stop()

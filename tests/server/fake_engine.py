@@ -33,8 +33,8 @@ INFO = {
         "method": "echo",
         "rows": [
             {
-                "path": "layers.0.attn.qkv", "source": "model.layers.0", "shape": [768, 256], "scheme": "int4", "bits": 4,
-                "group": None, "activation": "none", "dtype": "float16", "bytes": 1000, "note": "", "surprise": 1,
+                "path": "layers.0.attn.qkv", "source": "model.layers.0", "shape": [768, 256], "scheme": "int4",
+                "bits": 4, "group": None, "activation": "none", "dtype": "float16", "bytes": 1000, "surprise": 1,
             }
         ],
     },

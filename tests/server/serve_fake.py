@@ -1,0 +1,30 @@
+"""A whole server as a program of its own, its engine the fake one in a child process. Prints what the server announces.
+
+Usage: serve_fake.py READY_FILE [ENGINE_JSON]
+"""
+
+import asyncio
+import functools
+import json
+import logging
+import sys
+from pathlib import Path
+
+from jqserve.server.app import Server
+from jqserve.server.config import ServerConfig
+from jqserve.server.launch import launch_process
+
+HERE = Path(__file__).resolve().parent
+
+if __name__ == "__main__":
+    logging.basicConfig(level="INFO")
+    config = ServerConfig(
+        "/models/echo",
+        port=0,
+        ids_only=True,  # no tokenizer: starts without transformers, at once
+        ready_file=sys.argv[1],
+        engine=json.loads(sys.argv[2]) if len(sys.argv) > 2 else {},
+        drain_timeout=10,
+    )
+    launch = functools.partial(launch_process, command=(sys.executable, str(HERE / "fake_engine.py"), "--fd"))
+    sys.exit(asyncio.run(Server(config, launch).run()))
