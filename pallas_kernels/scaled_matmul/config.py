@@ -1,0 +1,133 @@
+"""Tile configuration of the Hopper kernel: what can be tuned, what is legal, and the heuristic."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+SMEM_BYTES = 227 * 1024  # per thread block on Hopper
+SCALE_CHUNK = 4  # K blocks whose x scales travel in one copy: 16 bytes, the least that TMA moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiles of one thread block and how its warpgroups share them.
+
+    The x tile is [wgs_m * 64 * m_groups, tile_k], the weight tile [wgs_n * wg_n, tile_k]; consumer warpgroup (i, j)
+    computes rows i and columns j of the output tile. One more warpgroup feeds `stages` buffers of both by TMA.
+    """
+
+    wg_n: int  # output columns of one warpgroup: multiple of 16, at most 256
+    wgs_m: int = 1
+    wgs_n: int = 1
+    m_groups: int = 1  # 64-row wgmma tiles per warpgroup
+    tile_k: int = 128  # multiple of 128
+    stages: int = 4
+    promote: bool = False  # add each tile_k partial sum in float32 (always so with block scales, every 128)
+    epilogue_n: int = 64  # columns staged at a time for the copy out: 16, 32 or 64, dividing wg_n; two buffers each
+    cluster: int = 1  # thread blocks that share a multicast tile
+    cluster_axis: str = "m"  # "m": they differ in m and share the weight tile; "n": they share the x tile
+    minor: str = "m"  # tile order: "m" walks m fastest inside stripes of `stripe` tiles
+    stripe: int = 8
+
+    @property
+    def tile_m(self) -> int:
+        return 64 * self.m_groups * self.wgs_m
+
+    @property
+    def tile_n(self) -> int:
+        return self.wg_n * self.wgs_n
+
+    @property
+    def consumers(self) -> int:
+        return self.wgs_m * self.wgs_n
+
+    def load_m(self, m: int) -> int:
+        """Rows of x that are copied: a small M leaves the rest of the 64-row wgmma tile to whatever lies there."""
+        return min(self.tile_m, -(-m // 8) * 8)
+
+    def x_rows(self, m: int) -> int:
+        """Rows of the x buffers: one behind the other, the last one padded to a whole tile."""
+        return (self.stages - 1) * self.load_m(m) + self.tile_m
+
+    def smem_bytes(self, m: int, out_bytes: int = 2, block: bool = False) -> int:
+        operands = self.tile_k * (self.x_rows(m) + self.stages * self.tile_n)
+        staging = self.consumers * min(2, self.wg_n // self.epilogue_n) * 64 * self.m_groups * self.epilogue_n
+        scales = 4 * (self.tile_m + 2 * (self.tile_n + 128))
+        if block:
+            scales += 4 * SCALE_CHUNK * self.scale_slots() * self.tile_m
+        return operands + staging * out_bytes + scales + 4096  # barriers, alignment
+
+    def scale_slots(self) -> int:
+        """x-scale chunks in flight: a slot may be refilled only when the stages that used it are free again."""
+        per_chunk = max(1, 128 * SCALE_CHUNK // self.tile_k)
+        return -(-(self.stages + per_chunk - 1) // per_chunk) + 1
+
+
+def fill_stages(config: Config, m: int, k: int, out_bytes: int = 2, block: bool = False) -> Config:
+    """The same config with as many stages as shared memory holds and the K loop can use."""
+    steps = -(-k // config.tile_k)
+    best = dataclasses.replace(config, stages=2)
+    for stages in range(3, min(steps, 16) + 1):
+        deeper = dataclasses.replace(config, stages=stages)
+        if deeper.smem_bytes(m, out_bytes, block) > SMEM_BYTES:
+            break
+        best = deeper
+    return best
+
+
+def _epilogue(wg_n: int, most: int = 64) -> int:
+    return next(n for n in (64, 32, 16) if n <= most and wg_n % n == 0)
+
+
+def _round_up(x: int, to: int) -> int:
+    return -(-x // to) * to
+
+
+def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132, out_bytes: int = 2) -> Config:
+    """A config for any shape; see `mosaic_sm90` for the reasons."""
+    if m <= 64:
+        if block:  # a warpgroup's columns must lie in one 128-column scale block
+            options = [n_tile for n_tile in (32, 64, 128, 256) if -(-n // n_tile) <= sms] or [256]
+            tile_n = options[0]
+        else:
+            # As few rounds as possible, all multiprocessors busy in each.
+            rounds = -(-n // (sms * 256))
+            tile_n = min(256, _round_up(-(-n // (sms * rounds)), 16))
+        wgs_n = 2 if tile_n > 64 and tile_n % 32 == 0 else 1
+        tile_k = 512 if tile_n <= 32 else 256 if tile_n <= 64 else 128
+        wg_n = tile_n // wgs_n
+        config = Config(wg_n, wgs_n=wgs_n, tile_k=tile_k, promote=True, epilogue_n=_epilogue(wg_n))
+    elif m <= 256:
+        m_tiles = -(-m // 128)
+        if block:
+            tile_n = next((t for t in (32, 64) if -(-n // t) * m_tiles <= sms), 128)
+        else:
+            rounds = -(-n * m_tiles // (sms * 256))
+            tile_n = min(256, _round_up(-(-n * m_tiles // (sms * rounds)), 16))
+        config = Config(tile_n, wgs_m=2, tile_k=256 if tile_n <= 64 else 128, epilogue_n=_epilogue(tile_n))
+    else:
+        config = Config(wg_n=128 if block else 256, wgs_m=2, epilogue_n=32)  # 64 would cost the fourth stage
+    return fill_stages(config, m, k, out_bytes, block)
+
+
+def search_space(m: int, n: int, k: int, *, block: bool, out_bytes: int = 2) -> Iterator[Config]:
+    """Legal configs worth timing for one shape."""
+    small = m <= 64
+    for wg_n, wgs_m, wgs_n, m_groups, tile_k, cluster, axis in itertools.product(
+        (16, 32, 48, 64, 96, 112, 128, 192, 224, 256), (1, 2), (1, 2), (1, 2), (128, 256, 512), (1, 2, 4), "mn"
+    ):
+        config = Config(
+            wg_n, wgs_m, wgs_n, m_groups, tile_k, 2, small, _epilogue(wg_n, 64 if small else 32), cluster, axis
+        )
+        registers = wg_n // 2 * m_groups * (2 if block or small else 1)
+        if config.tile_m > max(64, _round_up(m, 64)) or registers > 200 // max(1, config.consumers - 1):
+            continue
+        if (small and axis == "m" and cluster > 1) or (cluster == 1 and axis == "n"):
+            continue
+        if block and 128 % wg_n:
+            continue
+        config = fill_stages(config, m, k, out_bytes, block)
+        if config.smem_bytes(m, out_bytes, block) <= SMEM_BYTES:
+            yield config
