@@ -111,7 +111,8 @@ def _choose_pages(
     worst = max(buckets.all(), key=lambda b: (b.sampled, b.rows(shape.tile_size)))
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
     compiled = lower_step(structure, shape, worst, True, weights, trial.abstract(), state, empty(shape.slots)).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    analysis = compiled.memory_analysis()
+    temporary = int(analysis.temp_size_in_bytes) if analysis is not None else 2**30
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     limit = int(stats["bytes_limit"])
     pages = pages_that_fit(

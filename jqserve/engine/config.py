@@ -24,6 +24,7 @@ class EngineConfig:
     random_seed            of the seeds that the offline engine draws for requests without one, and of dummy weights
     disable_overlap_schedule  read each step before the next is dispatched (the tokens are the same)
     disable_warmup         compile each shape when it first comes (tests, offline use), not before serving
+    log_level              of the engine process: debug | info | warning | error
     compilation_cache_dir  JAX's persistent cache, an owner-only directory; None: not set
     """
 
@@ -47,6 +48,7 @@ class EngineConfig:
     disable_overlap_schedule: bool = False
     disable_warmup: bool = False
     compilation_cache_dir: str | None = None
+    log_level: str = "info"
 
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):

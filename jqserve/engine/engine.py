@@ -127,6 +127,10 @@ class EngineCore:
         """JSON: the model, its plan, the KV pool, limits and defaults (the keys are listed in `engine/channel`)."""
         return dict(self._info)
 
+    def describe(self, **facts: Any) -> None:
+        """Adds to `model_info`."""
+        self._info.update(facts)
+
     def _resolve(self, launched: Launched) -> list[StepEvent]:
         """Reads a step and takes its tokens over."""
         clock = time.perf_counter()

@@ -1,0 +1,119 @@
+"""From `EngineConfig` to an engine: read the checkpoint, bring it into kernel layout, size the pool, warm up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jqserve.checkpoint.convert import LoadedCheckpoint
+from jqserve.checkpoint.convert import load as load_checkpoint
+from jqserve.checkpoint.hub import resolve
+from jqserve.engine.assemble import assemble, warmup_runs
+from jqserve.engine.config import EngineConfig
+from jqserve.engine.defaults import sampling_defaults
+from jqserve.engine.engine import EngineCore
+from jqserve.errors import CheckpointError, UnsupportedError
+from jqserve.ops.relayout import relayout_leaf
+from jqserve.quant import QuantizedTensor
+
+log = logging.getLogger(__name__)
+
+#: (stage, text, detail): stage is "load" | "plan" | "cache" | "compile", text is for people, detail is JSON
+Report = Callable[[str, str, dict[str, Any]], None]
+
+
+def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCore:
+    """An engine that is ready to serve. Raises JqserveError for what the user can mend."""
+    tell: Report = report or (lambda stage, text, detail: None)
+    if config.compilation_cache_dir is not None:
+        use_compilation_cache(config.compilation_cache_dir)
+    began = time.perf_counter()
+    loaded = read_checkpoint(config, tell)
+    load_seconds = time.perf_counter() - began
+    tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
+    engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds))
+    engine.describe(sampling_defaults=sampling_defaults(loaded.generation_config, engine.limits))
+    kv = engine.model_info()["kv"]
+    tell("cache", f"{kv['pages']:,} KV pages of {kv['page_size']} tokens, {kv['bytes'] / 2**30:.2f} GiB", kv)
+    began = time.perf_counter()
+    if not config.disable_warmup:
+        engine.runner.warm_up(
+            lambda done, total, what: tell("compile", f"{done}/{total} {what}", {"done": done, "total": total}),
+            runs=warmup_runs(engine),
+        )
+    engine.describe(warmup_seconds=round(time.perf_counter() - began, 3))
+    return engine
+
+
+def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:
+    """Weights in kernel layout on the device. On a CPU the default dtype is float32: bf16 is emulated there."""
+    if not config.model_path:
+        raise UnsupportedError("no model: give --model-path a checkpoint directory or a Hub id")
+    directory = resolve(config.model_path, config.revision)
+    dtype = config.dtype
+    if dtype in (None, "auto") and jax.default_backend() == "cpu":
+        dtype = "float32"
+
+    def progress(done: int, total: int, path: str) -> None:
+        tell("load", f"{done}/{total} {path}", {"done": done, "total": total})
+
+    if config.load_format == "dummy":
+        from jqserve.checkpoint.dummy import load as load_dummy
+
+        return load_dummy(
+            directory,
+            dtype=dtype,
+            activations=config.activations,
+            quantization=config.quantization,
+            device_put=place,
+            seed=config.random_seed,
+            progress=progress,
+        )
+    return load_checkpoint(
+        directory,
+        dtype=dtype,
+        activations=config.activations,
+        quantization=config.quantization,
+        device_put=place,
+        progress=progress,
+    )
+
+
+def place(weight: Any) -> Any:
+    """To the device, and there into the layout of its kernels: the canonical arrays are given up at once."""
+    weight = jax.device_put(weight)
+    return relayout_leaf(weight) if isinstance(weight, QuantizedTensor) else weight
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Points JAX's persistent cache at an owner-only directory: an entry of it is code that this process will run."""
+    path = Path(directory).expanduser()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise CheckpointError(
+            f"compilation cache {path}: it can be written by others than you, and its entries are run as code; "
+            f"chmod 700 it, or name another directory"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _facts(loaded: LoadedCheckpoint, load_seconds: float) -> dict[str, Any]:
+    plan = loaded.plan.to_json()
+    return {
+        "quantization": plan["method"],
+        "dtype": loaded.config.dtype,
+        "plan": plan["rows"],
+        "plan_notes": plan["notes"],
+        "weight_bytes": plan["bytes"],
+        "generation_config": loaded.generation_config,
+        "load_seconds": round(load_seconds, 3),
+    }
