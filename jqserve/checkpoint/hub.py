@@ -44,8 +44,8 @@ def _from_hub(repo: str, revision: str | None) -> str:
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{at}: the Hub grants access only after its terms are accepted; accept them at https://huggingface.co/{repo} "
-            "and log in with `hf auth login`"
+            f"{at}: the Hub grants access only after its terms are accepted, at https://huggingface.co/{repo}; then "
+            "log in with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{repo}: the Hub has no revision {revision!r} of it") from error

@@ -85,6 +85,11 @@ def namespace(array: Any) -> Any:
     return jax.numpy if isinstance(array, jax.Array) else np
 
 
+def transposed(array: Any) -> Any:
+    """array.T with its rows contiguous, which numpy does not do unasked."""
+    return array.T if isinstance(array, jax.Array) else np.ascontiguousarray(array.T)
+
+
 def group_count(k: int, group: int) -> int:
     return -(-k // group)
 

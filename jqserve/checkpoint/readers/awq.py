@@ -10,7 +10,7 @@ import numpy as np
 
 from jqserve.checkpoint.fields import Fields
 from jqserve.checkpoint.readers.dense import DENSE
-from jqserve.checkpoint.scheme import Arrays, Need, Prepared, Scheme, finite, group_count, namespace
+from jqserve.checkpoint.scheme import Arrays, Need, Prepared, Scheme, finite, group_count, namespace, transposed
 from jqserve.errors import CheckpointError
 from jqserve.quant import QuantSpec
 
@@ -69,7 +69,7 @@ class Awq(Scheme):
         zeros = arrays["qzeros"].view(np.uint32)
         fields = [((zeros >> np.uint32(4 * NIBBLES[c])) & np.uint32(15)).astype(xp.uint8).T for c in range(8)]
         zero = xp.stack(fields, axis=1).reshape(n, -1)
-        return qvalue, xp.asarray(arrays["scales"].T, order="C"), zero
+        return qvalue, transposed(arrays["scales"]), zero
 
 
 class AwqPlan:

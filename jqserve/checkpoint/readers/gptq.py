@@ -12,7 +12,17 @@ from jqserve.checkpoint.fields import Fields
 from jqserve.checkpoint.readers.columns import permute_columns
 from jqserve.checkpoint.readers.dense import DENSE
 from jqserve.checkpoint.readers.patterns import regex_matches
-from jqserve.checkpoint.scheme import Arrays, Need, Prepared, Scheme, act_order, finite, group_count, namespace
+from jqserve.checkpoint.scheme import (
+    Arrays,
+    Need,
+    Prepared,
+    Scheme,
+    act_order,
+    finite,
+    group_count,
+    namespace,
+    transposed,
+)
 from jqserve.errors import CheckpointError
 from jqserve.quant import QuantSpec
 
@@ -82,7 +92,7 @@ class Gptq(Scheme):
         words = arrays["qweight"]
         xp = namespace(words)
         # Little-endian bytes of a word hold consecutive k, low nibble first: the transpose is the canonical form.
-        qvalue = xp.asarray(words.T, order="C").view(np.uint8)
+        qvalue = transposed(words).view(np.uint8)
         if "perm" in arrays:
             qvalue = permute_columns(qvalue, arrays["perm"], self.bits, k)
         zero = None
@@ -90,7 +100,7 @@ class Gptq(Scheme):
             per_word, mask = 32 // self.bits, np.uint32((1 << self.bits) - 1)
             fields = [(arrays["zeros"] >> np.uint32(self.bits * i)) & mask for i in range(per_word)]
             zero = xp.stack([f.astype(xp.uint8).T for f in fields], axis=1).reshape(n, -1)
-        return qvalue, xp.asarray(arrays["scales"].T, order="C"), zero
+        return qvalue, transposed(arrays["scales"]), zero
 
 
 class GptqPlan:
