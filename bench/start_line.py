@@ -1,0 +1,127 @@
+"""Load and generate, in process: load seconds, peak device memory, tokens/s at batch 1 and 64.
+
+The shipped 4-bit model from its files, and models of Llama-3.1-8B's shape with random weights in bf16, FP8 (per channel
+weights, per token activations) and AWQ form. Beside each rate stands the bound that reading the weights once a step
+sets at the device's memory bandwidth.
+
+    python -m bench.start_line [--cases demo,bf16,fp8,awq] [--batches 1,64] [--out DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+DEMO = Path(__file__).parent.parent / "jqserve" / "demo" / "model"
+HBM_BYTES_PER_SECOND = {"NVIDIA H200": 4.6e12}  # measured: a sum over 2 GiB (KERNELS.md part A)
+MEMORY_FRACTION = 0.5  # enough for every case, and leaves the peak visible
+
+
+def measure(case: str, batches: list[int], prompt: int, new: int) -> dict[str, Any]:
+    """One case in this process; returns its row."""
+    import jax
+
+    from bench.llama8b import make_checkpoint
+    from jqserve.engine.config import EngineConfig
+    from jqserve.engine.load import load_engine
+
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = DEMO if case == "demo" else make_checkpoint(Path(folder), case)
+        config = EngineConfig(
+            model_path=str(path),
+            load_format="auto" if case == "demo" else "dummy",
+            max_running_requests=max(batches),
+            context_length=1024,
+            chunked_prefill_size=1024,
+            mem_fraction_static=MEMORY_FRACTION,
+            disable_warmup=True,
+        )
+        engine = load_engine(config)
+    device = jax.devices()[0]
+    info = engine.model_info()
+    row: dict[str, Any] = {
+        "case": case,
+        "start_seconds": round(time.perf_counter() - began, 2),
+        "load_seconds": info.get("load_seconds"),
+        "weight_gib": round(sum(x.nbytes for x in engine.runner.leaves) / 2**30, 3),
+    }
+    weight_bytes = sum(x.nbytes for x in engine.runner.leaves) - engine.runner.leaves[0].nbytes
+    bandwidth = HBM_BYTES_PER_SECOND.get(device.device_kind)
+    for batch in batches:
+        generate(engine, batch, prompt, min(new, 16))  # compiles
+        ttft, decode = generate(engine, batch, prompt, new)
+        row[f"batch_{batch}"] = {
+            "prefill_tokens_per_second": round(batch * prompt / ttft, 1),
+            "decode_tokens_per_second": round(batch * (new - 1) / decode, 1),
+            "step_ms": round(decode / (new - 1) * 1e3, 3),
+            "bound_step_ms": round(weight_bytes / bandwidth * 1e3, 3) if bandwidth else None,
+        }
+    stats = device.memory_stats() or {}
+    row["peak_gib"] = round(stats.get("peak_bytes_in_use", 0) / 2**30, 2)
+    row["kv_gib"] = round(info["kv"]["bytes"] / 2**30, 2)
+    row["host_seconds"] = {k: round(v, 3) for k, v in engine.host_seconds.items()}
+    return row
+
+
+def generate(engine: Any, batch: int, prompt: int, new: int) -> tuple[float, float]:
+    """Seconds until every sequence has its first token, and from there to the end."""
+    from jqserve.engine.request import EngineRequest, SamplingParams
+
+    vocabulary = engine.limits.vocab_size
+    for i in range(batch):
+        tokens = tuple((7 + 31 * i + 13 * j) % (vocabulary - 8) + 4 for j in range(prompt))
+        engine.add(EngineRequest(i, tokens, SamplingParams(max_new_tokens=new, temperature=0.0, ignore_eos=True, seed=0)))
+    began = time.perf_counter()
+    first, waiting = 0.0, set(range(batch))
+    while engine.has_work():
+        for event in engine.step():
+            if event.error:
+                raise RuntimeError(event.error)
+            waiting.discard(event.rid)
+        if not waiting and not first:
+            first = time.perf_counter()
+    return first - began, time.perf_counter() - first
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="demo,bf16,fp8,awq")
+    parser.add_argument("--batches", default="1,64")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens generated per sequence")
+    parser.add_argument("--out", help="folder of the result file (default bench/results)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    batches = [int(b) for b in args.batches.split(",")]
+    if args.one:
+        print(json.dumps(measure(args.one, batches, args.prompt, args.new)))
+        return
+    rows = []
+    for case in args.cases.split(","):
+        # A process a case: peak memory is per process. The GPU pool is the one that the server would take.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.75"}
+        command = [sys.executable, "-m", "bench.start_line", "--one", case, "--batches", args.batches]
+        command += ["--prompt", str(args.prompt), "--new", str(args.new)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        if done.returncode:
+            rows.append({"case": case, "failed": done.returncode})
+        else:
+            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        print(json.dumps(rows[-1]), flush=True)
+    from bench.record import write
+
+    print(write("start_line", rows, args.out, prompt_tokens=args.prompt, new_tokens=args.new))
+    if any("failed" in row for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
