@@ -39,6 +39,7 @@ ENGINE_FLAGS = (
     "disable_overlap_schedule",
     "disable_warmup",
     "compilation_cache_dir",
+    "log_level",
 )
 
 

@@ -20,7 +20,7 @@ The engine process (`jqserve.engine.process`) is expected to do this:
 `Ready.info` is JSON; the front end reads these keys of it: model_path, architecture, model_type, vocab_size,
 context_length (tokens of prompt and answer together), max_running_requests, max_queued, eos_token_ids,
 sampling_defaults (non-default fields of SamplingParams from generation_config.json), quantization (text), dtype,
-plan (LoadPlan.to_json()), kv {dtype, page_size, pages, bytes, tokens}, device, load_seconds, warmup_seconds.
+plan (rows of LoadPlan.to_json()), kv {dtype, page_size, pages, bytes, tokens}, device, load_seconds, warmup_seconds.
 Everything that is missing is shown as unknown; everything else in it is passed on in GetServerInfo's JSON.
 
 A drain is the front end's business: it stops adding, waits for its streams, and closes the link.
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -94,7 +95,12 @@ class Channel:
         threading.Thread(target=watch, name="link-watch", daemon=True).start()
 
     def exit_on_hangup(self, code: int = 0) -> None:
-        """Ends this process as soon as the other side is gone: nobody is left who could read an answer."""
+        """Ends this process as soon as the other side is gone, and not before: it is the front end that drains.
+
+        SIGTERM and SIGINT, which a service manager or a terminal may send to both processes, are therefore ignored.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         self.on_hangup(lambda: os._exit(code))
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
 )
 LINGER = 0.5  # seconds more of answering UNAVAILABLE: a call that meets the closing itself would read CANCELLED
+PROGRESS_SECONDS = 1.0  # at most one line of progress in this time
 LAST_WORDS = 2.0  # seconds that statuses have to reach their callers before the sockets close
 
 
@@ -58,7 +60,7 @@ class Server:
         self._announce, self._on_ready = announce, on_ready
         self._drain = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._plan_shown = False
+        self._told = 0.0
 
     def drain(self) -> None:
         """Finish what runs, take nothing new, then return from `run`. A second call ends what runs, too."""
@@ -169,7 +171,10 @@ class Server:
             self._announce(progress.text)
         else:
             self.frontend.status_text = f"{progress.stage}: {progress.text}"
-            log.info("%s", self.frontend.status_text)
+            done, now = progress.detail.get("done"), time.monotonic()
+            if done is None or done == progress.detail.get("total") or now - self._told > PROGRESS_SECONDS:
+                self._told = now
+                log.info("%s", self.frontend.status_text)
 
     async def _set_health(self, service: str, *, serving: bool) -> None:
         statuses = health_pb2.HealthCheckResponse

@@ -8,7 +8,7 @@ Decode = Callable[[Sequence[int]], str]
 
 UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not (yet) a character
 CONTEXT = 5  # tokens of the prompt: decoders treat the first token of a text specially (a leading space is dropped)
-LIMIT = 64  # tokens; a window of nothing but skipped special tokens does not grow for ever
+LIMIT = 64  # tokens; a window of skipped special tokens or broken bytes does not grow for ever
 PATIENCE = 8  # tokens; a character has at most 4 bytes, so a longer run of broken bytes will never become one
 
 
@@ -44,4 +44,8 @@ class Detokenizer:
             return ""
         piece = text[self._sent : whole]
         self._sent = whole
+        if len(self._window) > LIMIT:
+            del self._window[:-PATIENCE]
+            self._context = PATIENCE - 1
+            self._sent = len(self._decode(self._window)) - 1
         return piece

@@ -23,8 +23,7 @@ def model_info(frontend: Frontend) -> pb.GetModelInfoResponse:
     if not frontend.info:
         frontend.need_ready()
     info = frontend.info
-    plan = info.get("plan") or {}
-    modules = [_message(pb.ModuleQuantization(), _row(row)) for row in plan.get("rows") or ()]
+    modules = [_message(pb.ModuleQuantization(), _row(row)) for row in info.get("plan") or ()]
     return _message(
         pb.GetModelInfoResponse(
             served_model_name=frontend.config.name,
@@ -34,7 +33,7 @@ def model_info(frontend: Frontend) -> pb.GetModelInfoResponse:
             weight_bytes=info.get("weight_bytes") or sum(module.bytes for module in modules),
             has_chat_template=frontend.tokenizer is not None and frontend.tokenizer.chat is not None,
         ),
-        {"quantization": plan.get("method"), **{name: info[name] for name in MODEL_FIELDS if name in info}},
+        {name: info.get(name) for name in MODEL_FIELDS},
     )
 
 
@@ -58,7 +57,7 @@ def server_info(frontend: Frontend) -> pb.GetServerInfoResponse:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of LoadPlan.to_json() by the proto's names."""
+    """A row of the load plan by the proto's names."""
     n, k = row.get("shape") or (None, None)
     return {**row, "group_size": row.get("group"), "n": n, "k": k}
 

@@ -98,7 +98,7 @@ async def launch_process(
     return RunningEngine(link, process)
 
 
-async def launch_thread(on_progress: OnProgress, *, serve: Callable[[Channel], None]) -> RunningEngine:
+async def launch_thread(on_progress: OnProgress, *, serve: Callable[[Channel], object]) -> RunningEngine:
     """The engine in a thread of this process: `serve` runs until its channel ends. For tests and debugging."""
     ours, theirs = socket.socketpair()
     channel = Channel(theirs)

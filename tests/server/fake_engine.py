@@ -29,15 +29,12 @@ INFO = {
     "sampling_defaults": {"temperature": 0.5, "repetition_penalty": 1.25},
     "quantization": "echo int4",
     "dtype": "float32",
-    "plan": {
-        "method": "echo",
-        "rows": [
-            {
-                "path": "layers.0.attn.qkv", "source": "model.layers.0", "shape": [768, 256], "scheme": "int4",
-                "bits": 4, "group": None, "activation": "none", "dtype": "float16", "bytes": 1000, "surprise": 1,
-            }
-        ],
-    },
+    "plan": [
+        {
+            "path": "layers.0.attn.qkv", "source": "model.layers.0", "shape": [768, 256], "scheme": "int4",
+            "bits": 4, "group": None, "activation": "none", "dtype": "float16", "bytes": 1000, "surprise": 1,
+        }
+    ],
     "kv": {"dtype": "float32", "page_size": 16, "pages": 100, "bytes": 12345, "tokens": 1600},
     "device": "fake",
 }  # fmt: skip
