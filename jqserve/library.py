@@ -17,7 +17,7 @@ from jqserve.checkpoint.hub import resolve
 from jqserve.models.build import build
 from jqserve.models.config import ModelConfig
 from jqserve.models.decoder import Decoder
-from jqserve.ops.relayout import relayout_leaf, to_canonical
+from jqserve.ops.relayout import place, to_canonical
 from jqserve.quant import QuantizedTensor
 from jqserve.quant import dequantize as dequantize_canonical
 
@@ -75,7 +75,7 @@ def load(
     activations: Literal["config", "none"] = "config",
     revision: str | None = None,
     layout: Literal["kernel", "canonical"] = "kernel",
-    progress: Callable[..., None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Loads a checkpoint directory (or a Hub id from the local cache, or a `jqserve convert` directory).
 
@@ -84,23 +84,21 @@ def load(
       quantization: "fp8" quantizes an unquantized checkpoint while it loads.
       activations: "none" leaves activations unquantized whatever the checkpoint asks, to look at the weights alone.
       revision: of a Hub id.
+      progress: called with (modules done, modules in all, the path just done).
       layout: "kernel" rearranges each weight for this device's kernels; "canonical" keeps the documented packing.
 
     Returns (model, params): params is the parameter tree, a nested dict whose weights are arrays [N out, K in] or
     QuantizedTensors. Raises CheckpointError or UnsupportedError.
     """
-    directory = resolve(str(path), revision)
     loaded = load_checkpoint(
-        directory, dtype=dtype, activations=activations, quantization=quantization, progress=progress
+        str(resolve(str(path), revision)),
+        dtype=dtype,
+        activations=activations,
+        quantization=quantization,
+        device_put=place if layout == "kernel" else jax.device_put,
+        progress=progress,
     )
-    place = functools.partial(_place, relaid=layout == "kernel")
-    params = jax.tree.map(place, loaded.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-    return Model(loaded.config, loaded.plan, loaded.generation_config), params
-
-
-def _place(leaf: Any, *, relaid: bool) -> Any:
-    on_device = jax.device_put(leaf)
-    return relayout_leaf(on_device) if relaid else on_device
+    return Model(loaded.config, loaded.plan, loaded.generation_config), loaded.params
 
 
 def dequantize(tensor: QuantizedTensor | jax.Array, dtype: Any = jnp.float32) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,31 +14,28 @@ from pallas_kernels.w4a16 import layout as w4a16_layout
 from pallas_kernels.w8a16 import layout as w8a16_layout
 
 
-def relayout(params: Mapping[str, Any], device: Device | None = None, *, donate: bool = False) -> dict[str, Any]:
-    """A parameter tree with every QuantizedTensor in the layout that `device` (default: this one) prefers."""
-    return {
-        name: relayout_leaf(value, device, donate=donate)
-        if not isinstance(value, Mapping)
-        else relayout(value, device, donate=donate)
-        for name, value in params.items()
-    }
+def place(weight: Any, device: Device | None = None) -> Any:
+    """One weight as it came from a checkpoint (numpy or JAX arrays) -> on JAX's default device, in its kernel layout.
+
+    What `checkpoint.convert.load(device_put=...)` wants: weights stream through, so at the peak the device holds the
+    model and the canonical form of the weight at hand.
+    """
+    return relayout_leaf(jax.device_put(weight), device)
 
 
-def relayout_leaf(weight: Any, device: Device | None = None, *, donate: bool = True) -> Any:
-    """One weight: a canonical QuantizedTensor -> the same values in the kernel layout; anything else unchanged.
+def relayout_leaf(weight: Any, device: Device | None = None) -> Any:
+    """A canonical QuantizedTensor -> the same values in the layout that `device` (default: this one) prefers;
+    anything else unchanged.
 
-    Runs jitted on the device that holds the arrays. `donate` gives the canonical arrays up, so that the peak is the
-    model plus one weight. Scales of weights with quantized activations become float32 here, once, because
-    `scaled_matmul` wants them so.
+    Runs jitted where the arrays are; drop the reference to the canonical weight to free it. Nothing is donated, for
+    the packed arrays change shape and XLA could not reuse them. Scales of weights with quantized activations become
+    float32 here, once, because `scaled_matmul` wants them so.
     """
     if not isinstance(weight, QuantizedTensor) or weight.spec.layout != "canonical":
         return weight
     layout = preferred_layout(weight, device or current_device())
     wide = weight.spec.activation.kind != "none" and weight.scale.dtype != "float32"
-    if layout == "canonical" and not wide:
-        return weight
-    convert = _to_layout_donating if donate else _to_layout
-    return convert(weight, layout)
+    return _to_layout(weight, layout) if layout != "canonical" or wide else weight
 
 
 def preferred_layout(weight: QuantizedTensor, device: Device) -> str:
@@ -59,7 +56,8 @@ def to_canonical(weight: QuantizedTensor) -> QuantizedTensor:
     return _apply(weight, w4a16_layout.from_layout, w8a16_layout.from_layout, layout, becomes="canonical")
 
 
-def _convert(weight: QuantizedTensor, layout: str) -> QuantizedTensor:
+@functools.partial(jax.jit, static_argnums=1)
+def _to_layout(weight: QuantizedTensor, layout: str) -> QuantizedTensor:
     if weight.spec.activation.kind != "none":
         weight = weight.replace(scale=weight.scale.astype("float32"))
     if layout == "canonical":
@@ -79,7 +77,3 @@ def _apply(
     else:
         qvalue, scale, zero = eight_bit(weight.qvalue, weight.scale, zero, layout, spec.group_size)
     return weight.replace(qvalue=qvalue, scale=scale, zero_point=zero, spec=spec.replace(layout=becomes))
-
-
-_to_layout = functools.partial(jax.jit, static_argnums=1)(_convert)
-_to_layout_donating = functools.partial(jax.jit, static_argnums=1, donate_argnums=0)(_convert)

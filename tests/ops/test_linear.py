@@ -164,7 +164,7 @@ def test_one_fused_norm_serves_projections_of_one_scheme_only() -> None:
 def test_relayout_and_back(name: str) -> None:
     """Whatever layout this device prefers: the same product before and after, the same packed values on return."""
     x, weight, _ = case((WEIGHT_ONLY | ACTIVATIONS)[name], 4)
-    relaid = relayout_leaf(weight, donate=False)
+    relaid = relayout_leaf(weight)
     np.testing.assert_allclose(linear(x, relaid), linear(x, weight), atol=1e-6)
     back = to_canonical(relaid) if isinstance(relaid, QuantizedTensor) else relaid
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weight)):
