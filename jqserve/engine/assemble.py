@@ -12,7 +12,7 @@ import jax
 from jqserve.engine.batch import StepShape
 from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.cache import CacheShape, cache_shape, pages_that_fit
-from jqserve.engine.config import DeviceDefaults, EngineConfig, defaults_for
+from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.pages import PagePool
 from jqserve.engine.runner import Runner
@@ -55,7 +55,7 @@ def assemble(
         context = _shortened(config, context, cache)
         shape = dataclasses.replace(shape, pages_per_sequence=-(-context // page_size))
     limits = Limits(model.vocab_size, context, model.eos_token_ids)
-    runner = Runner(structure, leaves, shape, cache, buckets)
+    runner = Runner(structure, leaves, shape, cache, buckets, greedy_variant=defaults.greedy_variant)
     scheduler = Scheduler(PagePool(pages), page_size=page_size, slots=slots, tile_size=tile_size, tiles=tiles)
     facts = _facts(config, model, context, slots, cache, device) | (info or {})
     overlap = not config.disable_overlap_schedule
@@ -64,10 +64,6 @@ def assemble(
 
 def warmup_runs(engine: EngineCore) -> int:
     return defaults_for(engine.runner.device.platform).warmup_runs
-
-
-def device_defaults() -> DeviceDefaults:
-    return defaults_for(jax.devices()[0].platform)
 
 
 def _wanted_context(config: EngineConfig, model: ModelConfig, platform: str) -> int:

@@ -60,7 +60,7 @@ def make_buckets(running: int, tiles: int, *, fine: bool) -> Buckets:
 
     `fine` (GPUs): padding a decode step from 9 to 16 rows costs little (the weights are read once either way), from
     65 to 128 it starts to show, so steps grow by a third or less above 16. A mixed step is dominated by its tiles.
-    Otherwise (CPUs, where a row costs its share and compilation is on the user's clock): factors of four.
+    Otherwise (CPUs, where a row costs its share and compilation is on the user's clock): factors of four, two mixed.
     """
     if fine:
         rows = ladder(running, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768))
@@ -69,6 +69,5 @@ def make_buckets(running: int, tiles: int, *, fine: bool) -> Buckets:
         mixed = {Bucket(b, n) for b in beside for n in counts if b == running or b == beside[0] or n == tiles}
     else:
         rows = ladder(running, (4, 16, 64, 256))
-        beside = ladder(running, (4,))
-        mixed = {Bucket(b, n) for b in beside for n in ladder(tiles, (2,))}
+        mixed = {Bucket(running, tiles), Bucket(rows[0], 1)}
     return Buckets(rows, tuple(sorted(mixed)))

@@ -89,13 +89,14 @@ class DeviceDefaults:
     page_size: int
     tile_size: int
     fine_buckets: bool
+    greedy_variant: bool  # steps in which everybody is greedy have a program of their own, without the sampler
     warmup_runs: int  # XLA captures a CUDA graph on a program's second or third run
 
 
-#: a CPU computes every padded row, and its users wait for every compilation; GPU figures follow the attention kernels'
-#: page of 64 tokens and tile of 64 queries.
-CPU = DeviceDefaults(16, 128, 16, 32, False, 1)
-GPU = DeviceDefaults(256, 2048, 64, 64, True, 3)
+#: A CPU computes every padded row, and its users wait for every compilation (~5 s of processor time each).
+#: The GPU figures follow the attention kernels: pages of 64 tokens, tiles of 64 queries.
+CPU = DeviceDefaults(16, 128, 16, 32, False, False, 1)
+GPU = DeviceDefaults(256, 2048, 64, 64, True, True, 3)
 
 
 def defaults_for(platform: str) -> DeviceDefaults:

@@ -45,8 +45,17 @@ class Runner:
     """Runs plans on one device. Not thread-safe: the engine's loop is its only caller."""
 
     def __init__(
-        self, structure: Structure, leaves: tuple[jax.Array, ...], shape: StepShape, cache: CacheShape, buckets: Buckets
+        self,
+        structure: Structure,
+        leaves: tuple[jax.Array, ...],
+        shape: StepShape,
+        cache: CacheShape,
+        buckets: Buckets,
+        *,
+        greedy_variant: bool = True,
     ) -> None:
+        """`greedy_variant`: steps in which nobody asks for more than argmax run a program without the sampler."""
+        self.variants = (True, False) if greedy_variant else (True,)
         self.structure, self.leaves = structure, leaves
         self.shape, self.cache_shape, self.buckets = shape, cache, buckets
         self.device = next(iter(leaves[0].devices()))
@@ -60,7 +69,7 @@ class Runner:
 
     def programs(self) -> list[Program]:
         """All that serving can need, the costliest first."""
-        return [(bucket, full) for bucket in self.buckets.all() for full in (True, False)]
+        return [(bucket, full) for bucket in self.buckets.all() for full in self.variants]
 
     def program(self, program: Program) -> Any:
         """The compiled program; compiles it when warm-up has not (and counts that)."""
@@ -106,7 +115,8 @@ class Runner:
                 self.slots.set(sequence)
         bucket = self.buckets.choose(len(plan.decodes), tiles_needed(plan, self.shape.tile_size), self.shape.tile_size)
         packed, rows = pack(plan, self.shape, bucket)
-        output = self._run((bucket, any(needs_full(s) for s in plan.sequences)), packed)
+        full = False not in self.variants or any(needs_full(s) for s in plan.sequences)
+        output = self._run((bucket, full), packed)
         for leaf in jax.tree.leaves(output):
             leaf.copy_to_host_async()
         return Launched(plan, rows, output)

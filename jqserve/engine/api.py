@@ -1,0 +1,131 @@
+"""`jqserve.Engine`: the engine for programs. Prompts in, completions out, a progress bar meanwhile; no server."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jqserve.checkpoint.hub import resolve
+from jqserve.engine.completion import Completion, Running
+from jqserve.engine.config import EngineConfig
+from jqserve.engine.engine import EngineCore
+from jqserve.engine.load import load_engine
+from jqserve.engine.request import EngineRequest, SamplingParams
+from jqserve.engine.validate import check_request
+from jqserve.errors import CheckpointError, RequestError
+
+Prompt = str | Sequence[int]
+
+
+class Engine:
+    """Continuous batching over a paged KV cache, offline.
+
+        engine = jqserve.Engine("path/to/checkpoint")
+        for completion in engine.generate(["Once upon a time"], SamplingParams(max_new_tokens=32)):
+            print(completion.text)
+
+    One thread may use it at a time.
+    """
+
+    def __init__(self, model_path: str | EngineConfig, *, tokenizer_path: str | None = None, **options: Any) -> None:
+        """Loads a checkpoint directory, a Hub id, or what an `EngineConfig` says; `options` are EngineConfig's fields.
+
+        Shapes are compiled when they first come, unless disable_warmup=False is given. Raises JqserveError.
+        """
+        if isinstance(model_path, EngineConfig):
+            config = dataclasses.replace(model_path, **options)
+        else:
+            config = EngineConfig(model_path=str(model_path), **({"disable_warmup": True} | options))
+        self.config = config
+        self.core: EngineCore = load_engine(config)
+        self.tokenizer = _tokenizer(tokenizer_path or resolve(config.model_path, config.revision))
+        self._rids = itertools.count()
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """The checkpoint's defaults (generation_config.json)."""
+        return SamplingParams(**self.core.model_info().get("sampling_defaults", {}))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Completes every prompt (text, or token ids); results in the order of the prompts.
+
+        sampling   for all, or one for each; None: the checkpoint's defaults. A missing seed is drawn from
+                   EngineConfig.random_seed and the prompt's place, so that a run can be repeated
+        progress   shows a bar on stderr, where that is a terminal
+
+        Raises RequestError, naming the prompt, before anything runs; JqserveError when the engine failed on one.
+        """
+        several: list[Any] = list(prompts)
+        if isinstance(prompts, str) or (several and isinstance(several[0], numbers.Integral)):
+            several = [prompts]
+        one = sampling if isinstance(sampling, SamplingParams) else self.default_sampling
+        each = [one] * len(several)
+        if isinstance(sampling, Sequence):
+            if len(sampling) != len(several):
+                raise RequestError("sampling", f"{len(sampling)} for {len(several)} prompts; give one, or one for each")
+            each = list(sampling)
+        requests = [self._request(i, p, s) for i, (p, s) in enumerate(zip(several, each))]
+        running = {request.rid: Running(request, self.tokenizer) for request in requests}
+        queue = list(reversed(requests))
+        try:
+            with _bar(progress) as bar:
+                task = bar.add_task("generate", total=len(requests), rate="")
+                while queue or self.core.has_work():
+                    while queue and len(self.core.scheduler.waiting) < max(1, self.core.max_queued):
+                        self.core.add(queue.pop())
+                    for event in self.core.step():
+                        if running[event.rid].take(event, self.core):
+                            bar.advance(task)
+                    tokens = sum(len(r.ids) for r in running.values())
+                    bar.update(task, rate=f"{tokens:,} tokens")
+        finally:
+            for rid in running:
+                self.core.abort(rid)
+        return [running[request.rid].completion() for request in requests]
+
+    def _request(self, index: int, prompt: Prompt, sampling: SamplingParams) -> EngineRequest:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=(self.config.random_seed << 32) + index)
+        request = EngineRequest(next(self._rids), tuple(int(token) for token in ids), sampling)
+        try:
+            return check_request(request, self.core.limits)
+        except RequestError as error:
+            raise RequestError(error.field, f"{str(error).removeprefix(error.field + ': ')} (prompt {index})") from None
+
+
+def _tokenizer(directory: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{directory}: no tokenizer could be loaded ({error}); name another directory with tokenizer_path"
+        ) from error
+
+
+def _bar(shown: bool) -> Progress:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not shown or not console.is_terminal,
+    )
