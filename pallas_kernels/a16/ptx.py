@@ -142,8 +142,11 @@ def prmt(a: Int, b: Int, selector: int) -> Int:
 
 def packed(op: str, dtype: str, a: Int, b: Int) -> Int:
     """Two 16-bit lanes at once: op "sub", "mul" or "add", dtype "bf16" or "f16"."""
-    rounding = ".rn" if dtype == "f16" or op != "" else ""
-    return Int(asm(f"{op}{rounding}.{dtype}x2 $0, $1, $2;", a, b, results=[i32_type()])[0])
+    return Int(asm(f"{op}.rn.{dtype}x2 $0, $1, $2;", a, b, results=[i32_type()])[0])
+
+
+def packed_fma(dtype: str, a: Int, b: Int, c: Int) -> Int:
+    return Int(asm(f"fma.rn.{dtype}x2 $0, $1, $2, $3;", a, b, c, results=[i32_type()])[0])
 
 
 def load_shared(address: Int, words: int) -> list[Int]:
@@ -181,6 +184,101 @@ def mma_m16n8k16(dtype: str, acc: Sequence[ir.Value], a: Sequence[Int], b: Seque
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
     )
     return list(asm(text, *a, *b, *acc, results=[f32_type()] * 4))
+
+
+def wgmma_rs(dtype: str, n: int, acc: Sequence[ir.Value], a: Sequence[Int], b_descriptor: ir.Value) -> list[ir.Value]:
+    """acc [n/2 registers] += A (four registers, 64 x 16 over the warpgroup) times B [n, 16] in shared memory."""
+    count = n // 2
+    registers = ", ".join(f"${i}" for i in range(count))
+    a_at = 2 * count
+    text = (
+        f"{{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype} "
+        f"{{{registers}}}, {{${a_at}, ${a_at + 1}, ${a_at + 2}, ${a_at + 3}}}, ${a_at + 4}, p, 1, 1, 0; }}"
+    )
+    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l"]
+    return _tied(text, constraints, [*acc, *(v.value for v in a), b_descriptor], count)
+
+
+def _tied(text: str, constraints: list[str], args: list[ir.Value], count: int) -> list[ir.Value]:
+    """Inline PTX with `count` float32 results, whose registers are its first inputs too."""
+    struct = llvm.StructType.get_literal([f32_type()] * count)
+    out = llvm.inline_asm(struct, args, text, ",".join(constraints), has_side_effects=True)
+    return [llvm.extractvalue(f32_type(), out, [i]) for i in range(count)]
+
+
+def wgmma_fence() -> None:
+    asm("wgmma.fence.sync.aligned;")
+
+
+def wgmma_commit() -> None:
+    asm("wgmma.commit_group.sync.aligned;")
+
+
+def wgmma_wait(pending: int, acc: Sequence[ir.Value] = ()) -> list[ir.Value]:
+    """Waits until at most `pending` groups run; returns `acc`, to be read only from here on."""
+    text = f"wgmma.wait_group.sync.aligned {pending};"
+    if not acc:
+        asm(text)
+        return []
+    count = len(acc)
+    return _tied(text, ["=f"] * count + [str(i) for i in range(count)], list(acc), count)
+
+
+def keep_alive(values: Sequence[Int]) -> None:
+    """Registers that the tensor core may still read keep their contents up to here."""
+    if values:
+        asm("// " + " ".join(f"${i}" for i in range(len(values))), *values)
+
+
+def b_descriptor(address: Int) -> ir.Value:
+    """wgmma descriptor of B [n, 64] 16-bit, K contiguous, rows of 128 bytes in the 128-byte swizzle."""
+    base = arith.constant(i64_type(), 1 << 62 | 64 << 32 | 1 << 16)  # swizzle, 1024 bytes between 8-row groups
+    return arith.ori(base, (address >> 4).i64())
+
+
+def set_registers(count: int, increase: bool) -> None:
+    asm(f"setmaxnreg.{'inc' if increase else 'dec'}.sync.aligned.u32 {count};")
+
+
+def named_barrier(index: int, threads: int) -> None:
+    asm(f"bar.sync {index}, {threads};")
+
+
+def stmatrix_x4_trans(address: Int, values: Sequence[Int]) -> None:
+    """Four 8x8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of matrix l / 8."""
+    asm("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};", address, *values)
+
+
+def pack16(dtype: str, low: ir.Value, high: ir.Value) -> Int:
+    """Two float32 rounded to one word of 16-bit floats."""
+    return Int(asm(f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", high, low, results=[i32_type()])[0])
+
+
+def load_shared_f32x4(address: Int, cluster: bool) -> tuple[ir.Value, ...]:
+    space = "shared::cluster" if cluster else "shared"
+    text = f"ld.{space}.v4.f32 {{$0, $1, $2, $3}}, [$4];"
+    return asm(text, address, results=[f32_type()] * 4, volatile=True)
+
+
+def store_global(address: ir.Value, words: Sequence[Int]) -> None:
+    """2 or 4 words of 32 bits in one access."""
+    names = ", ".join(f"${i + 1}" for i in range(len(words)))
+    asm(f"st.global.v{len(words)}.b32 [$0], {{{names}}};", address, *words)
+
+
+def mbarrier_arrive_remote(address: Int) -> None:
+    """Arrives at a barrier given by `cluster_map`, releasing this thread's writes to the cluster."""
+    asm("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", address)
+
+
+def mbarrier_wait_cluster(address: Int, parity: Int) -> None:
+    """`mbarrier_wait` that also acquires what the other blocks of the cluster wrote."""
+    asm(
+        "{ .reg .pred p; WAIT_${:uid}: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$0], $1; "
+        "@p bra DONE_${:uid}; bra WAIT_${:uid}; DONE_${:uid}: }",
+        address,
+        parity,
+    )
 
 
 def fma_f32(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:

@@ -1,0 +1,497 @@
+"""Larger M on Hopper: warp-specialised wgmma with W dequantized in registers.
+
+W takes the M role of wgmma (64 rows a warpgroup), x^T from shared memory the N role. One producer warp streams weights
+in fragment order (bulk copies), their scales, and x in the 128-byte swizzle (TMA); each consumer warpgroup turns a
+64-column block into its A operand while the wgmma of the block before runs. A cluster of `split` blocks divides K and
+meets in distributed shared memory. Persistent: tiles are dealt out over clusters, the producer runs ahead of epilogues.
+
+The scales multiply the integers in bf16 (fp16): W is rounded to x's dtype as in the reference, and scales of another
+dtype are rounded to x's first. With one scale per row they multiply the finished sums instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref
+
+from pallas_kernels.a16 import ptx
+from pallas_kernels.a16.decode_sm90 import SMEM_BYTES
+from pallas_kernels.a16.dequant import DEQUANT, Kind, zero_pair
+from pallas_kernels.a16.fragments import BLOCK_BYTES, ROWS
+from pallas_kernels.a16.ptx import Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """warpgroups: consumers, 64 rows of W each; m_tile: rows of x; k_step: columns of a stage (multiple of 64);
+    split: blocks of a cluster along K; stages: 0 is as many as fit."""
+
+    warpgroups: int = 2
+    m_tile: int = 64
+    k_step: int = 128
+    split: int = 1
+    stages: int = 0
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.warpgroups
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one kernel, derived from the shapes."""
+
+    m: int
+    n: int
+    k: int
+    kind: Kind
+    x_dtype: str
+    scale_dtype: str
+    group: int
+    scales_in_epilogue: bool
+    one_scale: bool
+    has_zero: bool
+    has_offset: bool
+    sms: int
+    config: Config
+
+    @property
+    def n_tiles(self) -> int:
+        return self.n // self.config.rows
+
+    @property
+    def m_tiles(self) -> int:
+        return -(-self.m // self.config.m_tile)
+
+    @property
+    def tiles(self) -> int:
+        return self.n_tiles * self.m_tiles
+
+    @property
+    def clusters(self) -> int:
+        return min(self.tiles, self.sms // self.config.split)
+
+    @property
+    def k_block(self) -> int:
+        return self.k // self.config.split
+
+    @property
+    def steps(self) -> int:
+        return self.k_block // self.config.k_step
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.group)
+
+    @property
+    def step_groups(self) -> int:
+        return max(1, self.config.k_step // self.group)
+
+    @property
+    def row_tiles(self) -> int:
+        return self.config.rows // ROWS
+
+    @property
+    def x_bytes(self) -> int:
+        return self.config.m_tile * self.config.k_step * 2
+
+    @property
+    def piece(self) -> int:  # weight bytes of one 16-row tile in a stage
+        return self.config.k_step // self.kind.block_k * BLOCK_BYTES
+
+    @property
+    def scale_record(self) -> int:
+        return 16 * (4 if self.scale_dtype == "f32" else 2)
+
+    def table_bytes(self) -> tuple[int, int, int]:
+        """Bytes of scales, zeros and offsets of one 16-row tile in a stage."""
+        scale = 0 if self.scales_in_epilogue else self.scale_record * self.step_groups
+        return scale, 16 * self.step_groups if self.has_zero else 0, scale if self.has_offset else 0
+
+    @property
+    def copied_bytes(self) -> int:
+        return self.x_bytes + self.row_tiles * (self.piece + sum(self.table_bytes()))
+
+    @property
+    def stage_bytes(self) -> int:
+        return -(-self.copied_bytes // 1024) * 1024
+
+    @property
+    def out_bytes(self) -> int:
+        c = self.config
+        if c.split > 1:  # float32 [m_tile][rows + 4]
+            return c.m_tile * (c.rows + 4) * 4
+        return c.m_tile * (c.rows * 2 + 16)  # 16-bit [m_tile][rows + 8]
+
+    @property
+    def stages(self) -> int:
+        fits = (SMEM_BYTES - 1024 - 1024 - self.out_bytes) // self.stage_bytes
+        return min(fits, self.config.stages or 12)
+
+    def check(self) -> None:
+        """Raises NotImplementedError when the kernel cannot take this problem in this configuration."""
+        c = self.config
+        problem = None
+        if self.n % c.rows:
+            problem = f"N = {self.n} is not a multiple of {c.rows}"
+        elif self.k % (c.split * c.k_step) or c.k_step % 64:
+            problem = f"K = {self.k} is not a multiple of {c.split} x {c.k_step}"
+        elif not self.scales_in_epilogue and (
+            self.k % self.group or (c.k_step % self.group and self.group % c.k_step) or self.group % 16
+        ):
+            problem = f"groups of {self.group} do not fit stages of {c.k_step} columns"
+        elif self.stages < 2:
+            problem = "the stages do not fit shared memory"
+        elif c.m_tile % 16 or c.m_tile > 256 or self.m < 1:
+            problem = f"m_tile {c.m_tile}"
+        if problem:
+            raise NotImplementedError(f"wgmma kernel: {problem}")
+
+
+def matmul(
+    plan: Plan, x: jax.Array, weight: jax.Array, scale: jax.Array, zero: jax.Array | None, offset: jax.Array | None
+) -> jax.Array:
+    """x [M, K] by packed arrays (see `fragments`) -> [M, N] in x's dtype."""
+    plan.check()
+    optional = [a for a in (zero, offset) if a is not None]
+    smem = 1024 + plan.out_bytes + plan.stages * plan.stage_bytes
+    smem = -(-smem // 1024) * 1024
+    c = plan.config
+
+    def body(*args):
+        refs = (plgpu.RefType(),) * len(args)
+        plgpu.inline_mgpu(arg_types=refs)(functools.partial(_emit, plan))(*args)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), x.dtype),
+        grid=(plan.clusters,),
+        grid_names=("tile",),
+        cluster=(c.split,) if c.split > 1 else (),
+        cluster_names=("split",) if c.split > 1 else (),
+        num_threads=c.warpgroups + 1,
+        thread_name="wg",
+        scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+    )
+    return kernel(x, weight, scale, *optional)
+
+
+class _Block:
+    """Thread coordinates and the addresses in shared memory: stages (1024-aligned), outputs, barriers."""
+
+    def __init__(self, plan: Plan, smem: ir.Value):
+        c = plan.config
+        self.tid = ptx.special("%tid.x")
+        self.warp = Int(mgpu.warp_idx(sync=True))
+        self.lane = self.tid & 31
+        self.leader = self.lane.eq(0)
+        self.rank = ptx.special("%cluster_ctarank") if c.split > 1 else Int.of(0)
+        self.cluster = ptx.special("%ctaid.x") // c.split
+        self.smem = smem
+        self.stages = ptx.shared_address(smem)
+        self.out = self.stages + plan.stages * plan.stage_bytes
+        self.full = self.out + plan.out_bytes
+        self.empty = self.full + 8 * plan.stages
+        self.ready = self.empty + 8 * plan.stages  # all blocks' sums are written
+        self.done = self.ready + 8  # all blocks have read this one's sums
+
+
+def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
+    c = plan.config
+    *optional, y_ref, smem = rest
+    b = _Block(plan, smem)
+    warps = 4 * c.warpgroups
+    with ptx.when(b.tid.eq(0)):
+        for stage in range(plan.stages):
+            ptx.mbarrier_init(b.full + 8 * stage, 1)
+            ptx.mbarrier_init(b.empty + 8 * stage, warps)
+        ptx.mbarrier_init(b.ready, warps * c.split)
+        ptx.mbarrier_init(b.done, warps * c.split)
+        ptx.fence_mbarrier_init()
+    if c.split > 1:
+        ptx.cluster_sync()
+    else:
+        ptx.syncthreads()
+    tile_count = (Int.of(plan.tiles - 1) - b.cluster) // plan.clusters + 1
+    producer = b.warp.lt(warps)
+    op = arith.xori(producer, arith.constant(ir.IntegerType.get_signless(1), 1))
+    with ptx.when(op):
+        ptx.set_registers(40, increase=False)
+        with ptx.when(b.warp.eq(warps)):
+            _produce(plan, ctx, b, tile_count, x_ref, w_ref, [s_ref, *optional])
+    with ptx.when(producer):
+        ptx.set_registers({1: 240, 2: 240, 3: 160, 4: 112}[c.warpgroups], increase=True)
+        _consume(plan, b, tile_count, s_ref, y_ref)
+
+
+def _coordinates(plan: Plan, b: _Block, i: Int) -> tuple[Int, Int]:
+    """(row tile of W, row tile of x) of the i'th tile: neighbours share the weights."""
+    tile = b.cluster + i * plan.clusters
+    return tile // plan.m_tiles, tile % plan.m_tiles
+
+
+def _next(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
+    wrap = (stage + 1).eq(stages)
+    return ptx.select(wrap, 0, stage + 1), ptx.select(wrap, phase ^ 1, phase)
+
+
+def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) -> None:
+    c = plan.config
+    w_base = ptx.global_address(w_ref)
+    t_bases = [ptx.global_address(t) for t in tables]
+    row_bytes = plan.k // plan.kind.block_k * BLOCK_BYTES
+    i32, index = ptx.i32_type(), ir.IndexType.get()
+    element = ir.BF16Type.get() if plan.x_dtype == "bf16" else ir.F16Type.get()
+    x_type = ir.MemRefType.get((c.m_tile, 64), element, memory_space=mgpu.smem())
+    smem_pointer = ir.Type.parse("!llvm.ptr<3>")
+
+    def tile_body(i: Int, carry):
+        n_tile, m_tile = _coordinates(plan, b, i)
+
+        def step_body(step: Int, carry):
+            stage, phase = Int(carry[0]), Int(carry[1])
+            ptx.mbarrier_wait(b.empty + stage * 8, phase ^ 1)
+            barrier = b.full + stage * 8
+            base = b.stages + stage * plan.stage_bytes
+            k0 = b.rank * plan.k_block + step * c.k_step
+            with ptx.when(b.leader):
+                ptx.mbarrier_expect(barrier, plan.copied_bytes)
+            ptx.syncwarp()
+            for part in range(c.k_step // 64):
+                at = arith.index_cast(index, (stage * plan.stage_bytes + part * c.m_tile * 128).value)
+                ctx.async_copy(
+                    src_ref=x_ref,
+                    dst_ref=memref.view(x_type, b.smem, at, []),
+                    gmem_slice=(
+                        mgpu.ds(arith.index_cast(index, (m_tile * c.m_tile).value), c.m_tile),
+                        mgpu.ds(arith.index_cast(index, (k0 + 64 * part).value), 64),
+                    ),
+                    barrier=mgpu.BarrierRef(llvm.inttoptr(smem_pointer, barrier.value), mgpu.c(0, i32), None, 1),
+                    swizzle=128,
+                    arrive=False,
+                    predicate=b.leader,
+                )
+            with ptx.when(b.lane.lt(plan.row_tiles)):
+                row = n_tile * plan.row_tiles + b.lane
+                start = arith.muli(row.i64(), arith.constant(ptx.i64_type(), row_bytes))
+                block0 = k0 // plan.kind.block_k
+                target = base + plan.x_bytes
+                source = ptx.offset(w_base, start, (block0 * BLOCK_BYTES).i64())
+                ptx.bulk_load_keep(target + b.lane * plan.piece, source, plan.piece, barrier)
+                target = target + plan.row_tiles * plan.piece
+                group = row * plan.groups + k0 // plan.group
+                present = [
+                    (size, record)
+                    for size, record in zip(plan.table_bytes(), (plan.scale_record, 16, plan.scale_record), strict=True)
+                    if size
+                ]
+                for t_base, (size, record) in zip(t_bases, present, strict=False):
+                    source = ptx.offset(t_base, (group * record).i64())
+                    ptx.bulk_load_keep(target + b.lane * size, source, size, barrier)
+                    target = target + plan.row_tiles * size
+            stage, phase = _next(stage, phase, plan.stages)
+            return [stage.value, phase.value]
+
+        return ptx.loop(plan.steps, carry, step_body)
+
+    ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
+
+
+def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
+    c = plan.config
+    count = c.m_tile // 2
+    y_base = ptx.global_address(y_ref)
+    blocks = c.k_step // plan.kind.block_k
+
+    def tile_body(i: Int, carry):
+        n_tile, m_tile = _coordinates(plan, b, i)
+
+        def step_body(step: Int, carry):
+            stage, phase, acc = Int(carry[0]), Int(carry[1]), list(carry[2:])
+            ptx.mbarrier_wait(b.full + stage * 8, phase)
+            base = b.stages + stage * plan.stage_bytes
+            previous: list[Int] = []
+            for block in range(blocks):
+                fragments = _fragments(plan, b, base, block)
+                # The tensor core still works on the block before while the lines above run.
+                if previous:
+                    ptx.wgmma_wait(0)
+                    ptx.keep_alive(previous)
+                ptx.wgmma_fence()
+                for s, a in enumerate(fragments):
+                    column = block * plan.kind.block_k + 16 * s
+                    at = base + (column // 64) * c.m_tile * 128 + (column % 64) * 2
+                    acc = ptx.wgmma_rs(plan.x_dtype, c.m_tile, acc, a, ptx.b_descriptor(at))
+                ptx.wgmma_commit()
+                previous = [r for a in fragments for r in a]
+            acc = ptx.wgmma_wait(0, acc)
+            ptx.keep_alive(previous)
+            with ptx.when(b.leader):
+                ptx.mbarrier_arrive(b.empty + stage * 8)
+            stage, phase = _next(stage, phase, plan.stages)
+            return [stage.value, phase.value, *acc]
+
+        stage, phase, *acc = ptx.loop(plan.steps, [*carry, *[ptx.f32(0.0)] * count], step_body)
+        if c.split > 1:
+            _meet(plan, b, i, n_tile, m_tile, acc, s_ref, y_base)
+        else:
+            _write(plan, b, n_tile, m_tile, acc, s_ref, y_base)
+        return [stage, phase]
+
+    ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
+    if c.split > 1:  # the other blocks may still read this one's sums
+        ptx.mbarrier_wait_cluster(b.done, (tile_count - 1) & 1)
+
+
+def _fragments(plan: Plan, b: _Block, base: Int, block: int) -> list[list[Int]]:
+    """Operand A of each 16-column step of a block, scales applied."""
+    kind, dtype = plan.kind, plan.x_dtype
+    weights = base + plan.x_bytes + b.warp * plan.piece + block * BLOCK_BYTES + b.lane * 16
+    words = ptx.load_shared(weights, 4)
+    sizes = plan.table_bytes()
+    table = base + plan.x_bytes + plan.row_tiles * plan.piece
+    zero_table = table + plan.row_tiles * sizes[0]
+    offset_table = zero_table + plan.row_tiles * sizes[1]
+    out, loaded = [], -1
+    scales = zeros = offsets = None
+    for step in range(kind.steps):
+        group = min((block * kind.block_k + 16 * step) // plan.group, plan.step_groups - 1)
+        if group != loaded:
+            loaded = group
+            if sizes[0]:
+                scales = _pair16(plan, table + b.warp * sizes[0] + group * plan.scale_record, b.lane)
+            if sizes[1]:
+                pair = ptx.load_shared_u16(zero_table + b.warp * sizes[1] + group * 16 + (b.lane // 4) * 2)
+                zeros = zero_pair(dtype, pair, False), zero_pair(dtype, pair, True)
+            if sizes[2]:
+                offsets = _pair16(plan, offset_table + b.warp * sizes[2] + group * plan.scale_record, b.lane)
+        a = DEQUANT[kind.name](dtype, words[step * kind.words : (step + 1) * kind.words], zeros)
+        if scales and offsets:
+            a = [ptx.packed_fma(dtype, v, scales[i % 2], offsets[i % 2]) for i, v in enumerate(a)]
+        elif scales:
+            a = [ptx.packed("mul", dtype, v, scales[i % 2]) for i, v in enumerate(a)]
+        out.append(a)
+    return out
+
+
+def _pair16(plan: Plan, table: Int, lane: Int) -> tuple[Int, Int]:
+    """The scales of rows g and g + 8, each in both halves of a word, in x's dtype."""
+    at = table + (lane // 4) * (plan.scale_record // 8)
+    if plan.scale_dtype == "f32":
+        low, high = (ptx.bits_to_f32(w) for w in ptx.load_shared(at, 2))
+    else:
+        (word,) = ptx.load_shared(at, 1)
+        if plan.scale_dtype == plan.x_dtype:
+            return ptx.prmt(word, word, 0x1010), ptx.prmt(word, word, 0x3232)
+        if plan.scale_dtype == "f16":
+            low, high = ptx.half_to_f32(word, False), ptx.half_to_f32(word, True)
+        else:
+            low, high = ptx.bits_to_f32(word << 16), ptx.bits_to_f32(word & 0xFFFF0000)
+    return ptx.pack16(plan.x_dtype, low, low), ptx.pack16(plan.x_dtype, high, high)
+
+
+def _row_scales(plan: Plan, b: _Block, n_tile: Int, s_ref) -> tuple[ir.Value, ir.Value]:
+    """The float32 scales of this lane's two rows, from the [N, 1] or [1, 1] array."""
+    row = n_tile * plan.config.rows + b.warp * ROWS + b.lane // 4
+    first = _load_scale(plan, s_ref, row)
+    return first, first if plan.one_scale else _load_scale(plan, s_ref, row + 8)
+
+
+def _load_scale(plan: Plan, s_ref, n: Int) -> ir.Value:
+    size = 4 if plan.scale_dtype == "f32" else 2
+    types = {"f32": ir.F32Type, "bf16": ir.BF16Type, "f16": ir.F16Type}
+    index = Int.of(0) if plan.one_scale else n
+    address = ptx.offset(ptx.global_address(s_ref), (index * size).i64())
+    value = llvm.load(types[plan.scale_dtype].get(), llvm.inttoptr(llvm.PointerType.get(1), address))
+    return value if size == 4 else arith.extf(ir.F32Type.get(), value)
+
+
+def _scaled(plan: Plan, b: _Block, n_tile: Int, acc, s_ref):
+    if not plan.scales_in_epilogue:
+        return acc
+    pair = _row_scales(plan, b, n_tile, s_ref)
+    return [arith.mulf(v, pair[i // 2 % 2]) for i, v in enumerate(acc)]
+
+
+def _write(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
+    """Sums -> shared memory, transposed to [x row][W row] -> 16-byte stores to y."""
+    c = plan.config
+    acc = _scaled(plan, b, n_tile, acc, s_ref)
+    threads = 128 * c.warpgroups
+    stride = c.rows * 2 + 16
+    ptx.named_barrier(1, threads)  # the tile before has been read
+    # Matrices of a stmatrix: (rows g, x rows 0-7), (rows g + 8, 0-7), (g, 8-15), (g + 8, 8-15).
+    row = (b.lane % 8) + (b.lane // 16) * 8
+    lane_at = b.out + row * stride + (b.warp * ROWS + (b.lane // 8 % 2) * 8) * 2
+    for t in range(c.m_tile // 16):
+        part = acc[8 * t : 8 * t + 8]
+        words = [ptx.pack16(plan.x_dtype, part[2 * i], part[2 * i + 1]) for i in range(4)]
+        ptx.stmatrix_x4_trans(lane_at + t * 16 * stride, words)
+    ptx.named_barrier(1, threads)
+    chunks = c.rows // 8  # of 16 bytes in a row
+    m_left = Int.of(plan.m) - m_tile * c.m_tile
+    for start in range(0, c.m_tile * chunks, threads):
+        index = b.tid + start
+        m, chunk = index // chunks, index % chunks
+        inside = m.lt(m_left)
+        if c.m_tile * chunks % threads:
+            inside = arith.andi(inside, index.lt(c.m_tile * chunks))
+        with ptx.when(inside):
+            words = ptx.load_shared(b.out + m * stride + chunk * 16, 4)
+            y_row = arith.muli((m_tile * c.m_tile + m).i64(), arith.constant(ptx.i64_type(), plan.n * 2))
+            ptx.store_global(ptx.offset(y_base, y_row, ((n_tile * c.rows + chunk * 8) * 2).i64()), words)
+
+
+def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
+    """Adds the sums of the cluster's blocks; each block writes its share of the rows of W."""
+    c = plan.config
+    acc = _scaled(plan, b, n_tile, acc, s_ref)
+    stride = (c.rows + 4) * 4
+    ptx.mbarrier_wait_cluster(b.done, (i & 1) ^ 1)  # passes at once for the first tile
+    base = b.out + (b.lane % 4) * (2 * stride) + (b.warp * ROWS + b.lane // 4) * 4
+    for t in range(c.m_tile // 8):
+        for j in range(4):
+            ptx.store_shared_f32(base + ((8 * t + j % 2) * stride + 8 * (j // 2) * 4), acc[4 * t + j])
+    _arrive_everywhere(plan, b, b.ready)
+    ptx.mbarrier_wait_cluster(b.ready, i & 1)
+    share = c.rows // c.split
+    quads = share // 4
+    threads = 128 * c.warpgroups
+    m_left = (Int.of(plan.m) - m_tile * c.m_tile).min(c.m_tile)
+
+    def sum_body(j: Int, carry):
+        index = b.tid + j * threads
+        m, quad = index // quads, index % quads
+        with ptx.when(m.lt(m_left)):
+            n = quad * 4 + b.rank * share
+            at = b.out + m * stride + n * 4
+            total = [ptx.f32(0.0)] * 4
+            for peer in range(c.split):
+                part = ptx.load_shared_f32x4(ptx.cluster_map(at, peer), cluster=True)
+                total = [arith.addf(u, v) for u, v in zip(total, part, strict=True)]
+            words = [ptx.pack16(plan.x_dtype, total[0], total[1]), ptx.pack16(plan.x_dtype, total[2], total[3])]
+            y_row = arith.muli((m_tile * c.m_tile + m).i64(), arith.constant(ptx.i64_type(), plan.n * 2))
+            ptx.store_global(ptx.offset(y_base, y_row, ((n_tile * c.rows + n) * 2).i64()), words)
+        return carry
+
+    ptx.loop(-(-c.m_tile * quads // threads), [], sum_body)
+    _arrive_everywhere(plan, b, b.done)
+
+
+def _arrive_everywhere(plan: Plan, b: _Block, barrier: Int) -> None:
+    """This warp arrives at `barrier` in every block of the cluster."""
+    ptx.syncwarp()
+    with ptx.when(b.lane.lt(plan.config.split)):
+        ptx.mbarrier_arrive_remote(ptx.cluster_map(barrier, b.lane))
+
+
