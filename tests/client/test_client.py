@@ -1,0 +1,124 @@
+"""The two clients against a server with the echoing engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from fake_engine import SLOW, STUCK
+from running_server import DEMO, running_server
+
+from jqserve.client import AsyncClient, Client, ServerError
+from jqserve.client.requests import generate_request
+from jqserve.server.config import ServerConfig
+from jqserve.server.pb import jqserve_pb2 as pb
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    with running_server(ServerConfig(str(DEMO), port=0)) as (running, _):
+        yield running.target
+
+
+@pytest.fixture
+def client(target: str) -> Iterator[Client]:
+    with Client(target) as client:
+        yield client
+
+
+IDS = [656, 904, 1903]  # "one two three"
+
+
+def test_iterating_gives_text_and_the_result_gathers_it(client: Client) -> None:
+    stream = client.generate(IDS, max_new_tokens=9, flush_tokens=1, seed=1)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.result.text and len(pieces) > 1
+    assert stream.result.finish_reason == "length" and stream.result.completion_tokens == 9
+
+
+def test_leaving_a_with_block_cancels(client: Client) -> None:
+    with client.generate(IDS, max_new_tokens=500, seed=SLOW) as stream:
+        next(iter(stream))
+    with pytest.raises(ServerError, match="CANCELLED"):
+        stream.wait()
+
+
+def test_errors_carry_code_and_field(client: Client) -> None:
+    with pytest.raises(ServerError) as caught:
+        client.generate(IDS, n=0).wait()
+    assert (caught.value.code, caught.value.field) == (grpc.StatusCode.INVALID_ARGUMENT, "sampling.n")
+    with Client("127.0.0.1:1") as nobody, pytest.raises(ServerError) as caught:
+        nobody.server_info(timeout=5)
+    assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_one_client_for_many_threads(client: Client) -> None:
+    results: list[list[int]] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(client.generate(IDS, max_new_tokens=6, seed=1).wait().token_ids))
+        for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert results == [IDS * 2] * 16
+
+
+def test_asyncio_client(target: str) -> None:
+    async def run() -> None:
+        async with AsyncClient(target) as client:
+            streams = [client.generate(IDS, max_new_tokens=3 * i, seed=i) for i in range(1, 9)]
+            results = await asyncio.gather(*(stream.wait() for stream in streams))
+            assert [r.token_ids for r in results] == [IDS * i for i in range(1, 9)]
+            text = "".join([piece async for piece in client.generate(IDS, max_new_tokens=3, seed=1)])
+            assert text == await client.detokenize(IDS)
+            assert await client.tokenize(text) == [1, *IDS]
+            assert (await client.model_info()).vocab_size == 4096
+            assert (await client.server_info()).state == pb.SERVER_STATE_READY
+            assert not await client.abort("nobody")
+
+            stream = client.generate(IDS, max_new_tokens=500, seed=SLOW, request_id="a")
+            async for _ in stream:
+                stream.cancel()
+                break
+            with pytest.raises(ServerError, match="CANCELLED"):
+                await stream.wait()
+            with pytest.raises(ServerError, match="n: is 0"):
+                await client.generate(IDS, n=0).wait()
+
+            # Cancelling the task that reads cancels the call with it.
+            task = asyncio.create_task(client.generate(IDS, max_new_tokens=9, seed=STUCK, request_id="stuck").wait())
+            while not (await client.server_info()).load.running:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while (await client.server_info()).load.running:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_requests_say_what_was_meant() -> None:
+    request = generate_request("hi", stop="x", temperature=0, logit_bias={5: 1.5}, n=2, output="text", flush_tokens=1)
+    assert request.text == "hi" and request.sampling.stop == ["x"] and request.sampling.HasField("temperature")
+    assert request.sampling.logit_bias[5] == 1.5 and request.output == pb.OUTPUT_TEXT
+    plain = generate_request([{"role": "user", "content": "x"}], template_kwargs={"a": 1}, max_new_tokens=None)  # type: ignore[typeddict-item]
+    assert plain.chat.messages[0].content == "x" and plain.chat.template_kwargs_json == '{"a": 1}'
+    assert not plain.sampling.HasField("max_new_tokens")
+    rich = generate_request([{"role": "user", "content": "x", "name": "y"}])
+    assert not rich.chat.messages and '"name": "y"' in rich.chat.messages_json
+    assert generate_request([]).WhichOneof("prompt") == "token_ids"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"top_q": 1}, TypeError), ({"output": "x"}, ValueError), ({"tools": []}, TypeError), ({"seed": -1}, ValueError)],
+)
+def test_bad_arguments_raise_here(options: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        generate_request("hi", **options)  # type: ignore[arg-type]
