@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from fake_engine import SLOW, STUCK
-from running_server import DEMO, running_server
 
 from jqserve.client import AsyncClient, Client, ServerError
 from jqserve.client.requests import generate_request
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
+from tests.server.fake_engine import SLOW, STUCK
+from tests.server.running_server import DEMO, running_server
 
 
 @pytest.fixture(scope="module")

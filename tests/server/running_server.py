@@ -9,12 +9,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_engine
-
 from jqserve.client import Client
 from jqserve.server.app import Server
 from jqserve.server.config import ServerConfig
 from jqserve.server.launch import Launch, launch_thread
+from tests.server import fake_engine
 
 DEMO = Path(__file__).resolve().parents[2] / "jqserve" / "demo" / "model"
 LAUNCH_FAKE: Launch = functools.partial(launch_thread, serve=fake_engine.serve)

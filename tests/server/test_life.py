@@ -14,12 +14,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fake_engine import SLOW, STUCK
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jqserve.client import Client, ServerError
 from jqserve.server.app import SERVICE
 from jqserve.server.pb import jqserve_pb2 as pb
+from tests.server.fake_engine import SLOW, STUCK
 
 SCRIPT = Path(__file__).resolve().parent / "serve_fake.py"
 

@@ -7,18 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fake_engine
 import grpc
 import pytest
-from fake_engine import BROKEN, REFUSED, SLOW, STUCK
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from running_server import DEMO, Running, running_server
 
 from jqserve.client import Client, ServerError
 from jqserve.server.app import SERVICE
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
+from tests.server import fake_engine
+from tests.server.fake_engine import BROKEN, REFUSED, SLOW, STUCK
+from tests.server.running_server import DEMO, Running, running_server
 
 CONFIG = ServerConfig(str(DEMO), port=0, served_model_name="echo", arguments={"port": 0, "x": None})
 
