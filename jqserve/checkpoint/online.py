@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.scheme import FP8_TOKEN, namespace
 from jqserve.errors import UnsupportedError
 from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
@@ -54,7 +55,7 @@ def _quantize_rows(weight: Any) -> tuple[Any, Any]:
     return xp.clip(value / scale, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn), scale
 
 
-def online_scheme(name: str | None, method: str, activations: bool) -> OnlineFp8 | None:
+def online_scheme(name: str | None, method: str, activations: Activations) -> OnlineFp8 | None:
     """The scheme behind `--quantization NAME` for a checkpoint of quantization `method` ("none": unquantized).
 
     Raises UnsupportedError for a name that does not exist (yet), and on a checkpoint that is quantized already.
@@ -71,4 +72,4 @@ def online_scheme(name: str | None, method: str, activations: bool) -> OnlineFp8
             f"--quantization {name}: the checkpoint is quantized already ({method}); leave the flag out, the method is "
             "read from config.json"
         )
-    return OnlineFp8() if activations else OnlineFp8(ActivationSpec())
+    return OnlineFp8() if activations == "config" else OnlineFp8(ActivationSpec())

@@ -6,9 +6,10 @@ import dataclasses
 import re
 from typing import Any
 
+import jax.numpy as jnp
 from rich.table import Table
 
-from jqserve.quant import ActivationSpec, QuantSpec
+from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +64,9 @@ class LoadPlan:
 
     def to_table(self) -> Table:
         """Rows that differ only in the layer's number share a line: "layers.{0-5}.attn.qkv"."""
-        table = Table(title=f"load plan: {self.method}, {self.bytes / 2**20:,.1f} MiB")
+        table = Table(title=f"load plan: {self.method}, {self.bytes / 2**20:,.1f} MiB", title_justify="left")
         for name in ("module", "[N, K]", "scheme", "activation", "dtype", "MiB", "note"):
-            table.add_column(name, justify="right" if name == "MiB" else "left", overflow="fold")
+            table.add_column(name, justify="right" if name == "MiB" else "left", no_wrap=name in ("module", "[N, K]"))
         for label, row, total in self._folded():
             n, k = row.shape
             table.add_row(label, f"{n} x {k}", row.scheme, row.activation, row.dtype, f"{total / 2**20:,.2f}", row.note)
@@ -126,3 +127,23 @@ def scheme_text(method: str, spec: QuantSpec | None, perm: bool = False) -> str:
     group = f"groups of {gk}" if gk < k else ("per channel" if gn == 1 else "per tensor")
     zero = {"none": "", "int": ", zero points", "offset": ", offsets"}[spec.zero]
     return f"{method}: {spec.qtype}, {group}{zero}{', act-order' if perm else ''}"
+
+
+def source_text(names: list[str]) -> str:
+    """["a.b.q_proj", "a.b.k_proj"] -> "a.b.{q_proj,k_proj}"."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0].rpartition('.')[0]}.{{{','.join(name.rpartition('.')[2] for name in names)}}}"
+
+
+def matrix_row(path: str, source: str, method: str, weight: Any, note: str = "") -> PlanRow:
+    """The row of a Linear or of the embedding table: `weight` is an array or a QuantizedTensor, host or device."""
+    if not isinstance(weight, QuantizedTensor):
+        shape, dtype = (int(weight.shape[0]), int(weight.shape[1])), jnp.dtype(weight.dtype)
+        bits = dtype.itemsize * 8
+        return PlanRow(path, source, shape, method, bits, None, "none", dtype.name, int(weight.nbytes), note)
+    spec = weight.spec
+    group = spec.group_size if spec.group_size < spec.shape[1] else None
+    text = scheme_text("online" if method == "dense" else method, spec, weight.perm is not None)
+    scales, activation = jnp.dtype(weight.scale.dtype).name, activation_text(spec.activation)
+    return PlanRow(path, source, spec.shape, text, spec.bits, group, activation, scales, weight.nbytes, note)

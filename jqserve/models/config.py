@@ -49,3 +49,11 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_json`, also after a round trip through JSON, which knows no tuples."""
+        rope = data["rope"]
+        rope = RopeConfig(**{**rope, "extra": tuple((str(k), float(v)) for k, v in rope["extra"])})
+        tuples = {key: tuple(data[key]) for key in ("sliding_windows", "eos_token_ids")}
+        return ModelConfig(**{**data, **tuples, "rope": rope})

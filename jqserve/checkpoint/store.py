@@ -1,0 +1,211 @@
+"""Our own form of a checkpoint: the canonical tree in Orbax arrays, a section a layer, beside a checked manifest.
+
+DIR/jqserve.json     the manifest (`manifest.py`), written last
+DIR/arrays/<section> one Orbax tree each: embed, layers.0, ..., final_norm, lm_head; both ways stream through them
+DIR/config.json, tokenizer files, ...: copied from the original
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jqserve.checkpoint import manifest
+from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
+from jqserve.checkpoint.manifest import LeafFacts
+from jqserve.checkpoint.online import OnlineFp8, online_scheme
+from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row
+from jqserve.checkpoint.store_check import check_modules
+from jqserve.errors import CheckpointError
+from jqserve.models.config import ModelConfig
+from jqserve.quant import NO_ACTIVATION, QuantizedTensor
+
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+NOT_COPIED = {"model.safetensors.index.json", manifest.NAME}
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether `jqserve convert` wrote this directory."""
+    return (Path(path) / manifest.NAME).is_file()
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    progress: Progress | None = None,
+) -> LoadPlan:
+    """Writes the checkpoint directory `source` as canonical tree to `out`, which must not exist or be empty.
+
+    Streams: host memory stays near the largest layer. Raises as `convert.load` does.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty directory; choose another --out")
+    with Checkpoint(source) as checkpoint:
+        opened = open_model(checkpoint, dtype, "config", quantization)
+        out.mkdir(parents=True, exist_ok=True)
+        body = _write_arrays(opened, out, progress)
+        for pattern in COPIED:
+            for file in sorted(checkpoint.path.glob(pattern)):
+                if file.name not in NOT_COPIED:
+                    shutil.copyfile(file, out / file.name)
+    manifest.write(out, body)
+    return LoadPlan.from_json(body["plan"])
+
+
+def _write_arrays(opened: OpenModel, out: Path, progress: Progress | None) -> dict[str, Any]:
+    orbax = _checkpointer()
+    stream = opened.stream(keep_on_host, "host")
+    sections: dict[str, dict[str, Any]] = {}
+    rows: list[PlanRow] = []
+    pending: dict[str, Weight] = {}
+    current = ""
+
+    def flush() -> None:
+        if pending:
+            arrays = {_key(n, f): a for n, leaf in pending.items() for f, a in manifest.arrays_of(leaf).items()}
+            orbax.save((out / "arrays" / current).absolute(), arrays)
+            sections[current] = {name: manifest.facts_of(leaf).to_json() for name, leaf in pending.items()}
+            pending.clear()
+
+    for done, built in enumerate(stream, 1):
+        if section_of(built.path) != current:
+            flush()
+            current = section_of(built.path)
+        pending.update(built.leaves)
+        rows += built.rows
+        if progress:
+            progress(done, len(stream), built.path)
+    flush()
+    return {
+        "config": opened.config.to_json(),
+        "generation_config": opened.generation_config,
+        "plan": opened.plan(rows).to_json(),
+        "sections": sections,
+    }
+
+
+def section_of(path: str) -> str:
+    """ "layers.3.attn.qkv" -> "layers.3"; "embed.weight" -> "embed"."""
+    match = re.match(r"layers\.\d+", path)
+    return match[0] if match else path.partition(".")[0]
+
+
+def _key(leaf: str, field: str) -> str:
+    """Orbax's name of an array. Slashes and dots would nest or be mistaken: the path stays one word."""
+    return f"{leaf}:{field}" if field else leaf
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp  # 3 s to import: only where it is needed
+
+    return ocp.PyTreeCheckpointer(use_compression=False)  # packed weights do not compress
+
+
+def restore(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    activations: Activations = "config",
+    quantization: str | None = None,
+    device_put: Place,
+    progress: Progress | None = None,
+) -> LoadedCheckpoint:
+    """Reads what `convert` wrote, section by section; every array is checked against the manifest.
+
+    The arguments are those of `convert.load`. Raises CheckpointError naming the file and the array.
+    """
+    path = Path(path)
+    config, generation, plan, sections = _described(path)
+    dtype = config.dtype if dtype in (None, "auto") else str(dtype)
+    check_dtype(dtype)
+    online = online_scheme(quantization, plan.method, activations)
+    stored = {row.path: row for row in plan.rows}
+    params: dict[str, Any] = {}
+    rows: list[PlanRow] = []
+    total = sum(map(len, sections.values()))
+    for done, (name, leaf) in enumerate(_leaves(path, sections), 1):
+        leaf = _adapted(name, leaf, dtype, activations, online)
+        if row := stored.get(name.removesuffix(".weight")):
+            rows.append(matrix_row(row.path, row.source, row.scheme.partition(":")[0], leaf, row.note))
+        set_path(params, name, device_put(leaf))
+        if progress:
+            progress(done, total, name)
+    plan = dataclasses.replace(plan, rows=tuple(rows))
+    if online:
+        plan = dataclasses.replace(plan, notes=(f"quantized while loading: --quantization {quantization}", *plan.notes))
+    return LoadedCheckpoint(dataclasses.replace(config, dtype=dtype), params, plan, generation)
+
+
+def _described(path: Path) -> tuple[ModelConfig, dict[str, Any], LoadPlan, dict[str, dict[str, LeafFacts]]]:
+    """What the manifest says, checked against itself: (config, generation_config, plan, leaves by section)."""
+    where = str(path / manifest.NAME)
+    body = manifest.read(path)
+    try:
+        config = ModelConfig.from_json(body["config"])
+        plan, generation = LoadPlan.from_json(body["plan"]), dict(body["generation_config"])
+        sections = {
+            section: {name: LeafFacts.from_json(facts) for name, facts in leaves.items()}
+            for section, leaves in body["sections"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{where}: cannot be understood: {type(error).__name__} {error}") from error
+    check_modules(where, config, {name: facts for leaves in sections.values() for name, facts in leaves.items()})
+    return config, generation, plan, sections
+
+
+def _leaves(path: Path, sections: dict[str, dict[str, LeafFacts]]) -> Iterator[tuple[str, Weight]]:
+    """(leaf's path, leaf of numpy arrays), the next section being read while one is used."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: Future[dict[str, Weight]] | None = None
+        for section, facts in [*sections.items(), ("", {})]:
+            arrived, waiting = waiting, pool.submit(_section, path, section, facts) if section else None
+            if arrived is not None:
+                yield from arrived.result().items()
+
+
+def _section(path: Path, section: str, leaves: dict[str, LeafFacts]) -> dict[str, Weight]:
+    import orbax.checkpoint as ocp
+
+    wanted = {_key(name, field): facts for name, leaf in leaves.items() for field, facts in leaf.arrays.items()}
+    where = (path / "arrays" / section).absolute()
+    try:
+        as_numpy = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
+        arrays = _checkpointer().restore(where, item=dict.fromkeys(wanted, 0), restore_args=as_numpy)
+    except Exception as error:  # Orbax and tensorstore raise whatever comes; all of it means the same here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{where}: Orbax cannot restore it: {reason}; run `jqserve convert` again") from error
+    for name, facts in wanted.items():
+        found = manifest.ArrayFacts.of(arrays[name])
+        if found != facts:
+            raise CheckpointError(
+                f"{where}: {name}: {found} found, the manifest says {facts}; run `jqserve convert` again"
+            )
+    return {
+        name: manifest.leaf_of(leaf, {field: arrays[_key(name, field)] for field in leaf.arrays})
+        for name, leaf in leaves.items()
+    }
+
+
+def _adapted(name: str, leaf: Weight, dtype: str, activations: Activations, online: OnlineFp8 | None) -> Weight:
+    """A stored leaf as the caller's flags want it."""
+    if isinstance(leaf, QuantizedTensor):
+        if activations == "none":
+            return leaf.replace(spec=leaf.spec.replace(activation=NO_ACTIVATION), input_scale=None)
+        return leaf
+    quantizable = name.startswith("layers.") and name.endswith(".weight") and leaf.ndim == 2
+    if online is not None and quantizable:
+        return online.quantize(leaf)
+    return leaf.astype(dtype)

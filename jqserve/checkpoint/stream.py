@@ -1,0 +1,134 @@
+"""The loading loop: read ahead, prepare, build (numpy, or jitted on the device), place, and check what arrived."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jqserve.checkpoint.audit import Audit, GroupSource, Part
+from jqserve.checkpoint.finite import all_finite
+from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.loaded import Place, Weight
+from jqserve.checkpoint.names import Vector
+from jqserve.checkpoint.online import OnlineFp8
+from jqserve.checkpoint.plan import PlanRow, matrix_row, source_text
+from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
+from jqserve.checkpoint.scheme import Arrays, Prepared
+from jqserve.errors import CheckpointError
+
+#: Modules whose transfer and decoding may be under way on the device at a time.
+IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What became of one module: leaves under their dotted canonical paths, and their rows of the plan."""
+
+    path: str
+    leaves: tuple[tuple[str, Weight], ...]
+    rows: tuple[PlanRow, ...]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _build_on_device(recipe: Recipe, arrays: tuple[Arrays, ...]) -> tuple[tuple[Linear, ...], Any]:
+    return recipe.build(arrays)
+
+
+class Stream:
+    """Iterates over the modules of an audited checkpoint, each built from its tensors and placed.
+
+    on_device: raw tensors are sent as they are and repacked there. The values of a module are checked (no NaN, no
+    infinity) when the next ones are under way, the last ones' at the end: CheckpointError.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        audited: Audit,
+        *,
+        dtype: str,
+        online: OnlineFp8 | None,
+        place: Place,
+        on_device: bool,
+    ) -> None:
+        self._checkpoint, self._modules = checkpoint, audited.modules
+        self._dtype, self._online, self._place, self._on_device = dtype, online, place, on_device
+        self._flying: deque[tuple[str, Any]] = deque()  # path, whether it is finite (perhaps not computed yet)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Built]:
+        names = [tensor_names(module) for module in self._modules]
+        for module, own, ahead in zip(self._modules, names, [*names[1:], []]):
+            self._checkpoint.prefetch(own + ahead)
+            built = self._vector(module) if isinstance(module, Vector) else self._group(module)
+            self._settle(IN_FLIGHT if self._on_device else 0)
+            yield built
+            del built  # or the host would hold it while the next one is made
+        self._settle(0)
+
+    def _vector(self, vector: Vector) -> Built:
+        raw: Any = self._checkpoint.read(vector.name)
+        value = (jax.device_put(raw) if self._on_device else raw).astype(self._dtype)
+        self._flying.append((vector.name, all_finite(value)))
+        rows: tuple[PlanRow, ...] = ()
+        if len(vector.shape) == 2:
+            path, source = vector.path.removesuffix(".weight"), vector.name.removesuffix(".weight")
+            rows = (matrix_row(path, source, "dense", value),)
+        return Built(vector.path, ((vector.path, self._place(value)),), rows)
+
+    def _group(self, source: GroupSource) -> Built:
+        group, shapes = source.group, tuple((p.scheme, p.slot.n, p.slot.k) for p in source.parts)
+        prepared = [self._prepare(part) for part in source.parts]
+        biases = [self._checkpoint.read(p.bias) if p.bias else None for p in source.parts]
+        apart = why_apart(shapes, prepared, [b is not None for b in biases])
+        online = None if group.path == "lm_head" else self._online
+        recipe = Recipe(shapes, apart is None, self._dtype, online)
+        arrays = tuple(_with_options(p, bias) for p, bias in zip(prepared, biases))
+        del prepared, biases
+        linears, finite = (_build_on_device if self._on_device else Recipe.build)(recipe, arrays)
+        del arrays
+        self._flying.append((group.path, finite))
+        leaves: list[tuple[str, Weight]] = []
+        rows = []
+        for i, linear in enumerate(linears):
+            parts = source.parts if apart is None else (source.parts[i],)
+            path = group.path if apart is None else f"{group.parent}.{parts[0].key}"
+            note = "" if apart is None else f"kept apart: {apart}"
+            origin = source_text([p.slot.name for p in parts])
+            rows.append(matrix_row(path, origin, parts[0].scheme.method, linear["weight"], note))
+            leaves += [(f"{path}.{name}", self._place(leaf)) for name, leaf in linear.items()]
+        return Built(group.path, tuple(leaves), tuple(rows))
+
+    def _prepare(self, part: Part) -> Prepared:
+        raw = {suffix: self._checkpoint.read(name) for suffix, name in part.tensors.items()}
+        return part.scheme.prepare(part.slot.name, raw, part.slot.n, part.slot.k)
+
+    def _settle(self, at_most: int) -> None:
+        """Waits until `at_most` modules are under way, and checks the values of those that arrived."""
+        while len(self._flying) > at_most:
+            path, finite = self._flying.popleft()
+            if not bool(finite):
+                raise CheckpointError(
+                    f"{self._checkpoint.path}: {path}: has values that are not finite in {self._dtype}: the file is "
+                    "damaged, or the dtype is too narrow for it (then try --dtype bfloat16)"
+                )
+
+
+def tensor_names(module: Vector | GroupSource) -> list[str]:
+    """The tensors that a module is read from."""
+    if isinstance(module, Vector):
+        return [module.name]
+    return [name for p in module.parts for name in (*p.tensors.values(), *((p.bias,) if p.bias else ()))]
+
+
+def _with_options(prepared: Prepared, bias: np.ndarray | None) -> Arrays:
+    optional = {"perm": prepared.perm, "input_scale": prepared.input_scale, "bias": bias}
+    return {**prepared.arrays, **{k: v for k, v in optional.items() if v is not None}}
