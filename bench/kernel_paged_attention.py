@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import mosaic_decode_sm90, reference
+from pallas_kernels.paged_attention import mosaic_decode_sm90, mosaic_prefill_sm90, reference
 from pallas_kernels.paged_attention.cases import DECODE_CASES, PREFILL_CASES, dense_attention, make
-from pallas_kernels.paged_attention.config import DecodeConfig, decode_heuristic
+from pallas_kernels.paged_attention.config import DecodeConfig, PrefillConfig, decode_heuristic, prefill_heuristic
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 # (rows, context, bar in us): the issue's table.
@@ -137,14 +137,20 @@ def chain(op: Any, calls: int) -> Any:
 
 
 def time_chain(fn: Any, args: tuple, calls: int) -> tuple[float, float]:
+    """(wall clock, sum of kernel durations) of one call, us. Enough chains are queued that one sync costs < 1 %."""
     for _ in range(3):
         jax.block_until_ready(fn(*args))
+    kernel = kernel_times(lambda: fn(*args)) / calls
+    chains = int(np.clip(30e3 / (kernel * calls), 2, 100))
     walls = []
     for _ in range(5):
         start = time.perf_counter()
-        jax.block_until_ready([fn(*args) for _ in range(2)])
-        walls.append((time.perf_counter() - start) / (2 * calls) * 1e6)
-    return statistics.median(walls), kernel_times(lambda: fn(*args)) / calls
+        out = None
+        for _ in range(chains):
+            out = fn(*args)
+        jax.block_until_ready(out)
+        walls.append((time.perf_counter() - start) / (chains * calls) * 1e6)
+    return statistics.median(walls), kernel
 
 
 def candidates(rows: int, context: int, row_bytes: int, sweep: bool) -> list[Any]:
@@ -243,6 +249,78 @@ def bench_decode(log: Log, sweep: bool, page: int = 16) -> None:
                 log(op=name, config=str(config), failed=repr(e)[:300])
 
 
+def run_prefill_case(case: Any, data: dict, config: Any) -> jax.Array:
+    f = jax.jit(
+        functools.partial(
+            mosaic_prefill_sm90.prefill_attention, sm_scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
+            config=config,
+        )
+    )  # fmt: skip
+    lens = jnp.asarray(data["lens"])
+    return f(
+        *(jnp.asarray(data[n]) for n in ("q", "k_pages", "v_pages", "page_table")), lens[:, 0], lens[:, 1],
+        k_scale=data["k_scale"], v_scale=data["v_scale"],
+    )  # fmt: skip
+
+
+def bench_prefill(log: Log, sweep: bool, page: int = 16) -> None:
+    """4,096 queries in 32 tiles of 128: "causal" as one chunk of one sequence; "full" with every tile at the end of
+    the same 4,096 keys (only its diagonal block is masked). TFLOP/s count the visible keys only."""
+    context, tq, calls = 4096, 128, 8
+    tiles, pages = context // tq, 4 * context // page
+    scale = HEAD_DIM**-0.5
+    C = PrefillConfig
+    configs: list[Any] = [prefill_heuristic(HEAD_DIM)]
+    if sweep:
+        configs += [C(128, 2, False), C(64, 4, True), C(128, 3, True), C(64, 3, False), C(192, 2, True)]
+        configs = list(dict.fromkeys(configs))
+    shape = (pages, KV_HEADS, page, HEAD_DIM)
+
+    def build(config: Any) -> Any:
+        inner = jax.jit(functools.partial(mosaic_prefill_sm90.prefill_attention, sm_scale=scale, config=config))
+
+        def run(q, k_pages, v_pages, table, start, length):
+            for _ in range(calls):
+                q = inner(q, k_pages, v_pages, table, start, length)
+            return q
+
+        S = jax.ShapeDtypeStruct
+        ints = [S((tiles, context // page), jnp.int32), S((tiles,), jnp.int32), S((tiles,), jnp.int32)]
+        args = (S((tiles, tq, HEADS, HEAD_DIM), jnp.bfloat16), S(shape, jnp.bfloat16), S(shape, jnp.bfloat16), *ints)
+        return jax.jit(run).lower(*args).compile(), jax.jit(inner).lower(*args).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as executor:
+        built = [(config, executor.submit(build, config)) for config in configs]
+        rng = np.random.default_rng(0)
+        kv = [random_pool(shape, jnp.bfloat16, s) for s in (1, 2)]
+        table = np.broadcast_to(rng.permutation(np.arange(1, pages))[: context // page], (tiles, context // page))
+        table = jnp.asarray(table.astype(np.int32))
+        q = jnp.asarray(rng.standard_normal((tiles, tq, HEADS, HEAD_DIM)), jnp.bfloat16)
+        length = jnp.full((tiles,), tq, jnp.int32)
+        for name, start in (("causal", np.arange(tiles) * tq), ("full", np.full(tiles, context - tq))):
+            start = start.astype(np.int32)
+            visible = float(sum((s + 1) * tq + tq * (tq - 1) / 2 for s in start))
+            flops = 4 * visible * HEADS * HEAD_DIM
+            few = np.array([0, 13, tiles - 1])
+            ref = jax.jit(functools.partial(reference.prefill_attention, sm_scale=scale))
+            want = np.asarray(ref(q[few], *kv, table[few], jnp.asarray(start[few]), length[few]), np.float32)
+            for config, future in built:
+                if log.left < 3:
+                    continue
+                try:
+                    fn, single = future.result()
+                    args = (q, *kv, table, jnp.asarray(start), length)
+                    got = np.asarray(single(*args)[few], np.float32)
+                    error = float(np.abs(got - want).max() / np.abs(want).max())
+                    wall, kernel = time_chain(fn, args, calls)
+                    log(
+                        op=f"prefill {name} {context}", config=str(config), us=round(wall, 1), kernel_us=round(kernel, 1),
+                        TFLOPs=round(flops / wall / 1e6), kernel_TFLOPs=round(flops / kernel / 1e6), error=round(error, 5),
+                    )  # fmt: skip
+                except Exception as e:  # noqa: BLE001
+                    log(op=f"prefill {name}", config=str(config), failed=repr(e)[:300])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="decode,prefill")
@@ -257,6 +335,9 @@ def main() -> None:
         configs = [DecodeConfig(4, 3, 1), DecodeConfig(8, 3, 8)] if args.sweep else [DecodeConfig(4, 3, 2)]
         check_cases(log, "decode", run_decode_case, configs)
         bench_decode(log, args.sweep, args.page)
+    if "prefill" in args.only:
+        check_cases(log, "prefill", run_prefill_case, [PrefillConfig(128, 2), PrefillConfig(64, 3, False)])
+        bench_prefill(log, args.sweep, args.page)
 
 
 if __name__ == "__main__":

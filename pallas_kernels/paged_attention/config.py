@@ -43,3 +43,16 @@ def decode_search_space(row_bytes: int) -> list[DecodeConfig]:
     padded = -(-row_bytes // 128) * 128
     every = itertools.product((4, 8), (2, 3, 4, 6, 8), (1, 2, 4, 8))
     return [DecodeConfig(w, s, c) for w, s, c in every if w * s * 32 * padded <= 200 * 1024]
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """block_kv: keys of a block. stages: blocks in the ring. pingpong: the two warpgroups take turns at the wgmmas."""
+
+    block_kv: int = 128
+    stages: int = 2
+    pingpong: bool = True
+
+
+def prefill_heuristic(head_dim: int) -> PrefillConfig:
+    return PrefillConfig(64 if head_dim > 128 else 128, 2)
