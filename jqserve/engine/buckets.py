@@ -58,15 +58,14 @@ def ladder(top: int, steps: Sequence[int]) -> tuple[int, ...]:
 def make_buckets(running: int, tiles: int, *, fine: bool) -> Buckets:
     """The shapes for at most `running` requests and `tiles` prefill tiles a step.
 
-    `fine` (GPUs): padding a decode step from 9 to 16 rows costs little (the weights are read once either way), from
-    65 to 128 it starts to show, so steps grow by a third or less above 16. A mixed step is dominated by its tiles.
+    `fine` (GPUs): powers of two. Padding a decode step from 9 to 16 rows costs next to nothing, for the weights are
+    read once either way; a mixed step is dominated by its tiles, so it is padded to few or to all decode rows.
     Otherwise (CPUs, where a row costs its share and compilation is on the user's clock): factors of four, two mixed.
     """
     if fine:
-        rows = ladder(running, (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768))
-        counts = ladder(tiles, (1, 2, 4, 8, 16, 32, 64))
-        beside = ladder(running, (8, 64, 256))
-        mixed = {Bucket(b, n) for b in beside for n in counts if b == running or b == beside[0] or n == tiles}
+        rows = ladder(running, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
+        counts = ladder(tiles, (1, 4, 16, 64))
+        mixed = {Bucket(b, n) for b in ladder(running, (8,)) for n in counts}
     else:
         rows = ladder(running, (4, 16, 64, 256))
         mixed = {Bucket(running, tiles), Bucket(rows[0], 1)}
