@@ -7,11 +7,13 @@ scales such that W has standard deviation 1 / sqrt(K): activations neither die n
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, set_path
@@ -21,6 +23,7 @@ from jqserve.checkpoint.opening import WithoutActivations, read_configs
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row, source_text
 from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
 from jqserve.checkpoint.recipe import fused_spec
+from jqserve.checkpoint.scheme import Scheme
 from jqserve.quant import QuantizedTensor, QuantSpec
 
 #: Standard deviation of the stored values, before the scale, by type (uniform over the integers).
@@ -51,16 +54,16 @@ def load(
     params: dict[str, Any] = {}
     rows: list[PlanRow] = []
     everything = list(modules(config))
-    keys = jax.random.split(jax.random.key(seed or 0), len(everything))
-    for done, (module, key) in enumerate(zip(everything, keys), 1):
+    seeds = np.random.default_rng(seed or 0).integers(0, 1 << 32, len(everything), dtype=np.uint32)
+    for done, (module, own) in enumerate(zip(everything, seeds), 1):
         if isinstance(module, Vector):
-            value = _vector(key, module.shape, config.dtype)
+            value = _vector(own, module.shape, config.dtype)
             if len(module.shape) == 2:
                 origin = module.name.removesuffix(".weight")
                 rows.append(matrix_row(module.path.removesuffix(".weight"), origin, "dense", value))
             set_path(params, module.path, place(value))
         else:
-            rows += _group(params, place, key, module, plan, config.dtype, None if not module.parent else online)
+            rows += _group(params, place, own, module, plan, config.dtype, None if not module.parent else online)
         if progress:
             progress(done, len(everything), module.path)
     notes = ("random weights: --load-format dummy",)
@@ -70,7 +73,7 @@ def load(
 def _group(
     params: dict[str, Any],
     place: Place,
-    key: jax.Array,
+    seed: np.uint32,
     group: LinearGroup,
     plan: QuantPlan,
     dtype: str,
@@ -89,9 +92,11 @@ def _group(
         paths, note = [f"{group.parent}.{part}" for part, _ in group.parts], "kept apart: schemes differ"
     rows = []
     for i, (path, spec, own) in enumerate(zip(paths, specs, slots)):
-        part_key, shape = jax.random.fold_in(key, i), (sum(s.n for s in own), own[0].k)
+        part, shape = np.uint32((int(seed) + 7 * i) % (1 << 32)), (sum(s.n for s in own), own[0].k)
         spec = online.spec(*shape) if spec is None and online is not None else spec
-        weight = _dense(part_key, shape, dtype) if spec is None else _quantized(part_key, spec, _permuted(schemes[i]))
+        weight = (
+            _dense(part, shape, dtype) if spec is None else _quantized(part, spec, _perm(schemes[i], seed, shape[1]))
+        )
         rows.append(matrix_row(path, source_text([s.name for s in own]), schemes[i].method, weight, note))
         set_path(params, f"{path}.weight", place(weight))
         if own[0].bias:
@@ -99,44 +104,55 @@ def _group(
     return rows
 
 
-def _permuted(scheme: Any) -> bool:
-    """Whether such a checkpoint comes with a permutation of its columns."""
-    return bool(getattr(scheme, "desc_act", False) or getattr(scheme, "act_order", False)) and scheme.group_size != -1
+def _perm(scheme: Scheme, seed: np.uint32, k: int) -> np.ndarray | None:
+    """A permutation int32 [K] where such a checkpoint comes with one."""
+    ordered = getattr(scheme, "desc_act", False) or getattr(scheme, "act_order", False)
+    if not ordered or getattr(scheme, "group_size", -1) == -1:
+        return None
+    return np.random.default_rng(seed).permutation(k).astype(np.int32)
+
+
+def _bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 of `shape`: MurmurHash3's finalizer over a counter. Compiles to one fused loop; jax.random takes seconds
+    to compile for each shape, and nobody needs its quality here."""
+    x = jax.lax.iota(jnp.uint32, math.prod(shape)) * jnp.uint32(0x9E3779B9) + seed
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return (x ^ (x >> 16)).reshape(shape)
+
+
+def _normal(seed: jax.Array, shape: tuple[int, ...], deviation: float) -> jax.Array:
+    """float32, nearly normal, within 3.5 deviations: the sum of a word's four bytes has deviation 147.8."""
+    word = _bits(seed, shape)
+    total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
+    return (total.astype(jnp.float32) - 510.0) * (deviation / 147.8)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _vector(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+def _vector(seed: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     """Norms are ones, the embedding is normal."""
-    return jnp.ones(shape, dtype) if len(shape) == 1 else jax.random.normal(key, shape, dtype)
+    return jnp.ones(shape, dtype) if len(shape) == 1 else _normal(seed, shape, 1.0).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _dense(key: jax.Array, shape: tuple[int, int], dtype: str) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[1] ** -0.5, dtype)
+def _dense(seed: jax.Array, shape: tuple[int, int], dtype: str) -> jax.Array:
+    return _normal(seed, shape, shape[1] ** -0.5).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantized(key: jax.Array, spec: QuantSpec, permuted: bool) -> QuantizedTensor:
+@functools.partial(jax.jit, static_argnums=1)
+def _quantized(seed: jax.Array, spec: QuantSpec, perm: Any) -> QuantizedTensor:
     n, k = spec.shape
-    values, scales, zeros, order = jax.random.split(key, 4)
-    width = -(-k // 2) if spec.qtype == "uint4" else k
-    qvalue: Any = jax.random.bits(values, (n, width), jnp.uint8)
-    if spec.qtype == "int8":
-        qvalue = qvalue.view(jnp.int8)
-    elif spec.qtype == "float8_e4m3fn":
-        qvalue = jax.random.normal(values, (n, k), jnp.bfloat16) * jnp.bfloat16(_DEVIATION[spec.qtype])
-        qvalue = jnp.clip(qvalue, -448, 448).astype(jnp.float8_e4m3fn)
+    deviation = _DEVIATION[spec.qtype]
+    if spec.qtype == "float8_e4m3fn":
+        qvalue = _normal(seed, (n, k), deviation).astype(jnp.float8_e4m3fn)  # 3.5 deviations are below 448
+    else:
+        qvalue = (_bits(seed, (n, -(-k // 2) if spec.qtype == "uint4" else k)) >> 24).astype(jnp.uint8)
+        qvalue = qvalue.view(jnp.int8) if spec.qtype == "int8" else qvalue
     grouped = spec.group_shape[0] == 1 and spec.group_size < k
-    scale = jax.random.uniform(scales, spec.grid, jnp.float32, 0.8, 1.2) / (_DEVIATION[spec.qtype] * k**0.5)
-    middle = {"uint4": 8, "uint8": 128}.get(spec.qtype, 0)
-    zero = (
-        jax.random.randint(zeros, spec.grid, middle - 2, middle + 3).astype(jnp.uint8) if spec.zero == "int" else None
-    )
-    return QuantizedTensor(
-        qvalue,
-        scale.astype(jnp.float16 if grouped else jnp.float32),
-        zero,
-        jax.random.permutation(order, k).astype(jnp.int32) if permuted else None,
-        jnp.full((1, 1), 0.05, jnp.float32) if spec.activation.kind == "static_tensor" else None,
-        spec,
-    )
+    scale = (1.0 + _normal(seed + jnp.uint32(1), spec.grid, 0.1)) / (deviation * k**0.5)
+    zero = None
+    if spec.zero == "int":
+        middle = {"uint4": 8, "uint8": 128}[spec.qtype]
+        zero = (middle - 2 + _bits(seed + jnp.uint32(2), spec.grid) % 5).astype(jnp.uint8)
+    static = jnp.full((1, 1), 0.05, jnp.float32) if spec.activation.kind == "static_tensor" else None
+    return QuantizedTensor(qvalue, scale.astype(jnp.float16 if grouped else jnp.float32), zero, perm, static, spec)
