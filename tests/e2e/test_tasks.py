@@ -22,7 +22,7 @@ async def accuracy(target: str, tasks: list[dict[str, str]], concurrent: int = 4
         async def right(task: dict[str, str]) -> bool:
             async with gate:
                 messages = [{"role": "user", "content": task["prompt"]}]
-                result = await client.generate(messages, max_new_tokens=24, temperature=0.0, timeout=240).wait()
+                result = await client.generate(messages, max_new_tokens=64, temperature=0.0, timeout=240).wait()
                 return result.text.strip() == task["answer"]
 
         return sum(await asyncio.gather(*map(right, tasks))) / len(tasks)
