@@ -156,7 +156,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         ready_file=args.ready_file,
         ids_only=ids_only,
         engine=engine,
-        arguments=values,
+        arguments={name: value for name, value in values.items() if value is not None},
     )
 
 
