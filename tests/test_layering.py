@@ -88,7 +88,7 @@ def test_imports_only_what_its_layer_may(path: Path) -> None:
     if layer == "jqserve.models.config":
         allowed = ALLOWED[layer]
     for name in imports(path):
-        if inside(name, "jqserve") and name != "jqserve" or inside(name, "pallas_kernels"):
+        if (inside(name, "jqserve") and name != "jqserve") or inside(name, "pallas_kernels"):
             known = any(inside(name, prefix) or inside(prefix, name) for prefix in allowed)
             assert known, f"{module} imports {name}; {layer} may import {sorted(allowed)}"
 
