@@ -23,13 +23,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.a16 import ptx
-from pallas_kernels.a16.dequant import DEQUANT, KINDS, Kind, zero_pair
+from pallas_kernels.a16.dequant import DEQUANT, zero_pair
 from pallas_kernels.a16.fragments import BLOCK_BYTES, ROWS
+from pallas_kernels.a16.problem import SMEM_BYTES, Problem
 from pallas_kernels.a16.ptx import Int
 
 WARPS = 16
-SMEM_BYTES = 227 * 1024
-DTYPES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16", jnp.dtype(jnp.float32): "f32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +50,9 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one kernel, derived from the shapes."""
+class Plan(Problem):
+    """Everything static about one kernel, derived from the problem and a configuration."""
 
-    m: int
-    n: int
-    k: int
-    kind: Kind
-    x_dtype: str
-    scale_dtype: str
-    group: int  # columns that share a scale; k: one group
-    scales_in_epilogue: bool  # one scale per row (or one for all), applied to the finished sum
-    one_scale: bool
-    has_zero: bool
-    has_offset: bool
-    sms: int
     config: Config
 
     @property
@@ -93,10 +80,6 @@ class Plan:
         return min(self.tiles, self.sms // self.config.split)
 
     @property
-    def groups(self) -> int:
-        return -(-self.k // self.group)
-
-    @property
     def flush_k(self) -> int:  # columns summed before a scale is applied
         return self.unit_k if self.scales_in_epilogue else math.gcd(self.group, self.unit_k)
 
@@ -109,19 +92,12 @@ class Plan:
         return min((self.unit_k - 2) // self.group + 2, self.groups)
 
     @property
-    def scale_record(self) -> int:  # bytes of one group's 16 scales
-        return 16 * (4 if self.scale_dtype == "f32" else 2)
-
-    @property
     def weight_bytes(self) -> int:  # of a stage
         return self.config.row_tiles * self.config.unit * BLOCK_BYTES
 
     def table_bytes(self) -> tuple[int, int, int]:
         """Bytes of scales, zeros and offsets of a stage, for one 16-row tile."""
-        if self.scales_in_epilogue:
-            return 0, 0, 0
-        scale = self.scale_record * self.unit_groups
-        return scale, 16 * self.unit_groups if self.has_zero else 0, scale if self.has_offset else 0
+        return self.records(self.unit_groups)
 
     @property
     def copied_bytes(self) -> int:
@@ -150,7 +126,7 @@ class Plan:
     @property
     def stages(self) -> int:
         active = self.config.row_warps * self.config.k_warps
-        room = SMEM_BYTES - 1024 - self.x_bytes - 2 * self.partial_bytes
+        room = SMEM_BYTES - 1024 - self.x_bytes - 2 * self.partial_bytes - 8 * self.units - 8
         fits = room // (active * (self.stage_bytes + 8))
         total = self.units * -(-self.tiles // self.clusters)  # a deeper ring would never be filled
         return min(fits, self.config.stages or 16, max(total, 1))
@@ -176,13 +152,22 @@ class Plan:
 
 
 def matmul(
-    plan: Plan, x: jax.Array, weight: jax.Array, scale: jax.Array, zero: jax.Array | None, offset: jax.Array | None
+    plan: Plan,
+    x: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    after: jax.Array | None = None,
 ) -> jax.Array:
-    """x [M, K] by packed arrays (see `fragments`) -> [M, N] in x's dtype."""
+    """x [M, K] by packed arrays (see `fragments`) -> [M, N] in x's dtype.
+
+    `after` is not read: it orders this call behind another (benchmarks).
+    """
     plan.check()
-    optional = [a for a in (zero, offset) if a is not None]
+    optional = [a for a in (zero, offset, after) if a is not None]
     smem = plan.x_bytes + 2 * plan.partial_bytes
-    smem += plan.config.row_warps * plan.config.k_warps * plan.stages * (plan.stage_bytes + 8) + 128
+    smem += plan.config.row_warps * plan.config.k_warps * plan.stages * (plan.stage_bytes + 8) + 8 * plan.units + 8
     refs = (plgpu.RefType(),) * (5 + len(optional))
 
     def body(*args):
@@ -233,14 +218,15 @@ class _Block:
         ring = self.partials + 2 * plan.partial_bytes
         self.ring = ring + warp * (plan.stages * plan.stage_bytes)
         barriers = ring + c.row_warps * c.k_warps * plan.stages * plan.stage_bytes
-        self.x_barrier = barriers
-        self.barriers = barriers + 8 + warp * (plan.stages * 8)
+        self.meet = barriers  # a tile's partial sums of all warps and blocks are written
+        self.x_barriers = barriers + 8  # one for each unit's part of x
+        self.barriers = self.x_barriers + 8 * plan.units + warp * (plan.stages * 8)
 
 
 def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     del ctx
     *optional, y_ref, smem = rest
-    tables = [s_ref, *optional]
+    tables = [s_ref, *optional[: plan.has_zero + plan.has_offset]]
     b = _Block(plan, smem)
     x_base, y_base, w_base = (ptx.global_address(r) for r in (x_ref, y_ref, w_ref))
     t_bases = [ptx.global_address(r) for r in tables]
@@ -251,7 +237,9 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
         for stage in range(plan.stages):
             ptx.mbarrier_init(b.barriers + 8 * stage, 1)
         with ptx.when(b.warp.eq(0)):
-            ptx.mbarrier_init(b.x_barrier, 1)
+            ptx.mbarrier_init(b.meet, WARPS * plan.config.split)
+            for unit in range(plan.units):
+                ptx.mbarrier_init(b.x_barriers + 8 * unit, 1)
         ptx.fence_mbarrier_init()
         for stage in range(plan.stages):
             tile, unit = b.cluster + (stage // plan.units) * plan.clusters, stage % plan.units
@@ -260,22 +248,11 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     if plan.config.pdl:
         ptx.asm("griddepcontrol.wait;")
     with ptx.when(b.warp.eq(0)):
-        with ptx.when(b.leader):
-            ptx.mbarrier_expect(b.x_barrier, plan.m * plan.k_block * 2)
-        ptx.syncwarp()
-
-        def load_row(i: Int, carry):
-            row = i * 32 + b.lane
-            with ptx.when(row.lt(plan.m)):
-                source = ptx.offset(
-                    x_base, (row * (plan.k * 2)).i64(), (b.rank * (plan.k_block * 2)).i64()
-                )
-                ptx.bulk_load_keep(b.x + row * plan.x_stride, source, plan.k_block * 2, b.x_barrier)
-            return carry
-
-        ptx.loop(-(-plan.m // 32), [], load_row)
-    ptx.syncthreads()
-    ptx.mbarrier_wait(b.x_barrier, Int.of(0))
+        _load_x(plan, b, x_base)
+    if plan.config.split > 1:  # the blocks' barriers are set up before any arrives at another's
+        ptx.cluster_sync()
+    else:
+        ptx.syncthreads()
 
     # Lane l reads row l % 8 of the 8x8 matrix l / 8; rows past M repeat the last one, their sums are never stored.
     x_lanes = []
@@ -288,11 +265,11 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     ahead, ahead_unit = divmod(plan.stages, plan.units)
 
     def tile_body(i: Int, carry):
-        tile = b.cluster + i * plan.clusters
-
         def unit_body(unit: Int, carry):
             stage, phase, f_tile, f_unit, *acc = carry
             stage, phase, f_tile, f_unit = Int(stage), Int(phase), Int(f_tile), Int(f_unit)
+            with ptx.when(i.eq(0)):
+                ptx.mbarrier_wait(b.x_barriers + unit * 8, Int.of(0))
             ptx.mbarrier_wait(b.barriers + stage * 8, phase)
             acc = _multiply(plan, b, x_lanes, b.ring + stage * plan.stage_bytes, unit, acc)
             ptx.syncwarp()
@@ -307,19 +284,33 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
 
         out = ptx.loop(my_units, [*carry, *zero_acc], unit_body)
         carry, acc = out[:4], out[4:]
-        buffer = b.partials + (i & 1) * plan.partial_bytes
-        _store_partials(plan, b, buffer, acc)
-        if plan.config.split > 1:
-            ptx.cluster_sync()
-        else:
-            ptx.syncthreads()
-        _finish(plan, b, buffer, tile, s_ref, y_base)
+        # The tile before is finished only now: its slowest warp had this tile's time to arrive.
+        with ptx.when(Int.of(0).lt(i)):
+            _finish(plan, b, i - 1, s_ref, y_base)
+        _store_partials(plan, b, i, acc)
         return carry
 
     start = [Int.of(0), Int.of(0), b.cluster + ahead * plan.clusters, Int.of(ahead_unit)]
     ptx.loop(tile_count, [v.value for v in start], tile_body)
+    _finish(plan, b, tile_count - 1, s_ref, y_base)
     if plan.config.split > 1:  # the other blocks may still read this one's sums
         ptx.cluster_sync()
+
+
+def _load_x(plan: Plan, b: _Block, x_base) -> None:
+    """One warp starts the copies of x, rows over lanes, in parts of K as the warps' units need them."""
+    part = plan.unit_k * plan.config.k_warps
+    for unit in range(plan.units):
+        barrier = b.x_barriers + 8 * unit
+        with ptx.when(b.leader):
+            ptx.mbarrier_expect(barrier, plan.m * part * 2)
+        ptx.syncwarp()
+        for first in range(0, plan.m, 32):
+            row = b.lane + first
+            with ptx.when(row.lt(plan.m)):
+                column = (b.rank * plan.k_block + unit * part) * 2
+                source = ptx.offset(x_base, (row * (plan.k * 2)).i64(), column.i64())
+                ptx.bulk_load_keep(b.x + row * plan.x_stride + unit * part * 2, source, part * 2, barrier)
 
 
 def _fetch(plan: Plan, b: _Block, w_base, t_bases, tile: Int, unit: Int, stage: Int) -> None:
@@ -363,7 +354,7 @@ def _multiply(plan: Plan, b: _Block, x_lanes, stage: Int, unit: Int, acc: list[i
     size = sum(plan.table_bytes())
     table = stage + plan.weight_bytes
     sums = {(r, t): zero4 for r in range(c.row_tiles) for t in range(plan.n_tiles)}
-    x_sums = {t: zero4 for t in range(plan.n_tiles)}
+    x_sums = dict.fromkeys(range(plan.n_tiles), zero4)
     zeros: dict[int, tuple[Int, Int]] = {}
     ones = [Int.of(0x3F803F80 if plan.x_dtype == "bf16" else 0x3C003C00)] * 4
     words: dict[int, list[Int]] = {}
@@ -412,7 +403,7 @@ def _multiply(plan: Plan, b: _Block, x_lanes, stage: Int, unit: Int, acc: list[i
                     if plan.has_offset:
                         acc[j] = ptx.fma_f32(x_sums[t][i], offsets[i // 2], acc[j])
                 sums[r, t] = zero4
-        x_sums = {t: zero4 for t in range(plan.n_tiles)}
+        x_sums = dict.fromkeys(range(plan.n_tiles), zero4)
     return acc
 
 
@@ -438,22 +429,39 @@ def _row_pair(plan: Plan, table: Int, group: Int | int, lane: Int) -> tuple[ir.V
     return ptx.bits_to_f32(word << 16), ptx.bits_to_f32(word & 0xFFFF0000)
 
 
-def _store_partials(plan: Plan, b: _Block, buffer: Int, acc: list[ir.Value]) -> None:
-    """Accumulators to shared memory as [k_warp][x row][W row]."""
+def _store_partials(plan: Plan, b: _Block, i: Int, acc: list[ir.Value]) -> None:
+    """Accumulators of the i'th tile to shared memory as [k_warp][x row][W row], then word of it to all blocks.
+
+    Two buffers suffice: whoever writes tile i has seen all arrive with tile i - 1, so all have finished tile i - 2.
+    """
     c = plan.config
+    buffer = b.partials + (i & 1) * plan.partial_bytes
     with ptx.when(b.active):
         base = buffer + b.k_warp * (plan.n_tiles * 8 * plan.partial_stride * 4)
         base = base + ((b.lane % 4) * (2 * plan.partial_stride) + b.lane // 4 + b.row_warp * (ROWS * c.row_tiles)) * 4
         for r in range(c.row_tiles):
             for t in range(plan.n_tiles):
-                for i in range(4):
-                    at = ((8 * t + i % 2) * plan.partial_stride + ROWS * r + 8 * (i // 2)) * 4
-                    ptx.store_shared_f32(base + at, acc[(r * plan.n_tiles + t) * 4 + i])
+                for j in range(4):
+                    at = ((8 * t + j % 2) * plan.partial_stride + ROWS * r + 8 * (j // 2)) * 4
+                    ptx.store_shared_f32(base + at, acc[(r * plan.n_tiles + t) * 4 + j])
+    ptx.syncwarp()
+    if c.split == 1:
+        with ptx.when(b.leader):
+            ptx.mbarrier_arrive(b.meet)
+    else:
+        with ptx.when(b.lane.lt(c.split)):
+            ptx.mbarrier_arrive_remote(ptx.cluster_map(b.meet, b.lane))
 
 
-def _finish(plan: Plan, b: _Block, buffer: Int, tile: Int, s_ref, y_base) -> None:
-    """Sums the partial sums of all warps and blocks; each block of the cluster writes its share of the rows."""
+def _finish(plan: Plan, b: _Block, i: Int, s_ref, y_base) -> None:
+    """Adds the i'th tile's partial sums of all warps and blocks; each block writes its share of the rows."""
     c = plan.config
+    tile = b.cluster + i * plan.clusters
+    buffer = b.partials + (i & 1) * plan.partial_bytes
+    if c.split == 1:
+        ptx.mbarrier_wait(b.meet, i & 1)
+    else:
+        ptx.mbarrier_wait_cluster(b.meet, i & 1)
     share = c.rows // c.split
     outputs = share * plan.m
     threads = WARPS * 32
@@ -470,21 +478,8 @@ def _finish(plan: Plan, b: _Block, buffer: Int, tile: Int, s_ref, y_base) -> Non
                     total = arith.addf(total, ptx.load_shared_f32(base + step, cluster=c.split > 1))
             n = tile * c.rows + row
             if plan.scales_in_epilogue:
-                total = arith.mulf(total, _load_scale(plan, s_ref, n))
+                total = arith.mulf(total, plan.load_row_scale(s_ref, n))
             out_type = ir.BF16Type.get() if plan.x_dtype == "bf16" else ir.F16Type.get()
             value = arith.truncf(out_type, total)
             address = ptx.offset(y_base, ((m * plan.n + n) * 2).i64())
             llvm.store(value, llvm.inttoptr(llvm.PointerType.get(1), address))
-
-
-def _load_scale(plan: Plan, s_ref, n: Int) -> ir.Value:
-    """The float32 scale of row n from the [N, 1] or [1, 1] array."""
-    size = 4 if plan.scale_dtype == "f32" else 2
-    types = {"f32": ir.F32Type, "bf16": ir.BF16Type, "f16": ir.F16Type}
-    index = Int.of(0) if plan.one_scale else n
-    address = ptx.offset(ptx.global_address(s_ref), (index * size).i64())
-    value = llvm.load(types[plan.scale_dtype].get(), llvm.inttoptr(llvm.PointerType.get(1), address))
-    return value if size == 4 else arith.extf(ir.F32Type.get(), value)
-
-
-__all__ = ["DTYPES", "KINDS", "Config", "Plan", "matmul"]

@@ -320,7 +320,8 @@ def bulk_load(destination: Int, source: ir.Value, size: int, barrier: Int) -> No
     """Contiguous copy global -> shared by the copy engine; all 16-byte aligned; read once, so evicted first."""
     asm(
         "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [$0], [$1], $2, [$3], policy; }",
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[$0], [$1], $2, [$3], policy; }",
         destination,
         source,
         const(size),

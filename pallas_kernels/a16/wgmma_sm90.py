@@ -22,9 +22,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 
 from pallas_kernels.a16 import ptx
-from pallas_kernels.a16.decode_sm90 import SMEM_BYTES
-from pallas_kernels.a16.dequant import DEQUANT, Kind, zero_pair
+from pallas_kernels.a16.dequant import DEQUANT, zero_pair
 from pallas_kernels.a16.fragments import BLOCK_BYTES, ROWS
+from pallas_kernels.a16.problem import SMEM_BYTES, Problem
 from pallas_kernels.a16.ptx import Int
 
 
@@ -45,21 +45,9 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about one kernel, derived from the shapes."""
+class Plan(Problem):
+    """Everything static about one kernel, derived from the problem and a configuration."""
 
-    m: int
-    n: int
-    k: int
-    kind: Kind
-    x_dtype: str
-    scale_dtype: str
-    group: int
-    scales_in_epilogue: bool
-    one_scale: bool
-    has_zero: bool
-    has_offset: bool
-    sms: int
     config: Config
 
     @property
@@ -87,10 +75,6 @@ class Plan:
         return self.k_block // self.config.k_step
 
     @property
-    def groups(self) -> int:
-        return -(-self.k // self.group)
-
-    @property
     def step_groups(self) -> int:
         return max(1, self.config.k_step // self.group)
 
@@ -106,14 +90,9 @@ class Plan:
     def piece(self) -> int:  # weight bytes of one 16-row tile in a stage
         return self.config.k_step // self.kind.block_k * BLOCK_BYTES
 
-    @property
-    def scale_record(self) -> int:
-        return 16 * (4 if self.scale_dtype == "f32" else 2)
-
     def table_bytes(self) -> tuple[int, int, int]:
         """Bytes of scales, zeros and offsets of one 16-row tile in a stage."""
-        scale = 0 if self.scales_in_epilogue else self.scale_record * self.step_groups
-        return scale, 16 * self.step_groups if self.has_zero else 0, scale if self.has_offset else 0
+        return self.records(self.step_groups)
 
     @property
     def copied_bytes(self) -> int:
@@ -156,9 +135,18 @@ class Plan:
 
 
 def matmul(
-    plan: Plan, x: jax.Array, weight: jax.Array, scale: jax.Array, zero: jax.Array | None, offset: jax.Array | None
+    plan: Plan,
+    x: jax.Array,
+    weight: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None = None,
+    offset: jax.Array | None = None,
+    after: jax.Array | None = None,
 ) -> jax.Array:
-    """x [M, K] by packed arrays (see `fragments`) -> [M, N] in x's dtype."""
+    """x [M, K] by packed arrays (see `fragments`) -> [M, N] in x's dtype.
+
+    `after` is not read: it orders this call behind another (benchmarks).
+    """
     plan.check()
     optional = [a for a in (zero, offset) if a is not None]
     smem = 1024 + plan.out_bytes + plan.stages * plan.stage_bytes
@@ -183,7 +171,7 @@ def matmul(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    return kernel(x, weight, scale, *optional)
+    return kernel(x, weight, scale, *optional, *([] if after is None else [after]))
 
 
 class _Block:
@@ -209,6 +197,7 @@ class _Block:
 def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     c = plan.config
     *optional, y_ref, smem = rest
+    optional = optional[: plan.has_zero + plan.has_offset]
     b = _Block(plan, smem)
     warps = 4 * c.warpgroups
     with ptx.when(b.tid.eq(0)):
@@ -312,21 +301,25 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
     count = c.m_tile // 2
     y_base = ptx.global_address(y_ref)
     blocks = c.k_step // plan.kind.block_k
+    held = 4 * plan.kind.steps  # registers of a block's operand A
 
     def tile_body(i: Int, carry):
         n_tile, m_tile = _coordinates(plan, b, i)
 
         def step_body(step: Int, carry):
-            stage, phase, acc = Int(carry[0]), Int(carry[1]), list(carry[2:])
+            stage, phase, last = (Int(v) for v in carry[:3])
+            previous, acc = [Int(v) for v in carry[3 : 3 + held]], list(carry[3 + held :])
             ptx.mbarrier_wait(b.full + stage * 8, phase)
             base = b.stages + stage * plan.stage_bytes
-            previous: list[Int] = []
             for block in range(blocks):
                 fragments = _fragments(plan, b, base, block)
-                # The tensor core still works on the block before while the lines above run.
-                if previous:
-                    ptx.wgmma_wait(0)
-                    ptx.keep_alive(previous)
+                # The tensor core works on the block before while the line above runs, and is waited for only after it.
+                ptx.keep_alive([r for a in fragments for r in a])
+                ptx.wgmma_wait(0)
+                ptx.keep_alive(previous)
+                if block == 0:
+                    with ptx.when(arith.andi(b.leader, Int.of(0).lt(step))):
+                        ptx.mbarrier_arrive(b.empty + last * 8)
                 ptx.wgmma_fence()
                 for s, a in enumerate(fragments):
                     column = block * plan.kind.block_k + 16 * s
@@ -334,14 +327,15 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
                     acc = ptx.wgmma_rs(plan.x_dtype, c.m_tile, acc, a, ptx.b_descriptor(at))
                 ptx.wgmma_commit()
                 previous = [r for a in fragments for r in a]
-            acc = ptx.wgmma_wait(0, acc)
-            ptx.keep_alive(previous)
-            with ptx.when(b.leader):
-                ptx.mbarrier_arrive(b.empty + stage * 8)
-            stage, phase = _next(stage, phase, plan.stages)
-            return [stage.value, phase.value, *acc]
+            after, phase = _next(stage, phase, plan.stages)
+            return [after.value, phase.value, stage.value, *(r.value for r in previous), *acc]
 
-        stage, phase, *acc = ptx.loop(plan.steps, [*carry, *[ptx.f32(0.0)] * count], step_body)
+        start = [*carry, ptx.const(0), *[ptx.const(0)] * held, *[ptx.f32(0.0)] * count]
+        stage, phase, last, *rest = ptx.loop(plan.steps, start, step_body)
+        acc = ptx.wgmma_wait(0, rest[held:])
+        ptx.keep_alive([Int(v) for v in rest[:held]])
+        with ptx.when(b.leader):
+            ptx.mbarrier_arrive(b.empty + Int(last) * 8)
         if c.split > 1:
             _meet(plan, b, i, n_tile, m_tile, acc, s_ref, y_base)
         else:
@@ -403,17 +397,8 @@ def _pair16(plan: Plan, table: Int, lane: Int) -> tuple[Int, Int]:
 def _row_scales(plan: Plan, b: _Block, n_tile: Int, s_ref) -> tuple[ir.Value, ir.Value]:
     """The float32 scales of this lane's two rows, from the [N, 1] or [1, 1] array."""
     row = n_tile * plan.config.rows + b.warp * ROWS + b.lane // 4
-    first = _load_scale(plan, s_ref, row)
-    return first, first if plan.one_scale else _load_scale(plan, s_ref, row + 8)
-
-
-def _load_scale(plan: Plan, s_ref, n: Int) -> ir.Value:
-    size = 4 if plan.scale_dtype == "f32" else 2
-    types = {"f32": ir.F32Type, "bf16": ir.BF16Type, "f16": ir.F16Type}
-    index = Int.of(0) if plan.one_scale else n
-    address = ptx.offset(ptx.global_address(s_ref), (index * size).i64())
-    value = llvm.load(types[plan.scale_dtype].get(), llvm.inttoptr(llvm.PointerType.get(1), address))
-    return value if size == 4 else arith.extf(ir.F32Type.get(), value)
+    first = plan.load_row_scale(s_ref, row)
+    return first, first if plan.one_scale else plan.load_row_scale(s_ref, row + 8)
 
 
 def _scaled(plan: Plan, b: _Block, n_tile: Int, acc, s_ref):
@@ -493,5 +478,3 @@ def _arrive_everywhere(plan: Plan, b: _Block, barrier: Int) -> None:
     ptx.syncwarp()
     with ptx.when(b.lane.lt(plan.config.split)):
         ptx.mbarrier_arrive_remote(ptx.cluster_map(barrier, b.lane))
-
-

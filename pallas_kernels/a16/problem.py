@@ -1,0 +1,56 @@
+"""What both kernels must know about a product: its shapes, types and where the scales apply."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.a16 import ptx
+from pallas_kernels.a16.dequant import Kind
+from pallas_kernels.a16.ptx import Int
+
+SMEM_BYTES = 227 * 1024  # of one block on Hopper
+DTYPES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16", jnp.dtype(jnp.float32): "f32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """x [m, k] in `x_dtype` times W [n, k] stored as `kind`, scales in `scale_dtype`."""
+
+    m: int
+    n: int
+    k: int
+    kind: Kind
+    x_dtype: str  # "bf16" or "f16"
+    scale_dtype: str  # "bf16", "f16" or "f32"
+    group: int  # columns that share a scale; k: one group
+    scales_in_epilogue: bool  # one scale per row (or one for all), applied to the finished sum
+    one_scale: bool
+    has_zero: bool
+    has_offset: bool
+    sms: int
+
+    @property
+    def groups(self) -> int:
+        return -(-self.k // self.group)
+
+    @property
+    def scale_record(self) -> int:  # bytes of one group's 16 scales
+        return 16 * (4 if self.scale_dtype == "f32" else 2)
+
+    def records(self, groups: int) -> tuple[int, int, int]:
+        """Bytes of `groups` groups' scales, zeros and offsets of one 16-row tile."""
+        scale = 0 if self.scales_in_epilogue else self.scale_record * groups
+        return scale, 16 * groups if self.has_zero else 0, scale if self.has_offset else 0
+
+    def load_row_scale(self, s_ref: ir.Value, n: Int) -> ir.Value:
+        """Device code: the float32 scale of row n from the [N, 1] or [1, 1] array."""
+        size = 4 if self.scale_dtype == "f32" else 2
+        types = {"f32": ir.F32Type, "bf16": ir.BF16Type, "f16": ir.F16Type}
+        index = Int.of(0) if self.one_scale else n
+        address = ptx.offset(ptx.global_address(s_ref), (index * size).i64())
+        value = llvm.load(types[self.scale_dtype].get(), llvm.inttoptr(llvm.PointerType.get(1), address))
+        return value if size == 4 else arith.extf(ir.F32Type.get(), value)
