@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jqserve.checkpoint.convert import keep_on_host, load
+from jqserve.checkpoint.convert import load
+from jqserve.checkpoint.loaded import keep_on_host
 from jqserve.quant import QuantizedTensor
 from tests.checkpoint import configs as c
 from tests.checkpoint import decoders, files, tiny
