@@ -17,6 +17,9 @@ def rope_config(config: Fields, max_position: int) -> RopeConfig:
     if parameters is not None and any(isinstance(v, dict) for v in parameters.data.values()):
         raise config.unsupported("rope_parameters", "one set of parameters for all layers")
     source = parameters or scaling
+    for fields in (config, source or config):
+        if fields.number("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.unsupported("partial_rotary_factor", "1.0 (the whole head is rotated)")
     theta = config.number("rope_theta", 10000.0)
     if source is None:
         return RopeConfig(
@@ -25,10 +28,6 @@ def rope_config(config: Fields, max_position: int) -> RopeConfig:
     theta = _positive(source, "rope_theta", source.number("rope_theta", theta))
     key = "rope_type" if source.data.get("rope_type") is not None else "type"
     kind = source.one_of(key, KINDS, "default")
-    partial = source.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        where = source if source.data.get("partial_rotary_factor") is not None else config
-        raise where.unsupported("partial_rotary_factor", "1.0 (the whole head is rotated)")
     original = source.integer("original_max_position_embeddings", max_position)
     if kind == "default":
         return RopeConfig(theta=theta, kind=kind, original_max_position=original)

@@ -22,8 +22,8 @@ from jqserve.checkpoint.scheme import (
     namespace,
     static_input_scale,
 )
-from jqserve.errors import CheckpointError
-from jqserve.quant import ActivationSpec, QuantSpec
+from jqserve.errors import CheckpointError, UnsupportedError
+from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantSpec
 from jqserve.quant.spec import QType
 
 
@@ -124,6 +124,11 @@ class EightBit(Scheme):
         return QuantSpec("uint8", (n, k), self._group_shape(n, k), "int", self.activation)
 
     def check(self, where: str, n: int, k: int) -> None:
+        if self.asymmetric_input and self.activation != NO_ACTIVATION:
+            raise UnsupportedError(
+                f"{where}: its input is quantized with a zero point (asymmetric), which is not supported; supported: "
+                "symmetric inputs, or `--activations none` where a command has it"
+            )
         if self.group_size > 0 and k % self.group_size:
             raise CheckpointError(f"{where}: {k} in features are not a multiple of group_size {self.group_size}")
 
