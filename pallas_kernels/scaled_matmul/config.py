@@ -15,16 +15,17 @@ class Config:
     """Tiles of one thread block and how its warpgroups share them.
 
     The x tile is [wgs_m * 64 * m_groups, tile_k], the weight tile [wgs_n * wg_n, tile_k]; consumer warpgroup (i, j)
-    computes rows i and columns j of the output tile. One more warpgroup feeds `stages` buffers of both by TMA.
+    computes rows i and columns j of the output tile (of every wgs_k-th stage). One more warpgroup feeds `stages` buffers of both by TMA.
     """
 
     wg_n: int  # output columns of one warpgroup: multiple of 16, at most 256
     wgs_m: int = 1
     wgs_n: int = 1
+    wgs_k: int = 1  # groups of warpgroups that take the stages in turn and add their sums at the end
     m_groups: int = 1  # 64-row wgmma tiles per warpgroup
     tile_k: int = 128  # multiple of 128
     stages: int = 4
-    promote: bool = False  # add each tile_k partial sum in float32 (always so with block scales, every 128)
+    promote: bool = False  # add each tile_k partial sum in float32; block scales always do, every 128
     epilogue_n: int = 64  # columns staged at a time for the copy out: 16, 32 or 64, dividing wg_n; two buffers each
     cluster: int = 1  # thread blocks that share a multicast tile
     cluster_axis: str = "m"  # "m": they differ in m and share the weight tile; "n": they share the x tile
@@ -41,23 +42,37 @@ class Config:
 
     @property
     def consumers(self) -> int:
-        return self.wgs_m * self.wgs_n
+        return self.wgs_m * self.wgs_n * self.wgs_k
+
+    @property
+    def registers(self) -> int:
+        """Registers of a consumer thread once the producer has given up all but 40 of its own (setmaxnreg)."""
+        at_launch = 65536 // (128 * (self.consumers + 1)) // 8 * 8
+        return min(240, (at_launch * (self.consumers + 1) - 40) // self.consumers // 8 * 8)
 
     def load_m(self, m: int) -> int:
-        """Rows of x that are copied: a small M leaves the rest of the 64-row wgmma tile to whatever lies there."""
+        """Rows of x that are copied: a small M leaves the rest of the 64-row wgmma tile alone."""
         return min(self.tile_m, -(-m // 8) * 8)
 
-    def x_rows(self, m: int) -> int:
-        """Rows of the x buffers: one behind the other, the last one padded to a whole tile."""
-        return (self.stages - 1) * self.load_m(m) + self.tile_m
+    def operand_rows(self, m: int) -> int:
+        """Rows of tile_k bytes that hold all stages: every x tile, then every weight tile.
+
+        wgmma reads 64 rows of x whatever M is; behind a short x tile it finds other tiles. What it makes of them
+        stays in output rows that are never stored.
+        """
+        return max(
+            self.stages * (self.load_m(m) + self.tile_n), (self.stages - 1) * self.load_m(m) + self.tile_m
+        )
 
     def smem_bytes(self, m: int, out_bytes: int = 2, block: bool = False) -> int:
-        operands = self.tile_k * (self.x_rows(m) + self.stages * self.tile_n)
-        staging = self.consumers * min(2, self.wg_n // self.epilogue_n) * 64 * self.m_groups * self.epilogue_n
+        operands = self.tile_k * self.operand_rows(m)
+        owners = self.wgs_m * self.wgs_n  # warpgroups that hold a finished sum
+        staging = owners * min(2, self.wg_n // self.epilogue_n) * 64 * self.m_groups * self.epilogue_n
+        exchange = 4 * (self.wgs_k - 1) * self.tile_m * self.tile_n
         scales = 4 * (self.tile_m + 2 * (self.tile_n + 128))
         if block:
             scales += 4 * SCALE_CHUNK * self.scale_slots() * self.tile_m
-        return operands + staging * out_bytes + scales + 4096  # barriers, alignment
+        return operands + staging * out_bytes + exchange + scales + 4096  # barriers, alignment
 
     def scale_slots(self) -> int:
         """x-scale chunks in flight: a slot may be refilled only when the stages that used it are free again."""
@@ -68,8 +83,9 @@ class Config:
 def fill_stages(config: Config, m: int, k: int, out_bytes: int = 2, block: bool = False) -> Config:
     """The same config with as many stages as shared memory holds and the K loop can use."""
     steps = -(-k // config.tile_k)
-    best = dataclasses.replace(config, stages=2)
-    for stages in range(3, min(steps, 16) + 1):
+    least = -(-2 // config.wgs_k) * config.wgs_k
+    best = dataclasses.replace(config, stages=least)
+    for stages in range(least, min(steps, 16) + 1, config.wgs_k):
         deeper = dataclasses.replace(config, stages=stages)
         if deeper.smem_bytes(m, out_bytes, block) > SMEM_BYTES:
             break
@@ -77,8 +93,8 @@ def fill_stages(config: Config, m: int, k: int, out_bytes: int = 2, block: bool 
     return best
 
 
-def _epilogue(wg_n: int, most: int = 64) -> int:
-    return next(n for n in (64, 32, 16) if n <= most and wg_n % n == 0)
+def _epilogue(wg_n: int, n: int, most: int = 64) -> int:
+    return next(e for e in (64, 32, 16) if e <= most and wg_n % e == 0 and n % e == 0)
 
 
 def _round_up(x: int, to: int) -> int:
@@ -98,7 +114,7 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132, out_bytes:
         wgs_n = 2 if tile_n > 64 and tile_n % 32 == 0 else 1
         tile_k = 512 if tile_n <= 32 else 256 if tile_n <= 64 else 128
         wg_n = tile_n // wgs_n
-        config = Config(wg_n, wgs_n=wgs_n, tile_k=tile_k, promote=True, epilogue_n=_epilogue(wg_n))
+        config = Config(wg_n, wgs_n=wgs_n, tile_k=tile_k, promote=True, epilogue_n=_epilogue(wg_n, n))
     elif m <= 256:
         m_tiles = -(-m // 128)
         if block:
@@ -106,9 +122,9 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132, out_bytes:
         else:
             rounds = -(-n * m_tiles // (sms * 256))
             tile_n = min(256, _round_up(-(-n * m_tiles // (sms * rounds)), 16))
-        config = Config(tile_n, wgs_m=2, tile_k=256 if tile_n <= 64 else 128, epilogue_n=_epilogue(tile_n))
+        config = Config(tile_n, wgs_m=2, tile_k=256 if tile_n <= 64 else 128, epilogue_n=_epilogue(tile_n, n))
     else:
-        config = Config(wg_n=128 if block else 256, wgs_m=2, epilogue_n=32)  # 64 would cost the fourth stage
+        config = Config(wg_n=128 if block else 256, wgs_m=2, epilogue_n=_epilogue(128, n, 32))  # 64 would cost the fourth stage
     return fill_stages(config, m, k, out_bytes, block)
 
 
@@ -119,7 +135,7 @@ def search_space(m: int, n: int, k: int, *, block: bool, out_bytes: int = 2) -> 
         (16, 32, 48, 64, 96, 112, 128, 192, 224, 256), (1, 2), (1, 2), (1, 2), (128, 256, 512), (1, 2, 4), "mn"
     ):
         config = Config(
-            wg_n, wgs_m, wgs_n, m_groups, tile_k, 2, small, _epilogue(wg_n, 64 if small else 32), cluster, axis
+            wg_n, wgs_m, wgs_n, m_groups, tile_k, 2, small, _epilogue(wg_n, n, 64 if small else 32), cluster, axis
         )
         registers = wg_n // 2 * m_groups * (2 if block or small else 1)
         if config.tile_m > max(64, _round_up(m, 64)) or registers > 200 // max(1, config.consumers - 1):

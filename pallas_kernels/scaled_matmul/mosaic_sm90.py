@@ -52,7 +52,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
     grid = lax.axis_size("grid")
     local_tiles = lax.div(jnp.int32(tiles) - first + (grid - 1), jnp.int32(grid))
     full, empty, scales_full, scales_empty = (scratch[b] for b in ("full", "empty", "scales_full", "scales_empty"))
-    x_smem, w_smem = scratch["x"], scratch["w"]
+    operand_smem = scratch["operands"]
 
     def tile_origin(i):
         lin = first + i * grid
@@ -67,11 +67,15 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             mi, ni = (mi * c.cluster + rank, ni) if share_w else (mi, ni * c.cluster + rank)
         return mi * c.tile_m, ni * c.tile_n
 
-    def x_rows(slot, rows):
-        return x_smem.at[pl.ds(pl.multiple_of(slot * load_m, 8), rows)]
+    def x_tile(slot, start, rows):
+        return operand_smem.at[pl.ds(pl.multiple_of(slot * load_m + start, 8), rows)]
 
-    def next_slot(slot):
-        return lax.select(slot == c.stages - 1, jnp.int32(0), slot + 1)
+    def w_tile(slot, start, rows):
+        return operand_smem.at[pl.ds(pl.multiple_of(c.stages * load_m + slot * c.tile_n + start, 8), rows)]
+
+    def advance(slot, by):
+        slot = slot + by
+        return lax.select(slot >= c.stages, slot - c.stages, slot)
 
     def producer():
         def tile(i, slot):
@@ -101,13 +105,13 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                 k_slice = pl.ds(ki * c.tile_k, c.tile_k)
                 plgpu.copy_gmem_to_smem(
                     w_gmem.at[pl.ds(n0, c.tile_n), k_slice],
-                    w_smem.at[slot],
+                    w_tile(slot, 0, c.tile_n),
                     full.at[slot],
                     collective_axes="cluster" if share_w else None,
                 )
                 plgpu.copy_gmem_to_smem(
                     x_gmem.at[pl.ds(m0, load_m), k_slice],
-                    x_rows(slot, load_m),
+                    x_tile(slot, 0, load_m),
                     full.at[slot],
                     collective_axes="cluster" if share_x else None,
                 )
@@ -128,7 +132,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                     def _():
                         plgpu.barrier_arrive(full.at[slot])
 
-                return next_slot(slot)
+                return advance(slot, 1)
 
             return lax.fori_loop(0, k_steps, step, slot)
 
@@ -139,79 +143,105 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
 
             def drain(g, slot):
                 plgpu.barrier_wait(empty.at[slot])
-                return next_slot(slot)
+                return advance(slot, 1)
 
             start = lax.max(total - c.stages, jnp.int32(0))
             lax.fori_loop(start, total, drain, lax.rem(start, jnp.int32(c.stages)))
 
     def consumer():
-        wg_m, wg_n = lax.div(wg, jnp.int32(c.wgs_n)), lax.rem(wg, jnp.int32(c.wgs_n))
+        owner = lax.rem(wg, jnp.int32(c.wgs_m * c.wgs_n))  # place in the output tile
+        wg_k = lax.div(wg, jnp.int32(c.wgs_m * c.wgs_n))
+        wg_m, wg_n = lax.div(owner, jnp.int32(c.wgs_n)), lax.rem(owner, jnp.int32(c.wgs_n))
         wg_rows = 64 * c.m_groups
         shape = (wg_rows, c.wg_n)
         acc_dtype = jnp.int32 if x_gmem.dtype == jnp.int8 else jnp.float32
-        out_smem = scratch["out"].at[wg]
+        out_smem = scratch["out"].at[owner]
 
         def operands(slot, k0: int, length: int):
-            rows = x_smem.at[
-                pl.ds(pl.multiple_of(slot * load_m + wg_m * wg_rows, 8), wg_rows), pl.ds(k0, length)
-            ]
-            columns = w_smem.at[slot, pl.ds(pl.multiple_of(wg_n * c.wg_n, 8), c.wg_n), pl.ds(k0, length)]
+            k_slice = pl.ds(k0, length)
+            rows = x_tile(slot, wg_m * wg_rows, wg_rows).at[:, k_slice]
+            columns = w_tile(slot, wg_n * c.wg_n, c.wg_n).at[:, k_slice]
             return rows, columns.transpose((1, 0))
 
-        def partial_sum(slot, k0: int, length: int):
-            def multiply(acc):
-                plgpu.wgmma(acc, *operands(slot, k0, length))
-                return acc[...]
+        def partial_sums(slot, parts: int, length: int):
+            """`parts` sums over `length` of K each, all issued before the first is awaited."""
 
-            return pl.run_scoped(multiply, plgpu.ACC(shape, acc_dtype))
+            def multiply(*accs):
+                for j, acc in enumerate(accs):
+                    plgpu.wgmma(acc, *operands(slot, j * length, length))
+                return [plgpu.wgmma_accumulator_load(acc, wait_n=parts - 1 - j) for j, acc in enumerate(accs)]
+
+            return pl.run_scoped(multiply, *[plgpu.ACC(shape, acc_dtype)] * parts)
+
+        def steps(body, init, slot):
+            """Folds `body(ki, slot, carry)` over the K steps of this warpgroup's group; returns the next tile's slot."""
+            if c.wgs_k == 1:
+                return lax.fori_loop(
+                    0, k_steps, lambda ki, s: (body(ki, s[1], s[0]), advance(s[1], 1)), (init, slot)
+                )
+
+            def mine(j, state):
+                carry, slot = state
+                return body(j * c.wgs_k + wg_k, slot, carry), advance(slot, c.wgs_k)
+
+            count = lax.div(jnp.int32(k_steps - 1) - wg_k, jnp.int32(c.wgs_k)) + 1
+            carry, _ = lax.fori_loop(0, count, mine, (init, advance(slot, wg_k)))
+            return carry, advance(slot, k_steps % c.stages)
 
         def plain_loop(slot):
             def scope(acc):
-                def step(ki, slot):
+                def step(ki, slot, previous):
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.wgmma(acc, *operands(slot, 0, c.tile_k))
                     plgpu.wgmma_wait(1)
 
-                    @pl.when(ki > 0)
+                    @pl.when(previous >= 0)
                     def _():
-                        plgpu.barrier_arrive(empty.at[lax.select(slot == 0, jnp.int32(c.stages - 1), slot - 1)])
+                        plgpu.barrier_arrive(empty.at[previous])
 
-                    return next_slot(slot)
+                    return slot
 
-                slot_after = lax.fori_loop(0, k_steps, step, slot)
+                last, slot_after = steps(step, jnp.int32(-1), slot)
                 total = acc[...]
-                plgpu.barrier_arrive(
-                    empty.at[lax.select(slot_after == 0, jnp.int32(c.stages - 1), slot_after - 1)]
-                )
+                plgpu.barrier_arrive(empty.at[last])
                 return total, slot_after
 
             return pl.run_scoped(scope, plgpu.ACC(shape, acc_dtype))
 
         def promoted_loop(slot):
-            def step(ki, carry):
-                total, slot = carry
+            def step(ki, slot, total):
                 plgpu.barrier_wait(full.at[slot])
-                total = total + partial_sum(slot, 0, c.tile_k)
+                [part] = partial_sums(slot, 1, c.tile_k)
                 plgpu.barrier_arrive(empty.at[slot])
-                return total, next_slot(slot)
+                return total + part
 
-            zero = plgpu.layout_cast(jnp.zeros(shape, acc_dtype), _L)
-            return lax.fori_loop(0, k_steps, step, (zero, slot))
+            return steps(step, plgpu.layout_cast(jnp.zeros(shape, acc_dtype), _L), slot)
 
         def block_loop(slot, i, m0, n0):
-            w_row = lax.div(n0 + wg_n * c.wg_n, jnp.int32(128))
             blocks = c.tile_k // 128
             per_chunk = max(1, SCALE_CHUNK // blocks)
+            last_row, last_column = -(-n // 128) - 1, -(-k // 128) - 1
+            column0 = n0 + wg_n * c.wg_n
+            w_row = lax.min(lax.div(column0, jnp.int32(128)), jnp.int32(last_row))
+            straddles = 128 % c.wg_n != 0  # columns of two scale blocks
+            if straddles:
+                next_row = lax.min(w_row + 1, jnp.int32(last_row))
+                columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_L)
+                in_first = columns < (w_row + 1) * 128 - column0
 
-            def step(ki, carry):
-                total, slot = carry
-                w_scales = [
-                    ws_gmem[w_row, lax.min(ki * blocks + j, jnp.int32(-(-k // 128) - 1))] for j in range(blocks)
-                ]
+            def step(ki, slot, total):
+                w_column = [lax.min(ki * blocks + j, jnp.int32(last_column)) for j in range(blocks)]
+                w_scales = [ws_gmem[w_row, column] for column in w_column]
+                if straddles:
+                    w_next = [ws_gmem[next_row, column] for column in w_column]
                 plgpu.barrier_wait(full.at[slot])
                 chunk = lax.rem(lax.div(i * k_steps + ki, jnp.int32(per_chunk)), jnp.int32(c.scale_slots()))
-                for j in range(blocks):
-                    part = partial_sum(slot, 128 * j, 128).astype(jnp.float32)
+                for j, part in enumerate(partial_sums(slot, blocks, 128)):
+                    part = part.astype(jnp.float32)
+                    w_scale = w_scales[j]
+                    if straddles:
+                        part = part * jnp.where(in_first, w_scale, w_next[j])
+                        w_scale = jnp.float32(1)
                     if x_kind == "block":
                         column = lax.rem(ki * blocks + j, jnp.int32(SCALE_CHUNK))
                         x_scale = plgpu.load(
@@ -219,24 +249,16 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                             layout=_ROW,
                             optimized=False,
                         )
-                        part = part * _rows(x_scale * w_scales[j], shape)
-                    else:
-                        part = part * w_scales[j]
+                        part = part * _rows(x_scale if straddles else x_scale * w_scale, shape)
+                    elif not straddles:
+                        part = part * w_scale
                     total = total + part
                 plgpu.barrier_arrive(empty.at[slot])
-                return total, next_slot(slot)
+                return total
 
-            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _L)
-            return lax.fori_loop(0, k_steps, step, (zero, slot))
+            return steps(step, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _L), slot)
 
-        def tile(i, slot):
-            m0, n0 = tile_origin(i)
-            if block:
-                total, slot = block_loop(slot, i, m0, n0)
-            elif c.promote and acc_dtype == jnp.float32:
-                total, slot = promoted_loop(slot)
-            else:
-                total, slot = plain_loop(slot)
+        def epilogue(total, m0, n0):
             total = total.astype(jnp.float32)
             waits = "xs" in scratch or "ws" in scratch or has_bias
             if waits:
@@ -273,6 +295,37 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                         pl.ds(m0 + wg_m * wg_rows, store_rows), pl.ds(n0 + wg_n * c.wg_n + e * width, width)
                     ],
                 )
+
+        def tile(i, slot):
+            m0, n0 = tile_origin(i)
+            if block:
+                total, slot = block_loop(slot, i, m0, n0)
+            elif c.promote and acc_dtype == jnp.float32:
+                total, slot = promoted_loop(slot)
+            else:
+                total, slot = plain_loop(slot)
+            if c.wgs_k == 1:
+                epilogue(total, m0, n0)
+                return slot
+            exchange, written, read = scratch["exchange"], scratch["written"], scratch["read"]
+
+            @pl.when(wg_k > 0)
+            def _():
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_wait(read)
+
+                exchange[wg_k - 1, owner] = total
+                plgpu.barrier_arrive(written)
+
+            @pl.when(wg_k == 0)
+            def _():
+                plgpu.barrier_wait(written)
+                parts = [plgpu.load(exchange.at[g, owner], layout=_L) for g in range(c.wgs_k - 1)]
+                whole = functools.reduce(jnp.add, parts, total)
+                plgpu.barrier_arrive(read)
+                epilogue(whole, m0, n0)
+
             return slot
 
         lax.fori_loop(0, local_tiles, tile, jnp.int32(0))
@@ -288,7 +341,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
     @pl.when(wg < c.consumers)
     def _():
         if c.consumers > 1:
-            plgpu.set_max_registers(min(240, (512 - 40) // c.consumers // 8 * 8), action="increase")
+            plgpu.set_max_registers(c.registers, action="increase")
         consumer()
 
 
@@ -311,8 +364,21 @@ def scaled_matmul(
     """See `api.scaled_matmul`; raises NotImplementedError for what this kernel does not take."""
     (m, k), n = xq.shape, wq.shape[0]
     out_dtype = jnp.dtype(out_dtype)
-    if m == 0 or n % 8 or k % 16:
-        raise NotImplementedError(f"needs M > 0, N a multiple of 8 and K of 16 (TMA strides), got M={m} N={n} K={k}")
+    if m == 0 or n % 16 or (k % 128 and (k > 128 or k % 16)):
+        raise NotImplementedError(f"needs M > 0, N % 16 = 0 and K % 128 = 0 (whole TMA tiles), got M={m} N={n} K={k}")
+    if m > 8 and m % 8:  # the same for M; engines pad to buckets, so that this copy is rare
+        whole = -(-m // 8) * 8
+        pad = ((0, whole - m), (0, 0))
+        out = scaled_matmul(
+            jnp.pad(xq, pad),
+            wq,
+            x_scale if x_scale.shape[0] == 1 else jnp.pad(x_scale, pad),
+            w_scale,
+            bias,
+            out_dtype=out_dtype,
+            config=config,
+        )
+        return out[:m]
     x_kind, w_kind = _kind(x_scale), _kind(w_scale)
     if w_kind == "vector" and w_scale.shape[0] != n:
         w_scale, w_kind = jnp.repeat(w_scale, 128, axis=0)[:n], "vector"
@@ -323,18 +389,22 @@ def scaled_matmul(
     if config is None:
         config = heuristic(m, n, k, block=block, sms=sms, out_bytes=out_dtype.itemsize)
     c = config
-    if block and 128 % c.wg_n:
-        raise NotImplementedError(f"block scales need wg_n to divide 128, got {c.wg_n}")
+    accumulator = jnp.int32 if xq.dtype == jnp.int8 and not block else jnp.float32
+    if block and c.wg_n > 128:
+        raise NotImplementedError(f"a warpgroup's columns may touch two scale blocks, wg_n {c.wg_n} touches more")
+    tile = _transforms(c.epilogue_n, out_dtype)[0].tiling[1]
+    if n % tile:
+        raise NotImplementedError(f"N={n} must be a multiple of the {tile} columns that are stored together")
+    if c.stages % c.wgs_k or -(-k // c.tile_k) % c.wgs_k:
+        raise NotImplementedError(f"wgs_k {c.wgs_k} must divide the stages and K steps of {c}")
     if c.smem_bytes(m, out_dtype.itemsize, block) > SMEM_BYTES:
         raise NotImplementedError(f"{c} needs {c.smem_bytes(m, out_dtype.itemsize, block)} bytes of shared memory")
-    operand = _transforms(128, xq.dtype)
     epilogue_n = c.epilogue_n
     padded_n = -(-c.tile_n // 32) * 32  # copies move multiples of 128 bytes
     scratch = {
-        "x": plgpu.SMEM((c.x_rows(m), c.tile_k), xq.dtype, transforms=operand),
-        "w": plgpu.SMEM((c.stages, c.tile_n, c.tile_k), wq.dtype, transforms=operand),
+        "operands": plgpu.SMEM((c.operand_rows(m), c.tile_k), xq.dtype, transforms=_transforms(128, xq.dtype)),
         "out": plgpu.SMEM(
-            (c.consumers, min(2, c.wg_n // epilogue_n), 64 * c.m_groups, epilogue_n),
+            (c.wgs_m * c.wgs_n, min(2, c.wg_n // epilogue_n), 64 * c.m_groups, epilogue_n),
             out_dtype,
             transforms=_transforms(epilogue_n, out_dtype),
         ),
@@ -359,15 +429,24 @@ def scaled_matmul(
         scratch["bias"] = plgpu.SMEM((padded_n,), jnp.float32)
         copies += 1
     arrivals = 2 + (x_kind == "block")
-    released = {"num_arrivals": c.consumers, "num_barriers": c.stages}
+    owners = c.wgs_m * c.wgs_n
+    released = {"num_arrivals": owners, "num_barriers": c.stages}
     scratch |= {
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.stages),
         "empty": plgpu.ClusterBarrier(collective_axes=("cluster",), **released)
         if c.cluster > 1
         else plgpu.Barrier(**released),
         "scales_full": plgpu.Barrier(num_arrivals=max(1, copies)),
-        "scales_empty": plgpu.Barrier(num_arrivals=c.consumers),
+        "scales_empty": plgpu.Barrier(num_arrivals=owners),
     }
+    if c.wgs_k > 1:
+        scratch |= {
+            "exchange": plgpu.SMEM(
+                (c.wgs_k - 1, owners, 64 * c.m_groups, c.wg_n), accumulator, transforms=_transforms(c.wg_n, accumulator)
+            ),
+            "written": plgpu.Barrier(num_arrivals=owners * (c.wgs_k - 1)),
+            "read": plgpu.Barrier(num_arrivals=owners),
+        }
     body = functools.partial(
         _kernel, config=c, m=m, n=n, k=k, block=block, x_kind=x_kind, w_kind=w_kind, has_bias=bias is not None
     )
