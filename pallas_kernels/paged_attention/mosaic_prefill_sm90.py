@@ -23,9 +23,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
-from jax.experimental.mosaic.gpu import launch_context, utils
+from jax.experimental.mosaic.gpu import launch_context, mma_utils, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels.paged_attention.config import PrefillConfig, prefill_heuristic
@@ -182,8 +182,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
 
         def zero_tail() -> None:
             v_full.wait(last)
-            base = Reg(arith.constant(i32, 0)) + Reg(_shared_address(ops, refs["v_smem"]))
-            base = base + v_full.slot(last) * (block * p.head_dim * 2)
+            base = _address(ops, refs["v_smem"], i32) + v_full.slot(last) * (block * p.head_dim * 2)
             lane = thread & 127
             chunks = p.columns // 8  # 16-byte chunks of a row of a tile
             per_group = 8 * p.head_dim // 8  # chunks of 8 rows
@@ -219,24 +218,36 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
         def slot_of(name: str, ring: _Ring, j: Reg) -> ir.Value:
             return utils.memref_slice(refs[name], (as_index(ring.slot(j)),))
 
-        def scores(j: Reg) -> Any:
-            """Issues Q K_j^T."""
-            k_full.wait(j)
+        def prepared(*arrays: Any) -> list[Any]:
+            """Accumulators (f32) and A operands whose registers the following wgmmas use.
+
+            All of a step's registers are pinned before its first wgmma: ptxas serializes every wgmma of a function
+            in which a register is written between the issue and the wait (C7513: 540 instead of 6xx TFLOP/s).
+            """
+            accs = [
+                mgpu.WGMMAAccumulator.from_registers(x, sync=False)._value if x.mlir_dtype == ops.f32 else x for x in arrays
+            ]
+            pinned = fa.optimization_barrier(*accs)
+            ptx("wgmma.fence.sync.aligned;", effects=True, convergent=True)
+            return list(pinned) if len(arrays) > 1 else [pinned]
+
+        def scores(acc: Any, j: Reg) -> Any:
+            """Issues Q K_j^T into a prepared zero accumulator."""
             keys = utils.memref_transpose(slot_of("k_smem", k_full, j), (1, 0, 3, 2))
-            acc = mgpu.wgmma(mgpu.WGMMAAccumulator.zero(ROWS, block), q_smem, keys, swizzle=p.swizzle)
+            acc = mgpu.WGMMAAccumulator(_value=acc, _original_layout=fa.WGMMA_LAYOUT, _sync=False)
+            acc = mgpu.wgmma(acc, q_smem, keys, swizzle=p.swizzle)
             ptx("wgmma.commit_group.sync.aligned;", effects=True, convergent=True)
             return acc
 
-        def add_values(out: Any, weights: Any, j: Reg) -> Any:
-            """Issues out + P V_j."""
-            acc = mgpu.WGMMAAccumulator.from_registers(out)
-            acc = mgpu.wgmma(acc, weights, slot_of("v_smem", v_full, j), swizzle=p.swizzle)
+        def add_values(acc: Any, weights: Any, j: Reg) -> Any:
+            """Issues acc += P V_j; both prepared."""
+            acc = _wgmma_registers(acc, weights, slot_of("v_smem", v_full, j), p.swizzle)
             ptx("wgmma.commit_group.sync.aligned;", effects=True, convergent=True)
-            return acc
+            return mgpu.WGMMAAccumulator(_value=acc, _original_layout=fa.WGMMA_LAYOUT, _sync=False)
 
-        def ready(acc: Any, pending: int) -> Any:
+        def ready(acc: Any, pending: int, *more: Any) -> Any:
             ptx(f"wgmma.wait_group.sync.aligned {pending};", effects=True, convergent=True)
-            return fa.optimization_barrier(acc.value)
+            return fa.optimization_barrier(acc.value, *more)
 
         lane0 = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
 
@@ -281,8 +292,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
                 return mlir_math.fma(x, vector.broadcast(x.type, factor.value), m)
 
             weights = s._pointwise(shifted, minus).exp2(approx=True)
-            total = total * alpha + weights.reduce("add", 1)
-            return new, alpha, fa.optimization_barrier(weights.astype(dtype)), total
+            return new, alpha, weights, total * alpha + weights.reduce("add", 1)
 
         row_of = lambda value: fa.FragmentedArray.splat(  # noqa: E731
             arith.constant(ops.f32, value), (ROWS,), fa.WGMMA_ROW_LAYOUT
@@ -295,36 +305,50 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
             if config.pingpong:
                 ptx("bar.sync $0, 256;", warpgroup + 8, effects=True, convergent=True)
 
-        def your_turn(where: Reg | None = None) -> None:
+        def your_turn(where: Reg) -> None:
             if config.pingpong:
-                arrive = lambda: ptx(  # noqa: E731
-                    "bar.arrive $0, 256;", ops.int(9) - warpgroup, effects=True, convergent=True
-                )
-                arrive() if where is None else ops.when(where, arrive)
+                other = (ops.int(9) - warpgroup).value
+                utils.inline_ptx("bar.arrive $0, 256;", other, predicate=where.value, convergent=True)
 
-        if config.pingpong:
-            ops.when(warpgroup.equals(1), lambda: your_turn())
+        your_turn(warpgroup.equals(1))
         zero = ops.int(0)
+        nil = fa.FragmentedArray.splat(arith.constant(ops.f32, 0.0), (ROWS, block), fa.WGMMA_LAYOUT)
+        k_full.wait(zero)
         my_turn()
-        acc = scores(zero)
+        acc = scores(*prepared(nil), zero)
+        your_turn(ops.either(count >= 2, warpgroup.equals(0)))
         s = ready(acc, 0)
         release(k_empty, zero)
-        your_turn(ops_or(ops, count >= 2, warpgroup.equals(0)))
         peak, _, weights, total = softmax(s, zero, row_of(LOWEST), row_of(0.0), True)
+        weights = weights.astype(dtype)
+
+        def after_softmax(total: Any) -> None:
+            """Keeps the softmax in front of the next wait, i.e. under the products that are in flight.
+
+            LLVM needs the optimization barrier; ptxas would still hoist the wait over plain arithmetic, but not over a
+            store to shared memory. This one depends on the sum of all weights and never happens.
+            """
+            for i, register in enumerate(total.registers.flat):
+                t = Reg(vector.extract(register, dynamic_position=[], static_position=[0]))
+                ops.store_shared(_address(ops, refs["barriers"], i32) + 4 * i, t, t < -1.0)
 
         def step(j: Reg, carry: list[Any], masked: bool) -> list[Any]:
             out, peak, total, weights = carry
+            k_full.wait(j)
             my_turn()
-            acc = scores(j)
+            acc, out, weights = prepared(nil, out, weights)
+            acc = scores(acc, j)
             v_full.wait(j - 1)
             out_acc = add_values(out, weights, j - 1)
-            your_turn(ops_or(ops, j < count - 1, warpgroup.equals(0)))
+            your_turn(ops.either(j < count - 1, warpgroup.equals(0)))
             s = ready(acc, 1)
             release(k_empty, j)
             peak, alpha, weights, total = softmax(s, j, peak, total, masked)
-            out = ready(out_acc, 0)
+            weights, alpha, total = fa.optimization_barrier(weights, alpha, total)
+            after_softmax(total)
+            out, weights = ready(out_acc, 0, weights)
             release(v_empty, j - 1)
-            return [out * wide(alpha), peak, total, weights]
+            return [out * wide(alpha), peak, total, weights.astype(dtype)]
 
         def loop(low: Reg, high: Reg, carry: list[Any], masked: bool) -> list[Any]:
             bound = ops.max_int(high - low, 0).value
@@ -344,7 +368,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
         last = count - 1
         v_full.wait(last)
         bars["tail"][0].wait_parity(arith.constant(ir.IntegerType.get_signless(1), 0))
-        out = ready(add_values(out, weights, last), 0)
+        out = ready(add_values(*prepared(out, weights), last), 0)
 
         unit = ops.float(1.0)
         if p.v_scaled:
@@ -369,7 +393,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
         row_chunks = p.head_dim // 8
         zero = ops.int(0)
         address = Reg(arith.extui(ops.i64, ((tile * p.queries + first) * p.heads + head).value)) * (p.head_dim * 2)
-        base = ops_address(ops, refs["out"]) + address
+        base = _address(ops, refs["out"], ops.i64) + address
         for i in range(-(-ROWS * CONSUMERS * row_chunks // 384)):
             chunk = thread + 384 * i
             row, column = chunk // row_chunks, chunk % row_chunks
@@ -390,20 +414,26 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
     ops.when(count >= 1, work)
 
 
-def ops_or(ops: Mlir, x: Reg, y: Reg) -> Reg:
-    return Reg(arith.ori(x.value, y.value))
+def _wgmma_registers(acc: Any, a: Any, b: ir.Value, swizzle: int) -> Any:
+    """acc [64, n] + a [64, k] @ b, both arrays in registers: mgpu.wgmma without its fence, which writes a's registers."""
+    (k, n), element = mma_utils.tiled_memref_shape(b)
+    group = swizzle // 2
+    (base, (_, (k_stride, *_))), (_, k_group_stride), fastest = mma_utils.create_descriptor(
+        b, swizzle=swizzle, large_tile=(group, group), group_size=(group, n), logical_k_major=True
+    )
+    registers = acc.registers.copy()
+    for i in range(k // group):
+        offset = arith.constant(base.type, mma_utils.encode_addr(i * k_group_stride))
+        registers[0:1] = mgpu._wgmma.wgmma_m64(
+            registers[0:1], a[:, i * group : (i + 1) * group], arith.addi(base, offset), swizzle=swizzle, n=n,
+            a_element_type=element, b_element_type=element, a_transpose=None, a_k_stride=None,
+            b_transpose=fastest != mma_utils.Dim.K, b_k_stride=k_stride,
+        )  # fmt: skip
+    return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
 
 
-def ops_address(ops: Mlir, ref: ir.Value) -> Reg:
-    from jaxlib.mlir.dialects import llvm
-
-    return Reg(llvm.ptrtoint(ops.i64, utils.memref_ptr(ref)))
-
-
-def _shared_address(ops: Mlir, ref: ir.Value) -> ir.Value:
-    from jaxlib.mlir.dialects import llvm
-
-    return llvm.ptrtoint(ops.i32, utils.memref_ptr(ref))
+def _address(ops: Mlir, ref: ir.Value, kind: Any) -> Reg:
+    return Reg(llvm.ptrtoint(kind, utils.memref_ptr(ref)))
 
 
 def _reciprocal(ops: Mlir, total: ir.Value, unit: Reg) -> ir.Value:

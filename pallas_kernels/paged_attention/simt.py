@@ -115,6 +115,9 @@ class Mlir:
     def both(self, x: Reg, y: Reg) -> Reg:
         return Reg(arith.andi(x.value, y.value))
 
+    def either(self, x: Reg, y: Reg) -> Reg:
+        return Reg(arith.ori(x.value, y.value))
+
     def min_int(self, x: Reg, y: int) -> Reg:
         return Reg(arith.minsi(x.value, arith.constant(self.i32, y)))
 
