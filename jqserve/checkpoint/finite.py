@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-
-from jqserve.checkpoint.scheme import namespace
 
 #: dtype -> (unsigned integer of its width, mask of all but the sign, smallest masked value that is not finite)
 _BITS = {
@@ -18,11 +17,17 @@ _BITS = {
 }
 
 
+#: Values that numpy looks at a time: they stay in the cache, and no second array of the size is made.
+_CHUNK = 1 << 18
+
+
 def all_finite(array: Any) -> Any:
     """True (a bool, or a traced bool) where `array` has no NaN and no infinity; integers are always finite."""
     name = jnp.dtype(array.dtype).name
     if name not in _BITS or array.size == 0:
         return True
     word, mask, limit = _BITS[name]
-    bits = array.view(word) & word(mask)
-    return bits.max() < namespace(array).asarray(limit, word)
+    if isinstance(array, jax.Array):
+        return (array.view(word) & word(mask)).max() < word(limit)
+    bits = array.reshape(-1).view(word)
+    return all((bits[i : i + _CHUNK] & word(mask)).max() < limit for i in range(0, bits.size, _CHUNK))

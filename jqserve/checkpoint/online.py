@@ -16,8 +16,8 @@ from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
 FP8_MAX = 448.0
 #: XLA turns a division by a constant into this product; numpy has to do the same for equal bits.
 _PER_MAX = np.float32(1 / FP8_MAX)
-#: Rows that the host quantizes at a time: bounds the float32 temporaries.
-_ROWS = 1024
+#: Values that the host quantizes at a time: bounds the float32 temporaries, and keeps them in the cache.
+_VALUES = 1 << 16
 REFUSED = {
     "awq": "it needs calibration data: load a checkpoint that AutoAWQ or llm-compressor quantized",
     "gptq": "it needs calibration data: load a checkpoint that gptqmodel or llm-compressor quantized",
@@ -41,8 +41,9 @@ class OnlineFp8:
         if namespace(weight) is np:
             qvalue: Any = np.empty((n, k), ml_dtypes.float8_e4m3fn)
             scale: Any = np.empty((n, 1), np.float32)
-            for i in range(0, n, _ROWS):
-                qvalue[i : i + _ROWS], scale[i : i + _ROWS] = _quantize_rows(weight[i : i + _ROWS])
+            rows = max(1, _VALUES // k)
+            for i in range(0, n, rows):
+                qvalue[i : i + rows], scale[i : i + rows] = _quantize_rows(weight[i : i + rows])
         else:
             qvalue, scale = _quantize_rows(weight)
         return QuantizedTensor(qvalue, scale, None, None, None, self.spec(n, k))

@@ -9,7 +9,7 @@ import numpy as np
 
 from jqserve.checkpoint.finite import all_finite
 from jqserve.checkpoint.online import OnlineFp8
-from jqserve.checkpoint.scheme import Arrays, Prepared, Scheme, namespace
+from jqserve.checkpoint.scheme import Arrays, Prepared, Scheme, cast, namespace
 from jqserve.quant import QuantizedTensor, QuantSpec
 
 Linear = dict[str, Any]  # {"weight": Array | QuantizedTensor, "bias": Array (optional)}
@@ -53,7 +53,7 @@ class Recipe:
             own = [scheme.spec(n, k) for scheme, n, k in (self.parts[i] for i in indices)]
             linear: Linear = {"weight": self._weight(spec, own, values, arrays[indices[0]])}
             if "bias" in arrays[indices[0]]:
-                linear["bias"] = _joined([arrays[i]["bias"] for i in indices]).astype(self.dtype)
+                linear["bias"] = cast(_joined([arrays[i]["bias"] for i in indices]), self.dtype)
                 finite = finite & all_finite(linear["bias"])
             weight = linear["weight"]
             finite = finite & all_finite(weight.qvalue if isinstance(weight, QuantizedTensor) else weight)
@@ -63,7 +63,7 @@ class Recipe:
     def _weight(self, spec: QuantSpec | None, own: list[QuantSpec | None], values: list[Any], first: Arrays) -> Any:
         qvalue = _joined([v[0] for v in values])
         if spec is None:
-            return qvalue.astype(self.dtype)
+            return cast(qvalue, self.dtype)
         if self.online is not None and own[0] is None:
             return self.online.quantize(qvalue)
         scales = [v[1] for v in values]

@@ -85,6 +85,11 @@ def namespace(array: Any) -> Any:
     return jax.numpy if isinstance(array, jax.Array) else np
 
 
+def cast(array: Any, dtype: str) -> Any:
+    """array.astype(dtype), without numpy's copy where nothing changes."""
+    return array if array.dtype == dtype else array.astype(dtype)
+
+
 def transposed(array: Any) -> Any:
     """array.T with its rows contiguous, which numpy does not do unasked."""
     return array.T if isinstance(array, jax.Array) else np.ascontiguousarray(array.T)

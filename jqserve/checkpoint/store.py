@@ -24,6 +24,7 @@ from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.online import OnlineFp8, online_scheme
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row
+from jqserve.checkpoint.scheme import cast
 from jqserve.checkpoint.store_check import check_modules
 from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
@@ -208,4 +209,4 @@ def _adapted(name: str, leaf: Weight, dtype: str, activations: Activations, onli
     quantizable = name.startswith("layers.") and name.endswith(".weight") and leaf.ndim == 2
     if online is not None and quantizable:
         return online.quantize(leaf)
-    return leaf.astype(dtype)
+    return cast(leaf, dtype)

@@ -19,7 +19,7 @@ from jqserve.checkpoint.names import Vector
 from jqserve.checkpoint.online import OnlineFp8
 from jqserve.checkpoint.plan import PlanRow, matrix_row, source_text
 from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
-from jqserve.checkpoint.scheme import Arrays, Prepared
+from jqserve.checkpoint.scheme import Arrays, Prepared, cast
 from jqserve.errors import CheckpointError
 
 #: Modules whose transfer and decoding may be under way on the device at a time.
@@ -76,7 +76,8 @@ class Stream:
 
     def _vector(self, vector: Vector) -> Built:
         raw: Any = self._checkpoint.read(vector.name)
-        value = (jax.device_put(raw) if self._on_device else raw).astype(self._dtype)
+        value = cast(jax.device_put(raw) if self._on_device else raw, self._dtype)
+        del raw
         self._flying.append((vector.name, all_finite(value)))
         rows: tuple[PlanRow, ...] = ()
         if len(vector.shape) == 2:
