@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import mosaic_decode_sm90, reference
+from pallas_kernels.paged_attention import mosaic_decode_sm90, mosaic_prefill_sm90, reference
 
 Scale = jax.Array | float | None
 
@@ -179,4 +179,10 @@ dispatch.register(
         dispatch.Implementation("xla", reference.decode_attention),
     ],
 )
-dispatch.register("prefill_attention", [dispatch.Implementation("xla", reference.prefill_attention)])
+dispatch.register(
+    "prefill_attention",
+    [
+        dispatch.Implementation("mosaic_sm90", mosaic_prefill_sm90.prefill_attention, dispatch.hopper_only),
+        dispatch.Implementation("xla", reference.prefill_attention),
+    ],
+)

@@ -222,7 +222,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
             """Accumulators (f32) and A operands whose registers the following wgmmas use.
 
             All of a step's registers are pinned before its first wgmma: ptxas serializes every wgmma of a function
-            in which a register is written between the issue and the wait (C7513: 540 instead of 6xx TFLOP/s).
+            in which a register is written between the issue and the wait (C7513; so compiled, 538 TFLOP/s).
             """
             accs = [
                 mgpu.WGMMAAccumulator.from_registers(x, sync=False)._value if x.mlir_dtype == ops.f32 else x for x in arrays

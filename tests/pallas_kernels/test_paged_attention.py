@@ -258,3 +258,24 @@ def test_decode_heuristic_fits(items, row_bytes):
         config = decode_heuristic(items, tokens, row_bytes, 132)
         assert config.warps * config.stages * 32 * (-(-row_bytes // 128) * 128) <= 200 * 1024
         assert config.stages >= 2 and config.split in (1, 2, 4, 8)
+
+
+# 240 registers a consumer thread (setmaxnreg); ptxas reports the launch's 168 for all three warpgroups. The spill is
+# one register of the producer, outside the loops (4 bytes, which the report names up to four times).
+PREFILL_COMPILED = {"head128": (dict(), dict()), "head64": (dict(head_dim=64), dict()), "window": (dict(), dict(window=96))}
+
+
+@pytest.mark.parametrize("name", PREFILL_COMPILED)
+def test_prefill_compiles_for_h200(name):
+    shape, kwargs = PREFILL_COMPILED[name]
+    s = dict(tiles=4, heads=32, kv_heads=8, head_dim=128, page=16) | shape
+    S = jax.ShapeDtypeStruct
+    pages = S((1000, s["kv_heads"], s["page"], s["head_dim"]), jnp.bfloat16)
+    q = S((s["tiles"], 128, s["heads"], s["head_dim"]), jnp.bfloat16)
+    ints = [S((s["tiles"], 64), jnp.int32), S((s["tiles"],), jnp.int32), S((s["tiles"],), jnp.int32)]
+    op = lambda *a: prefill_attention(*a, sm_scale=0.1, implementation="mosaic_sm90", **kwargs)  # noqa: E731
+    compiled = compile_for_h200(op, q, pages, pages, *ints)
+    assert compiled.registers <= 168 and compiled.spill_bytes <= 64
+    # first block: Q K^T; one or two loops: Q K^T and P V; last block: P V. 16 of the inner dimension each.
+    loops = 1 if "window" in kwargs else 2
+    assert compiled.count("wgmma.mma_async") == (loops + 1) * (s["head_dim"] // 16 + 128 // 16)
