@@ -219,7 +219,8 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
         with ptx.when(b.warp.eq(warps)):
             _produce(plan, ctx, b, tile_count, x_ref, w_ref, [s_ref, *optional])
     with ptx.when(producer):
-        ptx.set_registers({1: 240, 2: 240, 3: 160, 4: 112}[c.warpgroups], increase=True)
+        # With the producers' 40 at most 65536 in all: one more and setmaxnreg waits for ever (2 x 240 did, on an H200).
+        ptx.set_registers({1: 240, 2: 232, 3: 152, 4: 112}[c.warpgroups], increase=True)
         _consume(plan, b, tile_count, s_ref, y_ref)
 
 
