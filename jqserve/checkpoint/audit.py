@@ -14,6 +14,9 @@ from jqserve.checkpoint.scheme import FLOATS, Need, Scheme
 from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 
+#: Suffixes of scales, whatever the format.
+SCALES = ("scales", "weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -64,8 +67,20 @@ def audit(checkpoint: Checkpoint, config: ModelConfig, plan: QuantPlan) -> Audit
             claimed.update(part.tensors.values())
             claimed.update({part.bias} if part.bias else ())
         found.append(GroupSource(module, parts))
+    _one_half_type(checkpoint, [n for n in claimed if n.endswith(".weight")])
+    _one_half_type(checkpoint, [n for n in claimed if n.rpartition(".")[2] in SCALES])
     left = [name for name in checkpoint.names() if name not in claimed]
     return Audit(tuple(found), classify(checkpoint, config, left))
+
+
+def _one_half_type(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Tensors of one kind never mix F16 and BF16 in a real file: the same bits would mean something else."""
+    kinds = {checkpoint.dtype(name): name for name in sorted(names, reverse=True)}
+    if {"F16", "BF16"} <= kinds.keys():
+        raise CheckpointError(
+            f"{checkpoint.path}: {kinds['F16']} is F16, {kinds['BF16']} is BF16; tensors of one kind "
+            "have one of the two: a dtype must be wrong"
+        )
 
 
 def _check(checkpoint: Checkpoint, name: str, need: Need) -> None:

@@ -53,7 +53,7 @@ class Recipe:
             own = [scheme.spec(n, k) for scheme, n, k in (self.parts[i] for i in indices)]
             linear: Linear = {"weight": self._weight(spec, own, values, arrays[indices[0]])}
             if "bias" in arrays[indices[0]]:
-                linear["bias"] = cast(_joined([arrays[i]["bias"] for i in indices]), self.dtype)
+                linear["bias"] = _joined([cast(arrays[i]["bias"], self.dtype) for i in indices])
                 finite = finite & all_finite(linear["bias"])
             weight = linear["weight"]
             finite = finite & all_finite(weight.qvalue if isinstance(weight, QuantizedTensor) else weight)
@@ -61,11 +61,12 @@ class Recipe:
         return tuple(linears), finite
 
     def _weight(self, spec: QuantSpec | None, own: list[QuantSpec | None], values: list[Any], first: Arrays) -> Any:
-        qvalue = _joined([v[0] for v in values])
         if spec is None:
-            return cast(qvalue, self.dtype)
+            return _joined([cast(v[0], self.dtype) for v in values])
         if self.online is not None and own[0] is None:
-            return self.online.quantize(qvalue)
+            same = len({v[0].dtype for v in values}) == 1
+            return self.online.quantize(_joined([v[0] if same else cast(v[0], "float32") for v in values]))
+        qvalue = _joined([v[0] for v in values])
         scales = [v[1] for v in values]
         if len(values) > 1:  # per tensor -> per channel
             scales = [namespace(s).repeat(s, n, axis=0) if s.shape[0] == 1 else s for s, n in _with_rows(scales, own)]

@@ -323,3 +323,17 @@ def test_unreadable_directory_entry(tmp_path: Path) -> None:
     (tmp_path / SINGLE).mkdir()
     fails(tmp_path, ".safetensors")
     shutil.rmtree(tmp_path / SINGLE)
+
+
+def test_half_types_are_not_mixed(tmp_path: Path) -> None:
+    made = tiny.make(tmp_path)
+    made.tensors[NORM] = made.tensors[NORM].view(np.float16)
+    fails(made.save().path, f"{NORM} is F16", "is BF16")
+
+
+def test_float32_norms_beside_bf16_are_fine(tmp_path: Path) -> None:
+    made = tiny.make(tmp_path)
+    made.tensors[NORM] = made.tensors[NORM].astype(np.float32)
+    made.tensors[f"{Q}.weight"] = made.tensors[f"{Q}.weight"].astype(np.float32)
+    for options in ({}, {"quantization": "fp8"}):
+        load(str(made.save().path), device_put=keep_on_host, **options)
