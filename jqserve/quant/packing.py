@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = TypeVar("Array", jax.Array, np.ndarray)
 
-
-def pack_uint4(q: Array) -> Array:
+def pack_uint4[Array: (jax.Array, np.ndarray)](q: Array) -> Array:
     """[N, K] of values 0..15 -> uint8 [N, ceil(K/2)]; an odd K leaves the last high nibble 0."""
     xp = jnp if isinstance(q, jax.Array) else np
     q = q.astype(xp.uint8)
@@ -20,7 +16,7 @@ def pack_uint4(q: Array) -> Array:
     return q[..., 0::2] | (q[..., 1::2] << 4)
 
 
-def unpack_uint4(packed: Array, k: int) -> Array:
+def unpack_uint4[Array: (jax.Array, np.ndarray)](packed: Array, k: int) -> Array:
     """uint8 [N, ceil(K/2)] -> uint8 [N, K] of values 0..15."""
     xp = jnp if isinstance(packed, jax.Array) else np
     pairs = xp.stack([packed & 15, packed >> 4], axis=-1)
