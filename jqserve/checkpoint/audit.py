@@ -67,7 +67,9 @@ def audit(checkpoint: Checkpoint, config: ModelConfig, plan: QuantPlan) -> Audit
             claimed.update(part.tensors.values())
             claimed.update({part.bias} if part.bias else ())
         found.append(GroupSource(module, parts))
-    _one_half_type(checkpoint, [n for n in claimed if n.endswith(".weight")])
+    vectors = {module.name for module in found if isinstance(module, Vector)}
+    _one_half_type(checkpoint, list(vectors))
+    _one_half_type(checkpoint, [n for n in claimed - vectors if n.endswith(".weight")])
     _one_half_type(checkpoint, [n for n in claimed if n.rpartition(".")[2] in SCALES])
     left = [name for name in checkpoint.names() if name not in claimed]
     return Audit(tuple(found), classify(checkpoint, config, left))
