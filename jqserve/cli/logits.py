@@ -67,7 +67,7 @@ def read_prompts(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise RequestError("--input-ids", f"{path} is not an .npz of plain arrays: {error}") from None
     if not arrays:
         raise RequestError("--input-ids", f"{path} holds no arrays; expected p0, p1, ...: int32 [S]")

@@ -62,7 +62,13 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen3-qk-norm": ("qwen3", {"head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3-bias-window": (
         "qwen3",
-        {"head_dim": 16, "attention_bias": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
     ),
 }
 

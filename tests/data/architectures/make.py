@@ -3,7 +3,8 @@
     python -m venv /tmp/peers && /tmp/peers/bin/pip install torch transformers==5.17.0 numpy
     /tmp/peers/bin/python tests/data/architectures/make.py
 
-Eager attention, float32, one thread. The JSON keeps each config.json as transformers wrote it, and the parameter shapes.
+Eager attention, float32, one thread. The JSON keeps each config.json as transformers wrote it, and the
+parameter shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def main() -> None:
         config = transformers.AutoConfig.for_model(model_type, **(cases.COMMON | changes))
         config._attn_implementation = "eager"
         model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
-        state = {k: v for k, v in model.state_dict().items() if not (config.tie_word_embeddings and k == "lm_head.weight")}
+        state = {
+            k: v for k, v in model.state_dict().items() if not (config.tie_word_embeddings and k == "lm_head.weight")
+        }
         for key, tensor in state.items():
             tensor.copy_(torch.from_numpy(cases.weight(key, tuple(tensor.shape))))
         with torch.no_grad():

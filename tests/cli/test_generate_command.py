@@ -1,0 +1,31 @@
+"""`jqserve generate` on the model that ships with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jqserve.cli.generate import read_prompts
+from jqserve.cli.main import main
+from jqserve.errors import RequestError
+
+
+def test_completes_prompts_in_order(demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "To install"}\n\n{"prompt": "def main():"}\n')
+    command = ["generate", "--model-path", str(demo_dir), "--prompts-file", str(tmp_path / "p.jsonl")]
+    command += ["--prompt", "First", "--max-new-tokens", "3", "--temperature", "0", "--json"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["First", "To install", "def main():"]
+    assert all(0 < row["tokens"] <= 3 for row in rows)
+
+
+def test_mistakes_are_named(demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--model-path", str(demo_dir)]) == 2
+    assert "no prompt" in capsys.readouterr().err
+    for text, words in (("{", "line 1 is not JSON"), ('{"prompt": 3}', "line 1 must be an object")):
+        (tmp_path / "p.jsonl").write_text(text)
+        with pytest.raises(RequestError, match=words):
+            read_prompts(tmp_path / "p.jsonl")

@@ -1,0 +1,116 @@
+"""What a researcher does with `import jqserve`: logits under jit, vmap and grad, a look at packed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jqserve
+from jqserve.library import greedy, logits
+from jqserve.models.build import quantized_weights
+from tests.models.tiny import TINY, Scheme, random_params
+
+TOKENS = jnp.array([5, 17, 900, 33, 12, 4000, 1])
+
+
+@pytest.fixture(scope="module")
+def demo(demo_dir: Path):
+    return jqserve.load(demo_dir, dtype="float32")
+
+
+def test_batches_jit_and_vmap_agree(demo) -> None:
+    model, params = demo
+    one = model(params, TOKENS)
+    assert one.shape == (7, model.config.vocab_size) and one.dtype == jnp.float32
+    batch = jnp.stack([TOKENS, TOKENS[::-1]])
+    np.testing.assert_allclose(model(params, batch)[0], one, atol=1e-4)
+    mapped = jax.jit(jax.vmap(lambda tokens: model(params, tokens)))(batch)
+    np.testing.assert_allclose(mapped, model(params, batch), atol=1e-4)
+
+
+def test_gradient_towards_embeddings_is_the_slope(demo) -> None:
+    """Through packed 4-bit weights; against a central difference, whose own error is about 1e-3."""
+    model, params = demo
+    embeddings = model.embeddings(params, TOKENS)
+    np.testing.assert_allclose(model.from_embeddings(params, embeddings), model(params, TOKENS), atol=1e-5)
+
+    def loss(e: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(model.from_embeddings(params, e)[-1])
+
+    gradient = jax.jit(jax.grad(loss))(embeddings)
+    direction = gradient / jnp.linalg.norm(gradient)
+    step = 1e-2
+    slope = (loss(embeddings + step * direction) - loss(embeddings - step * direction)) / (2 * step)
+    assert float(slope) == pytest.approx(float(jnp.linalg.norm(gradient)), rel=2e-2)
+    several = jax.vmap(jax.grad(loss))(jnp.stack([embeddings, embeddings * 0.5]))
+    np.testing.assert_allclose(several[0], gradient, atol=1e-5)
+
+
+def test_logits_and_greedy_do_not_depend_on_padding(demo) -> None:
+    model, params = demo
+    np.testing.assert_allclose(logits(model, params, TOKENS), model(params, TOKENS), atol=1e-4)
+    tokens = list(np.asarray(TOKENS))
+    for _ in range(3):
+        tokens.append(int(np.argmax(logits(model, params, tokens)[-1])))
+    assert greedy(model, params, TOKENS, 3).tolist() == tokens[len(TOKENS) :]
+    assert greedy(model, params, TOKENS, 0).shape == (0,)
+
+
+def test_dequantize_gives_the_matrix_that_the_model_multiplies_by(demo) -> None:
+    model, params = demo
+    paths = dict(quantized_weights(params))
+    assert "layers.0.attn.qkv.weight" in paths
+    weight = paths["layers.0.attn.qkv.weight"]
+    assert isinstance(weight, jqserve.QuantizedTensor)
+    dense = jqserve.dequantize(weight)
+    assert dense.shape == weight.shape and dense.dtype == jnp.float32
+    unpacked = jax.tree.map(
+        lambda leaf: jqserve.dequantize(leaf) if isinstance(leaf, jqserve.QuantizedTensor) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, jqserve.QuantizedTensor),
+    )
+    np.testing.assert_allclose(model(unpacked, TOKENS), model(params, TOKENS), atol=1e-3)
+
+
+def test_canonical_layout_is_the_documented_one(demo_dir: Path) -> None:
+    _, params = jqserve.load(demo_dir, dtype="float32", layout="canonical")
+    for _, weight in quantized_weights(params):
+        n, k = weight.shape
+        assert weight.spec.layout == "canonical"
+        assert weight.qvalue.shape == (n, k // 2) and weight.scale.shape == (n, k // 128)
+
+
+def test_online_fp8(fixtures_dir: Path) -> None:
+    """`quantization="fp8"` on an unquantized checkpoint: near the bf16 model, but not it."""
+    model, params = jqserve.load(fixtures_dir / "base-bf16", dtype="float32", quantization="fp8")
+    plain, dense = jqserve.load(fixtures_dir / "base-bf16", dtype="float32")
+    assert {w.spec.qtype for _, w in quantized_weights(params)} == {"float8_e4m3fn"}
+    difference = np.abs(model(params, TOKENS) - plain(dense, TOKENS)).max() / np.abs(plain(dense, TOKENS)).max()
+    assert 1e-3 < difference < 0.2
+
+
+def test_gradients_reach_dense_weights_of_a_model_built_by_hand() -> None:
+    params = random_params(TINY, Scheme())
+    model = jqserve.Model(TINY)
+
+    def loss(scale: jax.Array) -> jax.Array:
+        changed = params | {"final_norm": {"weight": params["final_norm"]["weight"] * scale}}
+        return model(changed, jnp.array([1, 2, 3]))[-1, 0]
+
+    # a final norm's weight scales the logits linearly
+    assert float(jax.grad(loss)(1.0)) == pytest.approx(float(loss(jnp.float32(1.0))), rel=1e-4)
+
+
+def test_names_are_lazy_and_typos_are_attribute_errors() -> None:
+    assert set(jqserve.__all__) <= set(dir(jqserve))
+    with pytest.raises(AttributeError, match="lod"):
+        jqserve.lod  # noqa: B018
+
+
+def test_a_path_that_is_nothing_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(jqserve.JqserveError, match="missing"):
+        jqserve.load(tmp_path / "missing")
