@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 #: dtype -> (unsigned integer of its width, mask of all but the sign, smallest masked value that is not finite)
-_BITS = {
+_BITS: dict[str, tuple[Any, int, int]] = {
     "float8_e4m3fn": (np.uint8, 0x7F, 0x7F),
     "float16": (np.uint16, 0x7FFF, 0x7C00),
     "bfloat16": (np.uint16, 0x7FFF, 0x7F80),
