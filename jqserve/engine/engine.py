@@ -22,7 +22,8 @@ from jqserve.errors import JqserveError, QueueFullError, RequestError
 log = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits are not numbers (NaN): the weights or the dtype do not suit this prompt"
-MAX_FAILURES_IN_A_ROW = 300  # more than the most sequences of a step: a device that never works again ends the engine
+MAX_FAILURES_ALONE = 2
+MAX_FAILURES_IN_A_ROW = 1000  # more than a step's sequences can cause: a device that never works again ends the engine
 
 
 class EngineCore:
@@ -160,6 +161,7 @@ class EngineCore:
             self._end(sequence, FinishReason.ERROR)
             return StepEvent(sequence.rid, (), FinishReason.ERROR, error=NOT_FINITE)
         sequence.tokens.append(token)
+        sequence.failures_alone = 0
         self._generated += 1
         finish, matched = None, None
         if token in sequence.stop_ids:
@@ -176,7 +178,7 @@ class EngineCore:
         self.scheduler.remove(sequence)
 
     def _recover(self, error: Exception, plan: Plan) -> list[StepEvent]:
-        """After a step raised. Its sequences are run one at a time from now on; one that fails alone is given up."""
+        """After a step raised. Its sequences run one at a time from now on; one that fails twice alone is given up."""
         self._failures += 1
         if self._failures > MAX_FAILURES_IN_A_ROW:
             raise JqserveError(f"{self._failures} steps failed in a row; the last one with: {error}") from error
@@ -185,8 +187,10 @@ class EngineCore:
         events = []
         alone = plan.sequences[0] if len(plan.sequences) == 1 else None
         if alone is not None and alone.probation and alone.finish is None:
-            events.append(StepEvent(alone.rid, (), FinishReason.ERROR, error=f"the step failed: {error}"))
-            self._end(alone, FinishReason.ERROR)
+            alone.failures_alone += 1
+            if alone.failures_alone >= MAX_FAILURES_ALONE:
+                events.append(StepEvent(alone.rid, (), FinishReason.ERROR, error=f"the step failed: {error}"))
+                self._end(alone, FinishReason.ERROR)
         del in_flight  # its results depend on what the failed step left
         self.runner.reset()
         self.scheduler.requeue(plan.sequences)

@@ -31,6 +31,7 @@ class Sequence:
     pending: int = 0
     on_device: bool = False
     probation: int = 0
+    failures_alone: int = 0
     preemptions: int = 0
     finish: FinishReason | None = None
 
