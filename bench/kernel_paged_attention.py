@@ -92,7 +92,7 @@ def check_cases(log: Log, kind: str, call: Any, configs: list[Any]) -> bool:
             except NotImplementedError as e:
                 log(check=kind, case=case.name, refused=str(e)[:100])
                 break
-            except Exception as e:  # noqa: BLE001
+            except Exception as e:
                 good = False
                 log(check=kind, case=case.name, config=str(config), failed=repr(e)[:300])
     return good
@@ -245,7 +245,7 @@ def bench_decode(log: Log, sweep: bool, page: int = 16) -> None:
                     op=name, config=str(config), us=round(wall, 2), kernel_us=round(kernel, 2), bar=bar,
                     GBs=round(moved / wall / 1e3), error=round(checked[dtype, rows, context], 5),
                 )  # fmt: skip
-            except Exception as e:  # noqa: BLE001
+            except Exception as e:
                 log(op=name, config=str(config), failed=repr(e)[:300])
 
 
@@ -317,7 +317,7 @@ def bench_prefill(log: Log, sweep: bool, page: int = 16) -> None:
                         op=f"prefill {name} {context}", config=str(config), us=round(wall, 1), kernel_us=round(kernel, 1),
                         TFLOPs=round(flops / wall / 1e6), kernel_TFLOPs=round(flops / kernel / 1e6), error=round(error, 5),
                     )  # fmt: skip
-                except Exception as e:  # noqa: BLE001
+                except Exception as e:
                     log(op=f"prefill {name}", config=str(config), failed=repr(e)[:300])
 
 

@@ -1,6 +1,6 @@
 """Writes README's tables from the result files, between its `bench:` markers; `--check` only compares.
 
-    python -m bench.readme [--check]
+python -m bench.readme [--check]
 """
 
 from __future__ import annotations

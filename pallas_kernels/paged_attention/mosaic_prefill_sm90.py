@@ -225,7 +225,8 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
             in which a register is written between the issue and the wait (C7513; so compiled, 538 TFLOP/s).
             """
             accs = [
-                mgpu.WGMMAAccumulator.from_registers(x, sync=False)._value if x.mlir_dtype == ops.f32 else x for x in arrays
+                mgpu.WGMMAAccumulator.from_registers(x, sync=False)._value if x.mlir_dtype == ops.f32 else x
+                for x in arrays
             ]
             pinned = fa.optimization_barrier(*accs)
             ptx("wgmma.fence.sync.aligned;", effects=True, convergent=True)
@@ -378,7 +379,8 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
         my_left = left - my_first
         nothing = arith.constant(ops.f32, 0.0)
         out = out.foreach(
-            lambda v, at: arith.select((Reg(arith.index_cast(i32, at[0])) < my_left).value, v, nothing), create_array=True
+            lambda v, at: arith.select((Reg(arith.index_cast(i32, at[0])) < my_left).value, v, nothing),
+            create_array=True,
         )
         out.astype(dtype).store_tiled(q_smem, swizzle=p.swizzle)
         utils.commit_shared()
@@ -482,7 +484,9 @@ def prefill_attention(
     tiles, queries, heads, head_dim = q.shape
     pages, kv_heads, page_size, _ = k_pages.shape
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype != q.dtype:
-        raise NotImplementedError(f"takes bf16 or f16 queries on pages of the same dtype, not {q.dtype} on {k_pages.dtype}")
+        raise NotImplementedError(
+            f"takes bf16 or f16 queries on pages of the same dtype, not {q.dtype} on {k_pages.dtype}"
+        )
     if head_dim % 32 or head_dim > 256:
         raise NotImplementedError(f"takes head dims up to 256 that are multiples of 32, not {head_dim}")
     if queries % (ROWS * CONSUMERS):
@@ -491,7 +495,9 @@ def prefill_attention(
         raise NotImplementedError("takes no empty batch or page table")
     config = config or prefill_heuristic(head_dim)
     if page_size % 8 or config.block_kv % page_size:
-        raise NotImplementedError(f"takes page sizes that are multiples of 8 and divide {config.block_kv}, not {page_size}")
+        raise NotImplementedError(
+            f"takes page sizes that are multiples of 8 and divide {config.block_kv}, not {page_size}"
+        )
     p = Problem(
         tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages, page_size=page_size,
         table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,

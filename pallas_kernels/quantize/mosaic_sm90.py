@@ -18,9 +18,7 @@ from jax import lax
 from pallas_kernels.quantize.reference import FP8_MAX
 
 # [4 warps, R, 2, 128]: 16 lanes x 8 elements along the last axis, two such runs a warp, R of them one after the other.
-_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((4, 1, 2, 128), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
+_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((4, 1, 2, 128), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 _UNIT = 1024  # elements of one row that a warpgroup holds at R = 1
 
 

@@ -60,9 +60,7 @@ class Config:
         wgmma reads 64 rows of x whatever M is; behind a short x tile it finds other tiles. What it makes of them
         stays in output rows that are never stored.
         """
-        return max(
-            self.stages * (self.load_m(m) + self.tile_n), (self.stages - 1) * self.load_m(m) + self.tile_m
-        )
+        return max(self.stages * (self.load_m(m) + self.tile_n), (self.stages - 1) * self.load_m(m) + self.tile_m)
 
     def smem_bytes(self, m: int, out_bytes: int = 2, block: bool = False) -> int:
         operands = self.tile_k * self.operand_rows(m)
@@ -124,7 +122,9 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132, out_bytes:
             tile_n = min(256, _round_up(-(-n * m_tiles // (sms * rounds)), 16))
         config = Config(tile_n, wgs_m=2, tile_k=256 if tile_n <= 64 else 128, epilogue_n=_epilogue(tile_n, n))
     else:
-        config = Config(wg_n=128 if block else 256, wgs_m=2, epilogue_n=_epilogue(128, n, 32))  # 64 would cost the fourth stage
+        config = Config(
+            wg_n=128 if block else 256, wgs_m=2, epilogue_n=_epilogue(128, n, 32)
+        )  # 64 would cost the fourth stage
     return fill_stages(config, m, k, out_bytes, block)
 
 

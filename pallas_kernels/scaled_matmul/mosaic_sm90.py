@@ -176,9 +176,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         def steps(body, init, slot):
             """Folds `body(ki, slot, carry)` over the K steps of this warpgroup's group; returns the next tile's slot."""
             if c.wgs_k == 1:
-                return lax.fori_loop(
-                    0, k_steps, lambda ki, s: (body(ki, s[1], s[0]), advance(s[1], 1)), (init, slot)
-                )
+                return lax.fori_loop(0, k_steps, lambda ki, s: (body(ki, s[1], s[0]), advance(s[1], 1)), (init, slot))
 
             def mine(j, state):
                 carry, slot = state
@@ -264,9 +262,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             if waits:
                 plgpu.barrier_wait(scales_full)
             if "xs" in scratch:
-                x_scale = plgpu.load(
-                    scratch["xs"].at[pl.ds(wg_m * wg_rows, wg_rows)], layout=_ROW, optimized=False
-                )
+                x_scale = plgpu.load(scratch["xs"].at[pl.ds(wg_m * wg_rows, wg_rows)], layout=_ROW, optimized=False)
                 total = total * _rows(x_scale, shape)
             elif x_kind == "tensor":
                 total = total * xs_gmem[0]
@@ -291,9 +287,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
                     out_smem.at[e % slots, pl.ds(0, store_rows)],
-                    out_gmem.at[
-                        pl.ds(m0 + wg_m * wg_rows, store_rows), pl.ds(n0 + wg_n * c.wg_n + e * width, width)
-                    ],
+                    out_gmem.at[pl.ds(m0 + wg_m * wg_rows, store_rows), pl.ds(n0 + wg_n * c.wg_n + e * width, width)],
                 )
 
         def tile(i, slot):
@@ -456,9 +450,7 @@ def scaled_matmul(
             (-(-m_tiles // c.cluster), n_tiles) if c.cluster_axis == "m" else (m_tiles, -(-n_tiles // c.cluster))
         )
     kernel = plgpu.kernel(
-        lambda *refs: pl.run_scoped(
-            lambda scratch: body(*refs, scratch), scratch, collective_axes="wg"
-        ),
+        lambda *refs: pl.run_scoped(lambda scratch: body(*refs, scratch), scratch, collective_axes="wg"),
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
         grid=(min(m_tiles * n_tiles, sms // c.cluster),),
         grid_names=("grid",),

@@ -262,7 +262,11 @@ def test_decode_heuristic_fits(items, row_bytes):
 
 # 240 registers a consumer thread (setmaxnreg); ptxas reports the launch's 168 for all three warpgroups. The spill is
 # one register of the producer, outside the loops (4 bytes, which the report names up to four times).
-PREFILL_COMPILED = {"head128": (dict(), dict()), "head64": (dict(head_dim=64), dict()), "window": (dict(), dict(window=96))}
+PREFILL_COMPILED = {
+    "head128": (dict(), dict()),
+    "head64": (dict(head_dim=64), dict()),
+    "window": (dict(), dict(window=96)),
+}
 
 
 @pytest.mark.parametrize("name", PREFILL_COMPILED)
