@@ -31,7 +31,7 @@ def quantize_rows(
       qdtype: int8 or float8_e4m3fn.
       block: None for one scale a row, or the run length along K (128); the last run may be shorter.
       divisor: what the largest magnitude maps to: 448 for fp8, 127 or 127.5 for int8.
-      static_scale: float32 scalar or [1, 1]: use this scale (calibrated offline) instead of measuring; needs block=None.
+      static_scale: float32 scalar or [1, 1]: use this scale (calibrated offline) instead of measuring; no block then.
       implementation: name of one implementation, None chooses.
 
     Returns: xq [M, K] in qdtype and the float32 scale: [M, 1], or [M, ceil(K/block)], or [1, 1] with static_scale.
@@ -70,7 +70,7 @@ def rms_norm_quantize(
       weight: [K], any float dtype (Gemma's 1 + w is the caller's affair). eps: > 0.
       qdtype, block, divisor, implementation: as in `quantize_rows`.
 
-    Returns: (xq [M, K] qdtype, scale float32 [M, 1] or [M, ceil(K/block)], r [M, K] in x.dtype); r is x without residual.
+    Returns: (xq [M, K] qdtype, scale float32 [M, 1] or [M, ceil(K/block)], r [M, K] in x.dtype; x without residual).
     """
     _check("rms_norm_quantize", x, qdtype, block, divisor)
     if weight.shape != (x.shape[1],):

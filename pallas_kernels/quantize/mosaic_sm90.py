@@ -8,6 +8,7 @@ blocks share a multiprocessor (8 KB of loads in flight each), which is what hide
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -32,15 +33,15 @@ def warpgroups(m: int, k: int) -> int:
     return next((w for w in options if k // (_UNIT * w) <= 4), options[-1])
 
 
-def _kernel(op: str, wgs: int, width: int, block: bool, eps: float, divisor: float, qdtype, static: bool, *refs):
-    refs = list(refs)
+def _kernel(op: str, wgs: int, width: int, block: bool, eps: float, divisor: float, qdtype, static: bool, *args):
+    refs: list[Any] = list(args)
     x_gmem = refs.pop(0)
-    weight_gmem = refs.pop(0) if "norm" in op else None
-    residual_gmem = refs.pop(0) if op == "residual_norm" else None
-    static_gmem = refs.pop(0) if static else None
+    weight_gmem: Any = refs.pop(0) if "norm" in op else None
+    residual_gmem: Any = refs.pop(0) if op == "residual_norm" else None
+    static_gmem: Any = refs.pop(0) if static else None
     q_gmem = refs.pop(0)
-    scale_gmem = None if static else refs.pop(0)
-    sum_gmem = refs.pop(0) if op == "residual_norm" else None
+    scale_gmem: Any = None if static else refs.pop(0)
+    sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
     partial, ready = refs
     row, wg = lax.axis_index("row"), lax.axis_index("wg")
 
@@ -68,7 +69,7 @@ def _kernel(op: str, wgs: int, width: int, block: bool, eps: float, divisor: flo
             y = (y.astype(jnp.float32) + load(residual_gmem.at[row, wg]).astype(jnp.float32)).astype(y.dtype)
             sum_gmem[row, wg] = y
         y = y.astype(jnp.float32)
-    factor = 1.0
+    factor: Any = 1.0
     total = None
     if weight_gmem is not None:
         total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)

@@ -15,7 +15,8 @@ class Config:
     """Tiles of one thread block and how its warpgroups share them.
 
     The x tile is [wgs_m * 64 * m_groups, tile_k], the weight tile [wgs_n * wg_n, tile_k]; consumer warpgroup (i, j)
-    computes rows i and columns j of the output tile (of every wgs_k-th stage). One more warpgroup feeds `stages` buffers of both by TMA.
+    computes rows i and columns j of the output tile (of every wgs_k-th stage). One more warpgroup feeds `stages`
+    buffers of both by TMA.
     """
 
     wg_n: int  # output columns of one warpgroup: multiple of 16, at most 256
@@ -135,7 +136,15 @@ def search_space(m: int, n: int, k: int, *, block: bool, out_bytes: int = 2) -> 
         (16, 32, 48, 64, 96, 112, 128, 192, 224, 256), (1, 2), (1, 2), (1, 2), (128, 256, 512), (1, 2, 4), "mn"
     ):
         config = Config(
-            wg_n, wgs_m, wgs_n, m_groups, tile_k, 2, small, _epilogue(wg_n, n, 64 if small else 32), cluster, axis
+            wg_n,
+            wgs_m,
+            wgs_n,
+            m_groups=m_groups,
+            tile_k=tile_k,
+            promote=small,
+            epilogue_n=_epilogue(wg_n, n, 64 if small else 32),
+            cluster=cluster,
+            cluster_axis=axis,
         )
         registers = wg_n // 2 * m_groups * (2 if block or small else 1)
         if config.tile_m > max(64, _round_up(m, 64)) or registers > 200 // max(1, config.consumers - 1):

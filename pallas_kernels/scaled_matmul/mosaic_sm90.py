@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,12 +18,16 @@ _L = plgpu.Layout.WGMMA
 _ROW, _COL = _L.reduce(1), _L.reduce(0)
 
 
-def _transforms(columns: int, dtype) -> tuple:
-    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    return (
-        plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)),
-        plgpu.SwizzleTransform(swizzle),
-    )
+def _tile_columns(columns: int, dtype: Any) -> int:
+    """Columns that one swizzled tile of shared memory holds: what a copy moves together."""
+    return plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8) // jnp.dtype(dtype).itemsize
+
+
+def _transforms(columns: int, dtype: Any) -> tuple[Any, Any]:
+    per_tile = _tile_columns(columns, dtype)
+    tiling: Any = plgpu.TilingTransform  # typed as abstract in jax 0.11
+    swizzle: Any = plgpu.SwizzleTransform
+    return tiling((8, per_tile)), swizzle(per_tile * jnp.dtype(dtype).itemsize)
 
 
 def _rows(scale, shape):
@@ -174,7 +179,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             return pl.run_scoped(multiply, *[plgpu.ACC(shape, acc_dtype)] * parts)
 
         def steps(body, init, slot):
-            """Folds `body(ki, slot, carry)` over the K steps of this warpgroup's group; returns the next tile's slot."""
+            """Folds `body(ki, slot, carry)` over the K steps of this warpgroup's group -> (carry, next tile's slot)."""
             if c.wgs_k == 1:
                 return lax.fori_loop(0, k_steps, lambda ki, s: (body(ki, s[1], s[0]), advance(s[1], 1)), (init, slot))
 
@@ -386,7 +391,7 @@ def scaled_matmul(
     accumulator = jnp.int32 if xq.dtype == jnp.int8 and not block else jnp.float32
     if block and c.wg_n > 128:
         raise NotImplementedError(f"a warpgroup's columns may touch two scale blocks, wg_n {c.wg_n} touches more")
-    tile = _transforms(c.epilogue_n, out_dtype)[0].tiling[1]
+    tile = _tile_columns(c.epilogue_n, out_dtype)
     if n % tile:
         raise NotImplementedError(f"N={n} must be a multiple of the {tile} columns that are stored together")
     if c.stages % c.wgs_k or -(-k // c.tile_k) % c.wgs_k:
@@ -395,7 +400,7 @@ def scaled_matmul(
         raise NotImplementedError(f"{c} needs {c.smem_bytes(m, out_dtype.itemsize, block)} bytes of shared memory")
     epilogue_n = c.epilogue_n
     padded_n = -(-c.tile_n // 32) * 32  # copies move multiples of 128 bytes
-    scratch = {
+    scratch: dict[str, Any] = {
         "operands": plgpu.SMEM((c.operand_rows(m), c.tile_k), xq.dtype, transforms=_transforms(128, xq.dtype)),
         "out": plgpu.SMEM(
             (c.wgs_m * c.wgs_n, min(2, c.wg_n // epilogue_n), 64 * c.m_groups, epilogue_n),
@@ -424,7 +429,7 @@ def scaled_matmul(
         copies += 1
     arrivals = 2 + (x_kind == "block")
     owners = c.wgs_m * c.wgs_n
-    released = {"num_arrivals": owners, "num_barriers": c.stages}
+    released: dict[str, Any] = {"num_arrivals": owners, "num_barriers": c.stages}
     scratch |= {
         "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.stages),
         "empty": plgpu.ClusterBarrier(collective_axes=("cluster",), **released)

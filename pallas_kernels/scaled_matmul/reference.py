@@ -43,7 +43,8 @@ def _dot(xq: jax.Array, wq: jax.Array) -> jax.Array:
     """float32 [M, N]: native int8 / fp8 on a GPU (cuBLASLt, Triton); the CPU has no fp8 dot, so float32 there."""
     if xq.dtype == jnp.int8:
         return lax.dot_general(xq, wq, _NT, preferred_element_type=jnp.int32).astype(jnp.float32)
-    if current_device().compute_capability is None or current_device().compute_capability < (8, 9):
+    capability = current_device().compute_capability
+    if capability is None or capability < (8, 9):
         # fp8 came with compute capability 8.9; products of two fp8 numbers are exact in float32.
         xq, wq = xq.astype(jnp.float32), wq.astype(jnp.float32)
         return lax.dot_general(xq, wq, _NT, precision=lax.Precision.HIGHEST)
