@@ -44,7 +44,7 @@ POOL_TOKENS = 256 * 8192  # 8.6 GB of bf16 keys and values
 
 class Log:
     def __init__(self, out: str | None, budget: float):
-        self.file = open(Path(out) / "paged_attention.jsonl", "w") if out else None
+        self.path = Path(out) / "paged_attention.jsonl" if out else None
         self.start, self.budget, self.rows = time.time(), budget, []
 
     def __call__(self, **row: Any) -> None:
@@ -52,9 +52,9 @@ class Log:
         self.rows.append(row)
         line = json.dumps(row, default=str)
         print(line, flush=True)
-        if self.file:
-            self.file.write(line + "\n")
-            self.file.flush()
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(line + "\n")
 
     @property
     def left(self) -> float:
@@ -101,8 +101,8 @@ def check_cases(log: Log, kind: str, call: Any, configs: list[Any]) -> bool:
 def run_decode_case(case: Any, data: dict, config: Any) -> jax.Array:
     f = jax.jit(
         functools.partial(
-            mosaic_decode_sm90.decode_attention, sm_scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
-            config=config,
+            mosaic_decode_sm90.decode_attention, sm_scale=case.head_dim**-0.5, window=case.window,
+            soft_cap=case.soft_cap, config=config,
         )
     )  # fmt: skip
     return f(
@@ -252,8 +252,8 @@ def bench_decode(log: Log, sweep: bool, page: int = 16) -> None:
 def run_prefill_case(case: Any, data: dict, config: Any) -> jax.Array:
     f = jax.jit(
         functools.partial(
-            mosaic_prefill_sm90.prefill_attention, sm_scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
-            config=config,
+            mosaic_prefill_sm90.prefill_attention, sm_scale=case.head_dim**-0.5, window=case.window,
+            soft_cap=case.soft_cap, config=config,
         )
     )  # fmt: skip
     lens = jnp.asarray(data["lens"])
@@ -314,8 +314,9 @@ def bench_prefill(log: Log, sweep: bool, page: int = 16) -> None:
                     error = float(np.abs(got - want).max() / np.abs(want).max())
                     wall, kernel = time_chain(fn, args, calls)
                     log(
-                        op=f"prefill {name} {context}", config=str(config), us=round(wall, 1), kernel_us=round(kernel, 1),
-                        TFLOPs=round(flops / wall / 1e6), kernel_TFLOPs=round(flops / kernel / 1e6), error=round(error, 5),
+                        op=f"prefill {name} {context}", config=str(config), us=round(wall, 1),
+                        kernel_us=round(kernel, 1), TFLOPs=round(flops / wall / 1e6),
+                        kernel_TFLOPs=round(flops / kernel / 1e6), error=round(error, 5),
                     )  # fmt: skip
                 except Exception as e:
                     log(op=f"prefill {name}", config=str(config), failed=repr(e)[:300])

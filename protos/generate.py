@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Generates jqserve/server/pb from protos/ (needs grpcio-tools). `--check DIR` writes to DIR instead; a test diffs it.
 
-protoc derives a Python package from the .proto's path (jqserve/v1), which is not where the code lives; one import line of
-the gRPC stub is therefore rewritten. The proto package, and so everything on the wire, stays jqserve.v1.
+protoc derives a Python package from the .proto's path (jqserve/v1), which is not where the code lives; one import line
+of the gRPC stub is therefore rewritten. The proto package, and so everything on the wire, stays jqserve.v1.
 """
 
 from __future__ import annotations

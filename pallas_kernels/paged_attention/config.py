@@ -19,7 +19,7 @@ class DecodeConfig:
 def decode_heuristic(items: int, tokens: int, row_bytes: int, cores: int) -> DecodeConfig:
     """For `items` (row, kv head) pairs of at most `tokens` keys of `row_bytes` on a GPU of `cores` SMs.
 
-    From a sweep on one H200 (kernel time in us, heads 32/8 x 128 bf16; bench/results/paged_attention_decode_sweep.json):
+    From a sweep on one H200 (kernel us, heads 32/8 x 128 bf16; bench/results/paged_attention_decode_sweep.json):
     few items take one CTA of 8 warps per SM and share a row over a cluster (1 x 1,024: split 8 5.1, 4 5.6, 16 9.1;
     1 x 8,192: 12.4, 14.5, 17.7); many items take two CTAs of 4 warps per SM, so that one streams while the other
     starts or merges (64 x 1,024: 65.0 against 66.4). Rows of many pages are split in two even then: it costs 0.2 %

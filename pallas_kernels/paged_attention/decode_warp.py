@@ -145,7 +145,7 @@ def _load_queries(ops: Any, p: Problem, lane: Any, first_head: Any) -> list[list
                 x = ops.load_global("q", row + ((column + 16 * step) << 1))
                 if p.q_kind == "bf16" and p.mma_kind == "f16":
                     x = ops.pack(*ops.unpack_bf16(x), "f16")
-                fragment.append(ops.select(real, x, ops.int(0)))
+                fragment.append(ops.select(real, x, ops.const_i32(0)))
             out[step].append(fragment)
     return out
 
@@ -157,7 +157,7 @@ def stream(ops: Any, p: Problem, item: Any, rank: Any, warp: Any, lane: Any) -> 
     g, t = lane >> 2, lane & 3
     stride = p.split * p.warps  # tiles between two of a warp
     length = ops.load_global("kv_len", row << 2)
-    begin = ops.int(0) if p.window is None else ops.max_int(length - p.window, 0)
+    begin = ops.const_i32(0) if p.window is None else ops.max_int(length - p.window, 0)
     first = (begin >> 4) + rank * p.warps + warp
     tiles = ((length + (TILE - 1)) >> 4) - first  # of this warp and those after it
     count = ops.max_int(tiles + (stride - 1), 0) // stride
@@ -187,7 +187,7 @@ def stream(ops: Any, p: Problem, item: Any, rank: Any, warp: Any, lane: Any) -> 
             seen = token < left
             if p.window is not None:
                 seen = ops.both(seen, token >= skipped)
-            sizes.append(ops.select(seen, ops.int(16), ops.int(0)))
+            sizes.append(ops.select(seen, ops.const_i32(16), ops.const_i32(0)))
         for j, (_, place) in enumerate(places):
             ops.copy_async(address + place, keys, 512 * j, sizes[j])
         for j, (_, place) in enumerate(places):
@@ -199,24 +199,25 @@ def stream(ops: Any, p: Problem, item: Any, rank: Any, warp: Any, lane: Any) -> 
 
     pages = [page_of(first + i * stride) for i in range(p.stages)]
     for i in range(p.stages - 1):
-        copy_if(ops.int(i), pages[i], ops.int(i * 2 * p.tile_bytes))
+        copy_if(ops.const_i32(i), pages[i], ops.const_i32(i * 2 * p.tile_bytes))
 
     q_head = row * (p.kv_heads * p.parts * p.heads) + head * p.heads
     queries = _load_queries(ops, p, lane, q_head)
-    scale = ops.float(p.sm_scale if p.soft_cap else p.sm_scale * LOG2E)
+    scale = ops.const_f32(p.sm_scale if p.soft_cap else p.sm_scale * LOG2E)
     if p.k_scaled:
         scale = scale * ops.load_global_f32("k_scale", kv_head << 2)
     key_at = _fragment_offsets(ops, p, lane, values=False)
     value_at = _fragment_offsets(ops, p, lane, values=True)
     m_tiles, n_tiles = p.head_dim // 16, p.columns
-    zero = ops.float(0.0)
+    zero = ops.const_f32(0.0)
 
     def score(x: Any) -> Any:
         """Scaled score in units of log2."""
         x = x * scale
         if p.soft_cap:  # c tanh(y) = c - 2c / (1 + exp(2y)); tanh.approx would err by 2^-11 of the cap
             e = ops.exp2(x * (2 * LOG2E / p.soft_cap))
-            x = ops.fma(ops.reciprocal(e + 1.0), ops.float(-2 * p.soft_cap * LOG2E), ops.float(p.soft_cap * LOG2E))
+            cap = p.soft_cap * LOG2E
+            x = ops.fma(ops.reciprocal(e + 1.0), ops.const_f32(-2 * cap), ops.const_f32(cap))
         return x
 
     def body(i: Any, carry: list[Any]) -> list[Any]:
@@ -244,7 +245,7 @@ def stream(ops: Any, p: Problem, item: Any, rank: Any, warp: Any, lane: Any) -> 
         alphas, weights = [], []
         for n in range(n_tiles):
             x = [score(u + v) for u, v in zip(sums[0][n], sums[1][n], strict=True)]
-            x = [ops.select(seen[j >> 1], x[j], ops.float(-math.inf)) for j in range(4)]
+            x = [ops.select(seen[j >> 1], x[j], ops.const_f32(-math.inf)) for j in range(4)]
             for c in range(2):
                 high = ops.max(x[c], x[2 + c])
                 for distance in (4, 8, 16):
@@ -263,11 +264,11 @@ def stream(ops: Any, p: Problem, item: Any, rank: Any, warp: Any, lane: Any) -> 
                     out[m][n] = ops.mma(scaled, a, weights[n], p.mma_kind)
                 m += 1
         end = (p.stages - 1) * 2 * p.tile_bytes
-        next_slot = ops.select(slot.equals(end), ops.int(0), slot + 2 * p.tile_bytes)
+        next_slot = ops.select(slot.equals(end), ops.const_i32(0), slot + 2 * p.tile_bytes)
         return [next_slot, slot, next_page, *peak, *total, *(r for row in out for tile in row for r in tile)]
 
-    carry = [ops.int(0), ops.int((p.stages - 1) * 2 * p.tile_bytes), pages[-1]]
-    carry += [ops.float(LOWEST)] * (2 * n_tiles) + [zero] * (2 * n_tiles) + [zero] * (4 * m_tiles * n_tiles)
+    carry = [ops.const_i32(0), ops.const_i32((p.stages - 1) * 2 * p.tile_bytes), pages[-1]]
+    carry += [ops.const_f32(LOWEST)] * (2 * n_tiles) + [zero] * (2 * n_tiles) + [zero] * (4 * m_tiles * n_tiles)
     carry = ops.loop(count, carry, body)
     ops.wait(0)
     ops.sync_warp()
@@ -296,7 +297,7 @@ def _merge(ops: Any, stats: list[tuple[Any, Any]], parts: list[list[Any]]) -> tu
     for m, _ in stats[1:]:
         peak = ops.max(peak, m)
     factors = [ops.exp2(m - peak) for m, _ in stats]
-    total, out = ops.float(0.0), [ops.float(0.0)] * 4
+    total, out = ops.const_f32(0.0), [ops.const_f32(0.0)] * 4
     for (_, s), f, x in zip(stats, factors, parts, strict=True):
         total = ops.fma(s, f, total)
         out = [ops.fma(v, f, o) for v, o in zip(x, out, strict=True)]
@@ -304,7 +305,7 @@ def _merge(ops: Any, stats: list[tuple[Any, Any]], parts: list[list[Any]]) -> tu
 
 
 def _store(ops: Any, p: Problem, item: Any, vector: Any, total: Any, out: list[Any]) -> None:
-    inverse = ops.select(total.equals(0.0), ops.float(0.0), ops.reciprocal(total))
+    inverse = ops.select(total.equals(0.0), ops.const_f32(0.0), ops.reciprocal(total))
     if p.v_scaled:
         kv_head = (item % (p.kv_heads * p.parts)) // p.parts
         inverse = inverse * ops.load_global_f32("v_scale", kv_head << 2)
@@ -354,9 +355,9 @@ def merge_cluster(ops: Any, p: Problem, item: Any, rank: Any, thread: Any) -> No
             at = head * p.o_stride + ((vector % (p.head_dim // 4)) << 2)
             stats, parts = [], []
             for r in range(p.split):
-                s = ops.peer_address(ops.smem_base + p.stats_of(p.warps) + (head << 3), ops.int(r))
+                s = ops.peer_address(ops.smem_base + p.stats_of(p.warps) + (head << 3), ops.const_i32(r))
                 stats.append((ops.load_peer(s), ops.load_peer(s + 4)))
-                o = ops.peer_address(ops.smem_base + p.cta_partial_at + (at << 2), ops.int(r))
+                o = ops.peer_address(ops.smem_base + p.cta_partial_at + (at << 2), ops.const_i32(r))
                 parts.append(ops.load_peer4(o))
             _, total, out = _merge(ops, stats, parts)
             _store(ops, p, item, vector, total, out)

@@ -66,7 +66,7 @@ def _kernel(p: Problem, rows: int, dtype: Any):
             if p.split > 1:
                 item, rank = ops.special("clusterid.x"), ops.special("cluster_ctarank")
             else:
-                item, rank = ops.special("ctaid.x"), ops.int(0)
+                item, rank = ops.special("ctaid.x"), ops.const_i32(0)
             decode_warp.stream(ops, p, item, rank, warp, lane)
             ops.barrier()
             decode_warp.merge_warps(ops, p, item, thread)
@@ -96,7 +96,7 @@ def decode_attention(
     config: DecodeConfig | None = None,
 ):  # fmt: skip
     """See api.decode_attention."""
-    rows, heads, head_dim = q.shape
+    rows, _, head_dim = q.shape
     kv_heads = k_pages.shape[1]
     if config is None:
         tokens = page_table.shape[1] * k_pages.shape[2]

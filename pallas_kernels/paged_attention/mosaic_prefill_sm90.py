@@ -114,7 +114,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
     def init() -> None:
         for name, barriers in bars.items():
             for b in barriers:
-                ptx("mbarrier.init.shared.b64 [$0], $1;", Reg(b.get_ptr()), ops.int(counts[name]), effects=True)
+                ptx("mbarrier.init.shared.b64 [$0], $1;", Reg(b.get_ptr()), ops.const_i32(counts[name]), effects=True)
 
     ops.when(thread.equals(0), init)
     ptx("fence.mbarrier_init.release.cluster;", effects=True)
@@ -126,17 +126,17 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
     item = ops.special("ctaid.x")
     blocks_per_tile = p.queries // (ROWS * CONSUMERS)
     head, rest = item % p.heads, item // p.heads
-    tile = ops.int(p.tiles - 1) - rest // blocks_per_tile
-    q_block = ops.int(blocks_per_tile - 1) - rest % blocks_per_tile
+    tile = ops.const_i32(p.tiles - 1) - rest // blocks_per_tile
+    q_block = ops.const_i32(blocks_per_tile - 1) - rest % blocks_per_tile
     kv_head = head // (p.heads // p.kv_heads)
     first = q_block * (ROWS * CONSUMERS)
     start = ops.load_global("q_start", tile << 2) + first
     left = ops.load_global("q_len", tile << 2) - first  # live queries of this CTA, if positive
     end = start + ops.min_int(left, ROWS * CONSUMERS)  # keys at end and beyond are seen by nobody here
-    begin = ops.int(0) if p.window is None else ops.max_int(start - (p.window - 1), 0)
+    begin = ops.const_i32(0) if p.window is None else ops.max_int(start - (p.window - 1), 0)
     first_block = begin // block
     live = left >= 1
-    count = ops.select(live, (end + (block - 1)) // block - first_block, ops.int(0))
+    count = ops.select(live, (end + (block - 1)) // block - first_block, ops.const_i32(0))
 
     warpgroup = Reg(utils.warpgroup_idx(sync=True))
     as_index = lambda r: arith.index_cast(index, r.value)  # noqa: E731
@@ -157,7 +157,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
                 if p.window is not None:
                     seen = ops.both(seen, (page * p.page_size) >= begin - (p.page_size - 1))
                 row = (number * p.kv_heads + kv_head) * p.page_size
-                rows.append(ops.select(seen, row, ops.int(pool_rows)))
+                rows.append(ops.select(seen, row, ops.const_i32(pool_rows)))
             for full, empty, pool, smem in (
                 (k_full, k_empty, "k_pages", "k_smem"),
                 (v_full, v_empty, "v_pages", "v_smem"),
@@ -189,9 +189,8 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
             for i in range(block * p.head_dim * 2 // 16 // 128):
                 chunk = lane + 128 * i
                 row = ((chunk // per_group) << 3) + (chunk // chunks) % 8
-                zero = ops.float(0.0)
                 address = base + (chunk << 4)
-                ops.when(row >= valid, lambda a=address: ops.store_shared4(a, [zero] * 4))
+                ops.when(row >= valid, functools.partial(ops.store_shared4, address, [ops.const_f32(0.0)] * 4))
             ptx("fence.proxy.async.shared::cta;", effects=True)
 
         ops.when(valid < block, zero_tail)
@@ -209,7 +208,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
             src_ref=refs["q"], dst_ref=q_smem, gmem_slice=q_slice, gmem_transform=(tile_transform,), swizzle=p.swizzle,
             barrier=q_bar, predicate=elected,
         )  # fmt: skip
-        scale = ops.float(p.sm_scale if p.soft_cap else p.sm_scale * LOG2E)
+        scale = ops.const_f32(p.sm_scale if p.soft_cap else p.sm_scale * LOG2E)
         if p.k_scaled:
             scale = scale * ops.load_global_f32("k_scale", kv_head << 2)
         my_start = start + my_first
@@ -218,7 +217,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
         def slot_of(name: str, ring: _Ring, j: Reg) -> ir.Value:
             return utils.memref_slice(refs[name], (as_index(ring.slot(j)),))
 
-        def prepared(*arrays: Any) -> list[Any]:
+        def prepared(*arrays: Any) -> Any:
             """Accumulators (f32) and A operands whose registers the following wgmmas use.
 
             All of a step's registers are pinned before its first wgmma: ptxas serializes every wgmma of a function
@@ -265,12 +264,12 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
                     for e in range(ir.VectorType(x.type).shape[0]):
                         v = Reg(vector.extract(x, dynamic_position=[], static_position=[e])) * factor
                         r = ops.reciprocal(ops.exp2(v * (2 * LOG2E / cap)) + 1.0)
-                        v = ops.fma(r, ops.float(-2 * cap * LOG2E), ops.float(cap * LOG2E))
+                        v = ops.fma(r, ops.const_f32(-2 * cap * LOG2E), ops.const_f32(cap * LOG2E))
                         out = vector.insert(v.value, out, dynamic_position=[], static_position=[e])
                     return out
 
                 s = s._pointwise(capped)
-                factor = ops.float(1.0)
+                factor = ops.const_f32(1.0)
             if masked:
                 # Key column <= query row, both relative to the block and the warpgroup.
                 limit = my_start - (first_block + j) * block
@@ -308,15 +307,15 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
 
         def your_turn(where: Reg) -> None:
             if config.pingpong:
-                other = (ops.int(9) - warpgroup).value
+                other = (ops.const_i32(9) - warpgroup).value
                 utils.inline_ptx("bar.arrive $0, 256;", other, predicate=where.value, convergent=True)
 
         your_turn(warpgroup.equals(1))
-        zero = ops.int(0)
+        zero = ops.const_i32(0)
         nil = fa.FragmentedArray.splat(arith.constant(ops.f32, 0.0), (ROWS, block), fa.WGMMA_LAYOUT)
         k_full.wait(zero)
         my_turn()
-        acc = scores(*prepared(nil), zero)
+        acc = scores(prepared(nil)[0], zero)
         your_turn(ops.either(count >= 2, warpgroup.equals(0)))
         s = ready(acc, 0)
         release(k_empty, zero)
@@ -356,7 +355,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
             return utils.fori(bound, carry)(lambda i, c: step(low + Reg(i), c, masked)).results
 
         carry = [out, peak, total, weights]
-        one = ops.int(1)
+        one = ops.const_i32(1)
         if p.window is None:
             # Blocks all of whose keys are at or before the CTA's first query.
             full = ops.max_int((start + 1) // block, 1)
@@ -369,9 +368,10 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
         last = count - 1
         v_full.wait(last)
         bars["tail"][0].wait_parity(arith.constant(ir.IntegerType.get_signless(1), 0))
-        out = ready(add_values(*prepared(out, weights), last), 0)
+        out, weights = prepared(out, weights)
+        out = ready(add_values(out, weights, last), 0)
 
-        unit = ops.float(1.0)
+        unit = ops.const_f32(1.0)
         if p.v_scaled:
             unit = ops.load_global_f32("v_scale", kv_head << 2)
         inverse = total._pointwise(lambda t: _reciprocal(ops, t, unit))
@@ -385,15 +385,15 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
         out.astype(dtype).store_tiled(q_smem, swizzle=p.swizzle)
         utils.commit_shared()
         ctx.async_copy(
-            src_ref=q_smem, dst_ref=refs["out"], gmem_slice=q_slice, gmem_transform=(tile_transform,), swizzle=p.swizzle,
-            predicate=elected,
+            src_ref=q_smem, dst_ref=refs["out"], gmem_slice=q_slice, gmem_transform=(tile_transform,),
+            swizzle=p.swizzle, predicate=elected,
         )  # fmt: skip
         ctx.await_async_copy(0)
 
     def nothing_to_see() -> None:
         """A padding block: 128 rows of zeros."""
         row_chunks = p.head_dim // 8
-        zero = ops.int(0)
+        zero = ops.const_i32(0)
         address = Reg(arith.extui(ops.i64, ((tile * p.queries + first) * p.heads + head).value)) * (p.head_dim * 2)
         base = _address(ops, refs["out"], ops.i64) + address
         for i in range(-(-ROWS * CONSUMERS * row_chunks // 384)):
@@ -417,7 +417,7 @@ def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
 
 
 def _wgmma_registers(acc: Any, a: Any, b: ir.Value, swizzle: int) -> Any:
-    """acc [64, n] + a [64, k] @ b, both arrays in registers: mgpu.wgmma without its fence, which writes a's registers."""
+    """acc [64, n] + a [64, k] @ b, both in registers: mgpu.wgmma without its fence, which writes a's registers."""
     (k, n), element = mma_utils.tiled_memref_shape(b)
     group = swizzle // 2
     (base, (_, (k_stride, *_))), (_, k_group_stride), fastest = mma_utils.create_descriptor(
@@ -441,7 +441,7 @@ def _address(ops: Mlir, ref: ir.Value, kind: Any) -> Reg:
 def _reciprocal(ops: Mlir, total: ir.Value, unit: Reg) -> ir.Value:
     """unit / total, 0 where total is 0."""
     t = Reg(vector.extract(total, dynamic_position=[], static_position=[0]))
-    r = ops.select(t.equals(0.0), ops.float(0.0), ops.reciprocal(t)) * unit
+    r = ops.select(t.equals(0.0), ops.const_f32(0.0), ops.reciprocal(t)) * unit
     return vector.broadcast(total.type, r.value)
 
 
@@ -450,8 +450,8 @@ def _kernel(p: Problem, dtype: Any):
     stages, block = p.config.stages, p.config.block_kv
 
     def paged_prefill(*refs):
-        names = ("q", "k_pages", "v_pages", "page_table", "q_start", "q_len", "k_scale", "v_scale", "out")
-        names += ("q_smem", "k_smem", "v_smem", "barriers")
+        given = ("q", "k_pages", "v_pages", "page_table", "q_start", "q_len", "k_scale", "v_scale", "out")
+        names = (*given, "q_smem", "k_smem", "v_smem", "barriers")
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(names))
         def program(ctx, *refs):
@@ -477,8 +477,8 @@ def _kernel(p: Problem, dtype: Any):
 
 
 def prefill_attention(
-    q, k_pages, v_pages, page_table, q_start, q_len, *, sm_scale, window=None, soft_cap=None, k_scale=None, v_scale=None,
-    config: PrefillConfig | None = None,
+    q, k_pages, v_pages, page_table, q_start, q_len, *, sm_scale, window=None, soft_cap=None, k_scale=None,
+    v_scale=None, config: PrefillConfig | None = None,
 ):  # fmt: skip
     """See api.prefill_attention."""
     tiles, queries, heads, head_dim = q.shape
@@ -499,8 +499,8 @@ def prefill_attention(
             f"takes page sizes that are multiples of 8 and divide {config.block_kv}, not {page_size}"
         )
     p = Problem(
-        tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages, page_size=page_size,
-        table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,
+        tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages,
+        page_size=page_size, table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,
         soft_cap=None if soft_cap is None else float(soft_cap),
         k_scaled=k_scale is not None, v_scaled=v_scale is not None, config=config,
     )  # fmt: skip

@@ -19,9 +19,9 @@ from jax import lax
 _CHUNK_BYTES = 256 * 2**20
 
 
-def _head_scale(scale: jax.Array | float | None) -> jax.Array | None:
+def _head_scale(scale: jax.Array | float) -> jax.Array:
     """() or [1] or [Hkv] -> [1|Hkv, 1, 1], to multiply [Hkv, rows, columns]."""
-    return None if scale is None else jnp.asarray(scale, jnp.float32).reshape(-1, 1, 1)
+    return jnp.asarray(scale, jnp.float32).reshape(-1, 1, 1)
 
 
 def _attend_tile(q, k_pages, v_pages, pages, q_start, q_len, *, sm_scale, window, soft_cap, k_scale, v_scale):

@@ -103,10 +103,10 @@ class Mlir:
         return Reg(got) if isinstance(out, ir.Type) else [Reg(v) for v in got]
 
     # constants, arithmetic
-    def int(self, x: int) -> Reg:
+    def const_i32(self, x: int) -> Reg:
         return Reg(arith.constant(self.i32, x))
 
-    def float(self, x: float) -> Reg:
+    def const_f32(self, x: float) -> Reg:
         return Reg(arith.constant(self.f32, x))
 
     def select(self, condition: Reg, x: Reg, y: Reg) -> Reg:
@@ -146,7 +146,10 @@ class Mlir:
 
     def fp8_to_f16(self, x: Reg, kind: str) -> tuple[Reg, Reg]:
         """Four fp8 -> (f16x2 of bytes 0, 1; f16x2 of bytes 2, 3)."""
-        text = f"{{ .reg .b16 lo, hi; mov.b32 {{lo, hi}}, $2; cvt.rn.f16x2.{kind}x2 $0, lo; cvt.rn.f16x2.{kind}x2 $1, hi; }}"
+        text = (
+            "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; "
+            f"cvt.rn.f16x2.{kind}x2 $0, lo; cvt.rn.f16x2.{kind}x2 $1, hi; }}"
+        )
         low, high = self._ptx(text, x, out=[self.i32, self.i32])
         return low, high
 

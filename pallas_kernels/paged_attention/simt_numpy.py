@@ -37,10 +37,10 @@ class Numpy:
         self.buffers = {n: b.reshape(-1).view(np.uint8) for n, b in buffers.items() if b is not None}
         self.shared, self.rank = shared, rank
 
-    def int(self, x: int) -> Any:
+    def const_i32(self, x: int) -> Any:
         return _lanes(x, np.int64)
 
-    def float(self, x: float) -> Any:
+    def const_f32(self, x: float) -> Any:
         return _lanes(x, np.float32)
 
     def select(self, condition: Any, x: Any, y: Any) -> Any:
@@ -191,5 +191,5 @@ class Numpy:
     def loop(self, count: Any, carry: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
         assert (count == count[0]).all()
         for i in range(int(count[0])):
-            carry = body(self.int(i), carry)
+            carry = body(self.const_i32(i), carry)
         return carry

@@ -4,7 +4,8 @@ Needs the wheels of `jax[cuda13]`'s plugin and compiler (no driver, no device):
 
     pip install --no-deps --target ../aotsite jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 
-either importable, or in the folder named by JQSERVE_AOT_SITE, or in `aotsite` beside the repository; tests skip without.
+either importable, or in the folder named by JQSERVE_AOT_SITE, or in `aotsite` beside the repository; tests skip
+without.
 With `nvidia-cuda-nvdisasm` there too, `Compiled.sass` holds the machine code.
 
     compiled = compile_for_h200(lambda a, b: op(a, b), jax.ShapeDtypeStruct(...), ...)
