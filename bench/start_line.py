@@ -4,7 +4,9 @@ The shipped 4-bit model from its files, and models of Llama-3.1-8B's shape with 
 weights, per token activations) and AWQ form. Beside each rate stands the bound that reading the weights once a step
 sets at the device's memory bandwidth.
 
-    python -m bench.start_line [--cases demo,bf16,fp8,awq] [--batches 1,64] [--out DIR]
+    python -m bench.start_line [--cases demo,bf16,fp8,awq] [--batches 1,64] [--quick] [--out DIR]
+
+`--quick` shrinks the models until a CPU gets through in seconds: it checks the script, its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +22,33 @@ from pathlib import Path
 from typing import Any
 
 DEMO = Path(__file__).parent.parent / "jqserve" / "demo" / "model"
-HBM_BYTES_PER_SECOND = {"NVIDIA H200": 4.6e12}  # measured: a sum over 2 GiB (KERNELS.md part A)
 PAGES = 1088  # of 64 tokens on a GPU: 64 sequences of up to 1,024 tokens, 8.5 GiB of bf16 KV at the 8B shape
 
 
-def measure(case: str, batches: list[int], prompt: int, new: int) -> dict[str, Any]:
+#: changes to the 8B shape under --quick
+QUICK = dict(num_hidden_layers=2, hidden_size=256, intermediate_size=512, num_attention_heads=4, vocab_size=512)
+QUICK |= dict(num_key_value_heads=2, head_dim=64, bos_token_id=0, eos_token_id=1)
+
+
+def read_bandwidth() -> float | None:
+    """Bytes per second of a sum over 2 GiB on the GPU, the best of ten; None on a CPU."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() == "cpu":
+        return None
+    x = jnp.ones((2**29,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(x).block_until_ready()
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        total(x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return x.nbytes / min(times)
+
+
+def measure(case: str, batches: list[int], prompt: int, new: int, quick: bool = False) -> dict[str, Any]:
     """One case in this process; returns its row."""
     import jax
 
@@ -33,16 +57,17 @@ def measure(case: str, batches: list[int], prompt: int, new: int) -> dict[str, A
     from jqserve.engine.config import EngineConfig
     from jqserve.engine.load import load_engine
 
+    bandwidth = read_bandwidth()
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        path = DEMO if case == "demo" else make_checkpoint(Path(folder), case)
+        path = DEMO if case == "demo" else make_checkpoint(Path(folder), case, **(QUICK if quick else {}))
         config = EngineConfig(
             model_path=str(path),
             load_format="auto" if case == "demo" else "dummy",
             max_running_requests=max(batches),
             context_length=1024,
             chunked_prefill_size=1024,
-            num_pages=PAGES,
+            num_pages=None if quick else PAGES,
             disable_warmup=True,
         )
         engine = load_engine(config)
@@ -52,7 +77,7 @@ def measure(case: str, batches: list[int], prompt: int, new: int) -> dict[str, A
     mixed = Bucket(max(batches), runner.buckets.mixed[-1].tiles)
     runner.buckets = Buckets(tuple(batches), (mixed,))
     compiling = time.perf_counter()
-    runner.warm_up(programs=[(bucket, False) for bucket in runner.buckets.all()], runs=3)
+    runner.warm_up(programs=[(bucket, runner.variants[-1]) for bucket in runner.buckets.all()], runs=3)
     compile_seconds = time.perf_counter() - compiling
     info = engine.model_info()
     row: dict[str, Any] = {
@@ -60,10 +85,10 @@ def measure(case: str, batches: list[int], prompt: int, new: int) -> dict[str, A
         "start_seconds": round(time.perf_counter() - began, 2),
         "load_seconds": info.get("load_seconds"),
         "compile_seconds": round(compile_seconds, 2),
+        "read_tb_per_second": round(bandwidth / 1e12, 3) if bandwidth else None,
         "weight_gib": round(sum(x.nbytes for x in engine.runner.leaves) / 2**30, 3),
     }
     weight_bytes = sum(x.nbytes for x in engine.runner.leaves) - engine.runner.leaves[0].nbytes
-    bandwidth = HBM_BYTES_PER_SECOND.get(device.device_kind)
     for batch in batches:
         generate(engine, batch, prompt, 16)
         ttft, decode = generate(engine, batch, prompt, new)
@@ -109,18 +134,19 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens generated per sequence")
     parser.add_argument("--out", help="folder of the result file (default bench/results)")
+    parser.add_argument("--quick", action="store_true", help="tiny models: a check of this script")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     batches = [int(b) for b in args.batches.split(",")]
     if args.one:
-        print(json.dumps(measure(args.one, batches, args.prompt, args.new)))
+        print(json.dumps(measure(args.one, batches, args.prompt, args.new, args.quick)))
         return
     rows = []
     for case in args.cases.split(","):
         # A process a case: peak memory is per process. The GPU pool is the one that the server would take.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.75"}
         command = [sys.executable, "-m", "bench.start_line", "--one", case, "--batches", args.batches]
-        command += ["--prompt", str(args.prompt), "--new", str(args.new)]
+        command += ["--prompt", str(args.prompt), "--new", str(args.new), *["--quick"] * args.quick]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if done.returncode:
             rows.append({"case": case, "failed": done.returncode})

@@ -31,6 +31,8 @@ ALLOWED: dict[str, set[str]] = {
         "jqserve.errors",
     },
     "jqserve.server": {"jqserve.engine.request", "jqserve.engine.wire", "jqserve.errors"},
+    # Starts the engine at the other end of a socket pair; with --frontend inline the pair's far end is in this process.
+    "jqserve.server.launch": {"jqserve.server", "jqserve.engine.channel", "jqserve.engine.wire"},
     "jqserve.client": {"jqserve.server.pb", "jqserve.errors"},
 }
 
@@ -46,6 +48,7 @@ FORBIDDEN = [
     ("jqserve/engine/scheduler.py", {"jax", "flax"}),
     ("jqserve/engine/buckets.py", {"jax", "flax"}),
     ("jqserve/engine/wire.py", {"jax", "flax"}),
+    ("jqserve/engine/channel.py", {"jax", "flax"}),
 ]
 
 

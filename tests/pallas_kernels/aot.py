@@ -1,11 +1,8 @@
 """Compiles a jax function for an H200 on a machine without a GPU, and reads what ptxas made of it.
 
-Needs the wheels of `jax[cuda13]`'s plugin and compiler (no driver, no device):
-
-    pip install --no-deps --target ../aotsite jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
-
-either importable, or in the folder named by JQSERVE_AOT_SITE, or in `aotsite` beside the repository; tests skip
-without.
+Needs the wheels of `jax[cuda13]`'s plugin and compiler (no driver, no device). `make test` installs them into .venv/aot
+(.ci/setup); JQSERVE_AOT_SITE names another folder, and an importable installation serves too. Tests skip without, and
+say so.
 With `nvidia-cuda-nvdisasm` there too, `Compiled.sass` holds the machine code.
 
     compiled = compile_for_h200(lambda a, b: op(a, b), jax.ShapeDtypeStruct(...), ...)
@@ -67,8 +64,8 @@ class Compiled:
 
 def _site() -> Path | None:
     """Folder whose nvidia/cu13 holds ptxas, with the plugin importable; None where something is missing."""
-    beside = Path(__file__).resolve().parents[3] / "aotsite"
-    for site in (os.environ.get("JQSERVE_AOT_SITE"), str(beside), *sys.path):
+    installed = Path(__file__).resolve().parents[2] / ".venv/aot"
+    for site in (os.environ.get("JQSERVE_AOT_SITE"), str(installed), *sys.path):
         if site and (Path(site) / "nvidia/cu13/bin/ptxas").is_file():
             if site not in sys.path:
                 sys.path.append(site)
