@@ -4,7 +4,15 @@ from __future__ import annotations
 
 
 class JqserveError(Exception):
-    """Base of every error that is the user's to read; the command line prints it without a traceback."""
+    """Base of every error that is the user's to read; the command line prints it without a traceback.
+
+    Names out of a file may hold anything: what a terminal would obey, or could not print, is escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(
+            "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in message)
+        )
 
 
 class CheckpointError(JqserveError):

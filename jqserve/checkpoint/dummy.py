@@ -54,6 +54,9 @@ def load(
     params: dict[str, Any] = {}
     rows: list[PlanRow] = []
     everything = list(modules(config))
+    for module in everything:  # before any memory is taken
+        for _, slot in module.parts if isinstance(module, LinearGroup) else ():
+            plan.scheme(slot.name).check(slot.name, slot.n, slot.k)
     seeds = np.random.default_rng(seed or 0).integers(0, 1 << 32, len(everything), dtype=np.uint32)
     for done, (module, own) in enumerate(zip(everything, seeds), 1):
         if isinstance(module, Vector):
@@ -80,8 +83,6 @@ def _group(
     online: OnlineFp8 | None,
 ) -> list[PlanRow]:
     schemes = [plan.scheme(slot.name) for _, slot in group.parts]
-    for scheme, (_, slot) in zip(schemes, group.parts):
-        scheme.check(slot.name, slot.n, slot.k)
     specs = [scheme.spec(slot.n, slot.k) for scheme, (_, slot) in zip(schemes, group.parts)]
     slots = [[slot for _, slot in group.parts]]
     paths, note = [group.path], ""

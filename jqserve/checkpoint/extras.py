@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LINEAR = r"model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj"
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _BIAS = re.compile(_LINEAR + r"\.bias|lm_head\.bias")
 _G_IDX = re.compile(_LINEAR + r"\.(weight_)?g_idx")
@@ -39,7 +39,7 @@ def classify(checkpoint: Checkpoint, config: ModelConfig, left: list[str]) -> tu
     extras, unknown = [], []
     for name in left:
         layer = _LAYER.match(name)
-        if layer and int(layer[1]) >= config.layers:
+        if layer and (len(layer[1]) > 9 or int(layer[1]) >= config.layers):
             unknown.append(name)
         elif _ROTARY.fullmatch(name):
             extras.append(Extra(name, "rotary frequencies are computed from the config"))

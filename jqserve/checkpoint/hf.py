@@ -24,6 +24,8 @@ MAX_JSON_BYTES = 256 << 20
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises CheckpointError naming the file and the place of a syntax error."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{path}: is not a regular file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is no configuration; at most {MAX_JSON_BYTES}")
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -117,6 +119,12 @@ class Checkpoint:
         """Bytes begin..end of the tensor's data, uint8 [end - begin]."""
         return self._where[name].read_bytes(name, begin, end)
 
+    @property
+    def unread(self) -> list[str]:
+        """Safetensors files of the directory that are no part of the model: adapters, second copies."""
+        read = {file.path.name for file in self._files}
+        return sorted(p.name for p in self.path.glob("*.safetensors") if p.name not in read)
+
     def _open_shards(self) -> None:
         listed = self._index()
         for shard in sorted(set(listed.values())) if listed else self._shards_without_index():
@@ -138,9 +146,21 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path}: has no weight_map {{tensor: file}}")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-                raise CheckpointError(f"{path}: tensor {name!r} points to {shard!r}, which is not a file name")
+            if (
+                not isinstance(shard, str)
+                or shard == ".."
+                or Path(shard).name != shard
+                or not 0 < len(shard.encode("utf-8", "replace")) < 256
+            ):
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} points to {str(shard)[:80]!r}, which is not a file name"
+                )
         shards = sorted(set(weight_map.values()))
+        if SINGLE not in shards and (self.path / SINGLE).exists():
+            raise CheckpointError(
+                f"{self.path}: {SINGLE} stands beside {INDEX}, which names other files: which of them is the model? "
+                "Remove the one that is not"
+            )
         missing = [s for s in shards if not (self.path / s).is_file()]
         if missing:
             raise CheckpointError(

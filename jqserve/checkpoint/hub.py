@@ -14,9 +14,10 @@ IGNORED = ["consolidated*", "original/*", "metal/*", "onnx/*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def resolve(model_path: str, revision: str | None = None) -> str:
+def resolve(model_path: str, revision: str | None = None, *, weights: bool = True) -> str:
     """A directory that exists, for a path or a Hub id ("org/name"); the Hub's files go to (and come from) its cache.
 
+    weights=False (dummy weights, plans from configs) leaves the safetensors where they are.
     Raises CheckpointError where nothing is found, or the Hub cannot be reached and the cache has no copy;
     UnsupportedError for a single file.
     """
@@ -30,17 +31,17 @@ def resolve(model_path: str, revision: str | None = None) -> str:
         raise UnsupportedError(f"{model_path}: {what}; --model-path takes a directory of safetensors, or a Hub id")
     if model_path.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(model_path):
         raise CheckpointError(f"{model_path}: no such directory (and not the shape of a Hub id, org/name)")
-    return _from_hub(model_path, revision)
+    return _from_hub(model_path, revision, PATTERNS if weights else PATTERNS[1:])
 
 
-def _from_hub(repo: str, revision: str | None) -> str:
+def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> str:
     import huggingface_hub
     from huggingface_hub import errors
 
     at = f"{repo} at revision {revision}" if revision else repo
     try:
         return huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(

@@ -121,7 +121,9 @@ def _dtype(config: Fields) -> str:
 def _token_ids(config: Fields, key: str) -> tuple[int | None, ...]:
     value = config.data.get(key)
     ids = value if isinstance(value, list) else [value]
-    if not ids or not all(i is None or (isinstance(i, int) and not isinstance(i, bool) and i >= 0) for i in ids):
+    if not ids or not all(
+        i is None or (isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31) for i in ids
+    ):
         if ids == [-1]:
             return (None,)
         raise config.error(key, "a token id, or a list of them")

@@ -54,6 +54,8 @@ class OpenModel:
         """The plan, once all rows are known."""
         notes = [f"quantized while loading: --quantization {self.quantization}"] if self.quantization else []
         reasons = dict.fromkeys(extra.reason for extra in self.audited.extras)
+        if unread := self.checkpoint.unread:
+            notes.append(f"not read, no part of the model by its index: {', '.join(unread[:5])}")
         notes += [f"left out: {sum(e.reason == r for e in self.audited.extras)} x {r}" for r in reasons]
         return LoadPlan(self.method, tuple(rows), tuple(notes))
 

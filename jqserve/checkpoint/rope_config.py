@@ -43,6 +43,11 @@ def rope_config(config: Fields, max_position: int) -> RopeConfig:
     extra: tuple[tuple[str, float], ...] = ()
     if kind == "yarn":
         extra = tuple((k, source.number(k)) for k in _YARN if source.data.get(k) is not None)
+        for key, value in extra:
+            if value <= 0:
+                raise source.error(key, "a positive number")
+        if theta <= 1.0:  # the logarithm of theta is divided by
+            raise source.error("rope_theta", "a number above 1 with yarn")
         if source.data.get("truncate") is not None:
             extra += (("truncate", float(source.flag("truncate"))),)
     return RopeConfig(theta=theta, kind=kind, factor=factor, original_max_position=original, extra=extra)

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from jqserve.checkpoint import manifest
-from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.hf import Checkpoint, read_json
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
+from jqserve.checkpoint.model_config import model_config
 from jqserve.checkpoint.online import OnlineFp8, online_scheme
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row
@@ -163,7 +164,15 @@ def _described(path: Path) -> tuple[ModelConfig, dict[str, Any], LoadPlan, dict[
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where}: cannot be understood: {type(error).__name__} {error}") from error
+    beside = model_config(read_json(path / "config.json"), generation, str(path / "config.json"))
+    if dataclasses.replace(beside, dtype=config.dtype) != config:
+        raise CheckpointError(
+            f"{where}: describes another model than the config.json beside it; run `jqserve convert` again"
+        )
     check_modules(where, config, {name: facts for leaves in sections.values() for name, facts in leaves.items()})
+    for section, leaves in sections.items():
+        if misplaced := [name for name in leaves if section_of(name) != section]:
+            raise CheckpointError(f"{where}: section {section!r} holds {misplaced[0]}, which does not belong there")
     return config, generation, plan, sections
 
 
@@ -183,8 +192,18 @@ def _section(path: Path, section: str, leaves: dict[str, LeafFacts]) -> dict[str
     wanted = {_key(name, field): facts for name, leaf in leaves.items() for field, facts in leaf.arrays.items()}
     where = (path / "arrays" / section).absolute()
     try:
+        stored = _checkpointer().metadata(where).item_metadata.tree
+        for name, facts in wanted.items():  # before memory is taken: a damaged header may ask for any amount of it
+            if name not in stored or tuple(stored[name].shape) != facts.shape:
+                found = list(stored[name].shape) if name in stored else "nothing"
+                raise CheckpointError(
+                    f"{where}: {name}: {found} found, the manifest says {list(facts.shape)}; run `jqserve convert` "
+                    "again"
+                )
         as_numpy = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
         arrays = _checkpointer().restore(where, item=dict.fromkeys(wanted, 0), restore_args=as_numpy)
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax and tensorstore raise whatever comes; all of it means the same here
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{where}: Orbax cannot restore it: {reason}; run `jqserve convert` again") from error

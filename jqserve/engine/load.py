@@ -55,7 +55,7 @@ def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:
     """Weights in kernel layout on the device. On a CPU the default dtype is float32: bf16 is emulated there."""
     if not config.model_path:
         raise UnsupportedError("no model: give --model-path a checkpoint directory or a Hub id")
-    directory = resolve(config.model_path, config.revision)
+    directory = resolve(config.model_path, config.revision, weights=config.load_format != "dummy")
     dtype = config.dtype
     if dtype in (None, "auto") and jax.default_backend() == "cpu":
         dtype = "float32"

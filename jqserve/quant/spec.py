@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 QType = Literal["uint4", "int8", "uint8", "float8_e4m3fn"]
 ZeroKind = Literal["none", "int", "offset"]
@@ -29,6 +29,14 @@ class ActivationSpec:
     qtype: Literal["int8", "float8_e4m3fn"] | None = None
     divisor: float = 0.0
     block: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ActivationKind) or self.qtype not in (None, "int8", "float8_e4m3fn"):
+            raise ValueError(f"unknown activation kind {self.kind!r} or type {self.qtype!r}")
+        if (self.kind == "none") != (self.qtype is None) or (self.kind == "dynamic_block") != bool(self.block):
+            raise ValueError(f"activation {self.kind!r} does not go with qtype {self.qtype!r}, block {self.block!r}")
+        if self.kind != "none" and not self.divisor > 0:
+            raise ValueError(f"activation {self.kind!r} needs a positive divisor, found {self.divisor!r}")
 
 
 NO_ACTIVATION = ActivationSpec()
@@ -59,6 +67,8 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if self.qtype not in BITS:
             raise ValueError(f"unknown qtype {self.qtype!r}; known: {', '.join(BITS)}")
+        if self.zero not in get_args(ZeroKind):
+            raise ValueError(f"unknown zero {self.zero!r}; known: {', '.join(get_args(ZeroKind))}")
         if min(*self.shape, *self.group_shape) < 1:
             raise ValueError(f"shape {self.shape} and group_shape {self.group_shape} must be positive")
 

@@ -75,6 +75,9 @@ def test_refused_as_a_real_one_would_be(tmp_path: Path) -> None:
     made = tiny.make(tmp_path, tiny.awq(), c.awq(48))
     with pytest.raises(CheckpointError, match="groups of 48"):
         dummy.load(str(made.path))
+    made = tiny.make(tmp_path / "late", tiny.awq(64), c.awq(128), intermediate_size=192)  # only down_proj does not fit
+    with pytest.raises(CheckpointError, match=r"down_proj.*groups of 128"):
+        dummy.load(str(made.path), device_put=lambda weight: pytest.fail("memory was taken before the check"))
     made.config["quantization_config"] = {"quant_method": "aqlm"}
     with pytest.raises(UnsupportedError, match="aqlm"):
         dummy.load(str(made.save().path))

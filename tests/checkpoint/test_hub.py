@@ -67,7 +67,10 @@ def test_only_weights_and_configuration_are_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **how: asked.update(how) or "/there")
     assert hub.resolve("org/name", "abc") == "/there"
     assert asked["revision"] == "abc"
+    assert "*.safetensors" in asked["allow_patterns"]
     assert not any(p.endswith((".bin", ".pt", ".py")) for p in asked["allow_patterns"])
+    hub.resolve("org/name", weights=False)
+    assert "*.json" in asked["allow_patterns"] and "*.safetensors" not in asked["allow_patterns"]
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,17 @@ REFUSED: dict[str, tuple[dict[str, Any], type[JqserveError], tuple[str, ...]]] =
     "epsilon is NaN": ({"rms_norm_eps": float("nan")}, CheckpointError, ("rms_norm_eps", "finite")),
     "layer types": ({**QWEN3, "layer_types": ["full_attention"]}, CheckpointError, ("layer_types", "2 entries")),
     "eos": ({"eos_token_id": "</s>"}, CheckpointError, ("eos_token_id", "</s>")),
+    "eos without end": ({"eos_token_id": [2, 1 << 40]}, CheckpointError, ("eos_token_id", "token id")),
+    "yarn beta": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0}},
+        CheckpointError,
+        ("beta_fast", "positive"),
+    ),
+    "yarn theta": (
+        {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        CheckpointError,
+        ("theta",),
+    ),
     "tie is text": ({"tie_word_embeddings": "yes"}, CheckpointError, ("tie_word_embeddings", "true or false")),
 }
 

@@ -115,6 +115,19 @@ def swap_sections(path: Path) -> None:
     (arrays / "x").rename(arrays / "layers.1")
 
 
+def other_theta(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+
+
+def other_arrays(path: Path) -> None:
+    """A section of another model: found by its metadata, before memory for it is taken."""
+    made = tiny.make(path / "hf", tiny.gptq(4, 32, False, desc_act=True), c.gptq(4, 32, False), intermediate_size=128)
+    store.convert(made.path, path / "other")
+    shutil.rmtree(path / "arrays" / "layers.0")
+    shutil.move(path / "other" / "arrays" / "layers.0", path / "arrays" / "layers.0")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "manifest edited": (unsigned, ("SHA-256",)),
     "manifest is not JSON": (lambda p: (p / manifest.NAME).write_text("{") and None, ("JSON",)),
@@ -129,9 +142,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("layers.1.mlp.down.weight", "missing"),
     ),
     "a leaf more": (edited(lambda b: b["sections"]["embed"].update(x=leaf(b))), ("belong to no module", "x")),
-    "another model": (edited(lambda b: b["config"].update(hidden_size=64)), ("embed.weight", "64")),
-    "a layer less": (edited(lambda b: b["config"].update(layers=1)), ("belong to no module", "layers.1")),
+    "another model": (edited(lambda b: b["config"].update(hidden_size=64)), ("config.json",)),
+    "a layer less": (edited(lambda b: b["config"].update(layers=1)), ("config.json",)),
     "a field less": (edited(lambda b: b["config"].pop("heads")), ("heads",)),
+    "a section elsewhere": (
+        edited(lambda b: b["sections"].update({"../../x": b["sections"].pop("layers.0")})),
+        ("../../x", "does not belong there"),
+    ),
+    "a number that is text": (edited(lambda b: b["config"].update(layers="2")), ("config.json",)),
+    "an unknown activation": (edited(lambda b: leaf(b)["spec"]["activation"].update(kind="odd")), ("odd",)),
+    "a shape without end": (edited(lambda b: b["config"].update(vocab_size=1 << 40)), ("config.json",)),
+    "config.json edited": (other_theta, ("config.json",)),
+    "arrays of another size": (other_arrays, ("layers.0.mlp.gate_up.weight:qvalue", "256, 64", "512, 64")),
     "a flipped bit": (flip, ("layers.1", "convert")),
     "sections swapped": (swap_sections, ("layers.0", "convert")),
     "a section less": (lambda p: shutil.rmtree(p / "arrays" / "layers.0"), ("layers.0", "convert")),

@@ -1,25 +1,38 @@
-"""Regular expressions out of a config file: bounded in length, and their errors named."""
+"""Regular expressions out of a config file: bounded in length and in time, and their errors named."""
 
 from __future__ import annotations
 
 import functools
-import re
+from typing import Any
+
+import regex  # `re` with a time limit: "(x+)+!" of a hostile config would keep `re` busy for years
 
 from jqserve.errors import CheckpointError
 
 MAX_PATTERN = 2000
+#: Of one match. Patterns of real checkpoints take microseconds on a module's name.
+SECONDS = 0.5
 
 
 @functools.cache
-def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+def _compiled(pattern: str, where: str) -> Any:
     if len(pattern) > MAX_PATTERN:
         raise CheckpointError(f"{where}: a pattern of {len(pattern)} characters; at most {MAX_PATTERN} are taken")
     try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{where}: {pattern[:80]!r} is not a regular expression: {error}") from error
 
 
 def regex_matches(pattern: str, name: str, where: str) -> bool:
-    """Python's `re.match`: anchored at the start of `name`, not at its end."""
-    return _compiled(pattern, where).match(name) is not None
+    """Python's `re.match`: anchored at the start of `name`, not at its end.
+
+    Raises CheckpointError for what is no pattern, and for one that takes longer than SECONDS.
+    """
+    try:
+        return _compiled(pattern, where).match(name, timeout=SECONDS) is not None
+    except TimeoutError as error:
+        raise CheckpointError(
+            f"{where}: the pattern {pattern[:80]!r} takes more than {SECONDS} s on {name!r} (nested repetitions?); "
+            "write it simpler"
+        ) from error
