@@ -195,10 +195,9 @@ def _section(path: Path, section: str, leaves: dict[str, LeafFacts]) -> dict[str
         stored = _checkpointer().metadata(where).item_metadata.tree
         for name, facts in wanted.items():  # before memory is taken: a damaged header may ask for any amount of it
             if name not in stored or tuple(stored[name].shape) != facts.shape:
-                found = list(stored[name].shape) if name in stored else "nothing"
+                seen = list(stored[name].shape) if name in stored else "nothing"
                 raise CheckpointError(
-                    f"{where}: {name}: {found} found, the manifest says {list(facts.shape)}; run `jqserve convert` "
-                    "again"
+                    f"{where}: {name}: {seen} found, the manifest says {list(facts.shape)}; run `jqserve convert` again"
                 )
         as_numpy = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
         arrays = _checkpointer().restore(where, item=dict.fromkeys(wanted, 0), restore_args=as_numpy)
