@@ -1,20 +1,18 @@
-"""Paged attention on this GPU: correctness first, then microseconds per call.
+"""Paged attention on this GPU: prefill and decode, each result against the XLA reference before it is timed.
 
-    python -m bench.kernel_paged_attention [--only decode,prefill] [--budget SECONDS] [--out DIR] [--sweep]
+    python -m bench.kernel_paged_attention [--only prefill,decode] [--budget SECONDS] [--out DIR] [--sweep] [--check]
 
-A call's time is a jitted chain of calls (each takes the previous output as its query, and its own pages of one large
-pool, so that keys and values come from HBM) as XLA replays it from a command buffer: wall clock / calls. Beside it the
-sum of CUPTI kernel durations. Lines of JSON go to DIR/paged_attention.jsonl as they come.
+`--check` also runs the test table (every head dim, window, soft cap, fp8) against float64 numpy on the device.
+Writes DIR/paged_attention.json (see record.py) and, as they come, lines of DIR/paged_attention.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import dataclasses
 import functools
-import json
-import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,323 +20,272 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import mosaic_decode_sm90, mosaic_prefill_sm90, reference
+from bench.bars import DECODE_BARS, PREFILL_BARS
+from bench.tasks import Rows, Task, run_tasks
+from bench.timing import GpuLock, chain, time_chain
+from pallas_kernels.paged_attention import decode_attention, prefill_attention, reference
 from pallas_kernels.paged_attention.cases import DECODE_CASES, PREFILL_CASES, dense_attention, make
-from pallas_kernels.paged_attention.config import DecodeConfig, PrefillConfig, decode_heuristic, prefill_heuristic
-
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-# (rows, context, bar in us): the issue's table.
-DECODE = (
-    (1, 1024, 8),
-    (8, 1024, 18.3),
-    (64, 1024, 74),
-    (256, 1024, 285),
-    (1, 8192, 16),
-    (8, 8192, 76.5),
-    (64, 8192, 494.6),
-    (256, 8192, 1930),
+from pallas_kernels.paged_attention.config import (
+    DecodeConfig,
+    PrefillConfig,
+    decode_search_space,
+    prefill_search_space,
 )
-DECODE_FP8 = ((64, 8192, 275), (256, 8192, 1100))
-POOL_TOKENS = 256 * 8192  # 8.6 GB of bf16 keys and values
+
+KV_HEADS, GROUP, HEAD_DIM, PAGE = 8, 4, 128, 16  # Llama-3.1-8B: 32 query heads
+ERROR_LIMIT = 0.02  # of the largest output: weights are rounded to 16 bits, sums of 8,192 of them
 
 
-class Log:
-    def __init__(self, out: str | None, budget: float):
-        self.path = Path(out) / "paged_attention.jsonl" if out else None
-        self.start, self.budget, self.rows = time.time(), budget, []
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Pages of random keys and values, made on the device when first asked for; one dtype at a time."""
 
-    def __call__(self, **row: Any) -> None:
-        row["at"] = round(time.time() - self.start, 1)
-        self.rows.append(row)
-        line = json.dumps(row, default=str)
-        print(line, flush=True)
-        if self.path:
-            with self.path.open("a") as file:
-                file.write(line + "\n")
+    tokens: int
+    page: int = PAGE
+    kv_heads: int = KV_HEADS
+    head_dim: int = HEAD_DIM
 
     @property
-    def left(self) -> float:
-        return self.budget - (time.time() - self.start)
+    def pages(self) -> int:
+        return self.tokens // self.page
+
+    @property
+    def heads(self) -> int:
+        return GROUP * self.kv_heads
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.pages, self.kv_heads, self.page, self.head_dim
+
+    def arrays(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        return _random_pages(self.shape, jnp.dtype(dtype).name)
+
+    def abstract(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, dtype)
 
 
-def kernel_times(call: Any) -> float:
-    """Sum of kernel durations of one call, us (CUPTI)."""
-    from jax._src.lib import mosaic_gpu as lib
+@functools.lru_cache(maxsize=1)
+def _random_pages(shape: tuple[int, ...], dtype: str) -> tuple[jax.Array, jax.Array]:
+    @jax.jit
+    def random(seed: int) -> jax.Array:
+        bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint8)
+        return ((bits.astype(jnp.float32) - 127.5) / 64).astype(dtype)
 
-    ext = lib._mosaic_gpu_ext
-    ext._cupti_init()
-    try:
-        jax.block_until_ready(call())
-    finally:
-        timings = ext._cupti_get_timings(True)
-    return sum(ms for _, ms in timings) * 1e3
+    return jax.block_until_ready(random(1)), jax.block_until_ready(random(2))
 
 
-def check_cases(log: Log, kind: str, call: Any, configs: list[Any]) -> bool:
-    """Runs the test table on this device against float64 numpy."""
-    good = True
-    for case in (DECODE_CASES if kind == "decode" else PREFILL_CASES).values():
-        data = make(case)
-        want = dense_attention(case, data, case.head_dim**-0.5)
-        for config in configs:
-            try:
-                got = np.asarray(call(case, data, config).astype(jnp.float32))
-                error = float(np.abs(got - want).max() / np.abs(want).max())
-                if not error < 0.02:
-                    good = False
-                    log(check=kind, case=case.name, config=str(config), error=error, WRONG=True)
-                else:
-                    log(check=kind, case=case.name, error=round(error, 5), config=str(config))
-            except NotImplementedError as e:
-                log(check=kind, case=case.name, refused=str(e)[:100])
-                break
-            except Exception as e:
-                good = False
-                log(check=kind, case=case.name, config=str(config), failed=repr(e)[:300])
-    return good
-
-
-def run_decode_case(case: Any, data: dict, config: Any) -> jax.Array:
-    f = jax.jit(
-        functools.partial(
-            mosaic_decode_sm90.decode_attention, sm_scale=case.head_dim**-0.5, window=case.window,
-            soft_cap=case.soft_cap, config=config,
-        )
-    )  # fmt: skip
-    return f(
-        *(jnp.asarray(data[n]) for n in ("q", "k_pages", "v_pages", "page_table", "lens")),
-        k_scale=data["k_scale"], v_scale=data["v_scale"],
-    )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def random_pool(shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
-    bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint8)
-    return ((bits.astype(jnp.float32) - 127.5) / 64).astype(dtype)
-
-
-def tables(rows: int, context: int, page: int, calls: int, pages: int) -> list[np.ndarray]:
+def page_tables(rows: int, context: int, pool: Pool, calls: int) -> list[np.ndarray]:
     """Page tables of `calls` calls: random pages, disjoint until the pool is used up."""
     rng = np.random.default_rng(0)
-    need = rows * context // page
-    order = np.concatenate([rng.permutation(np.arange(1, pages)) for _ in range(-(-need * calls // (pages - 1)))])
-    return [order[i * need : (i + 1) * need].reshape(rows, context // page).astype(np.int32) for i in range(calls)]
+    need = rows * context // pool.page
+    order = np.concatenate(
+        [rng.permutation(np.arange(1, pool.pages)) for _ in range(-(-need * calls // (pool.pages - 1)))]
+    )
+    return [order[i * need : (i + 1) * need].reshape(rows, -1).astype(np.int32) for i in range(calls)]
 
 
-def chain(op: Any, calls: int) -> Any:
-    inner = jax.jit(op)
-
-    def run(q, k_pages, v_pages, lens, *page_tables):
-        for i in range(calls):
-            q = inner(q, k_pages, v_pages, page_tables[i], lens)
-        return q
-
-    return jax.jit(run)
+def _relative(got: jax.Array, want: jax.Array) -> float:
+    a, b = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    return float(np.abs(a - b).max() / np.abs(b).max())
 
 
-def time_chain(fn: Any, args: tuple, calls: int) -> tuple[float, float]:
-    """(wall clock, sum of kernel durations) of one call, us. Enough chains are queued that one sync costs < 1 %."""
-    for _ in range(3):
-        jax.block_until_ready(fn(*args))
-    kernel = kernel_times(lambda: fn(*args)) / calls
-    chains = int(np.clip(120e3 / (kernel * calls), 2, 400))
-    walls = []
-    for _ in range(5):
-        start = time.perf_counter()
-        out = None
-        for _ in range(chains):
-            out = fn(*args)
-        jax.block_until_ready(out)
-        walls.append((time.perf_counter() - start) / (chains * calls) * 1e6)
-    return statistics.median(walls), kernel
+def decode_task(
+    rows: int, context: int, dtype: Any, pool: Pool, *, bar: float | None, config: DecodeConfig | None = None
+) -> Task:
+    """Decode of `rows` sequences of `context` tokens; each call's query is the last one's result."""
+    calls = 2 if rows * context < 1024 else 32 if rows * context <= 8192 else 16 if rows * context <= 2**19 else 3
+    name = f"decode {jnp.dtype(dtype).name} {rows}x{context}" + (f" {config}" if config else "")
+    scales: dict[str, Any] = {} if jnp.dtype(dtype).itemsize == 2 else dict(k_scale=0.5, v_scale=0.5)
+    options: dict[str, Any] = dict(sm_scale=pool.head_dim**-0.5, **scales)
 
+    def op(q: Any, k_pages: Any, v_pages: Any, lens: Any, table: Any) -> jax.Array:
+        if config is None:
+            return decode_attention(q, k_pages, v_pages, table, lens, **options)
+        from pallas_kernels.paged_attention import mosaic_decode_sm90
 
-def candidates(rows: int, context: int, row_bytes: int, sweep: bool) -> list[Any]:
-    best = decode_heuristic(rows * KV_HEADS, context, row_bytes, 132)
-    if not sweep:
-        return [best]
-    C = DecodeConfig
-    if row_bytes == 128:
-        more = [C(4, 6, 1), C(4, 4, 1), C(4, 8, 1), C(8, 6, 1), C(4, 6, 2), C(4, 12, 1), C(4, 6, 4)]
-    elif rows == 1:
-        more = [C(8, 3, 8), C(4, 6, 8), C(4, 3, 8), C(8, 2, 8), C(8, 3, 4), C(8, 3, 8, True), C(8, 3, 16)]
-    elif rows == 8:
-        more = [C(4, 3, 4), C(8, 3, 2), C(4, 6, 2), C(4, 3, 2), C(4, 3, 8), C(8, 3, 1)]
-    else:
-        more = [
-            C(4, 3, 1),
-            C(4, 2, 1),
-            C(4, 6, 1),
-            C(8, 3, 1),
-            C(4, 3, 2),
-            C(4, 4, 1),
-            C(4, 3, 4),
-            C(4, 3, 1, True),
-            C(8, 2, 2),
-        ]
-    return list(dict.fromkeys([best, *more]))
+        return mosaic_decode_sm90.decode_attention(q, k_pages, v_pages, table, lens, config=config, **options)
 
-
-def bench_decode(log: Log, sweep: bool, page: int = 16) -> None:
-    pages = POOL_TOKENS // page
-    shape = (pages, KV_HEADS, page, HEAD_DIM)
-    scale = HEAD_DIM**-0.5
-    pool: dict[str, Any] = {"dtype": None}
-
-    def use(dtype: Any) -> None:
-        if pool["dtype"] != dtype:
-            pool.clear()
-            pool.update(dtype=dtype, kv=tuple(jax.block_until_ready(random_pool(shape, dtype, s)) for s in (1, 2)))
-
-    jobs: list[Any] = []
-    for dtype, table in ((jnp.bfloat16, DECODE), (jnp.float8_e4m3fn, DECODE_FP8)):
-        for rows, context, bar in table:
-            calls = 32 if rows * context <= 8192 else (16 if rows * context <= 2**19 else 3)
-            row_bytes = HEAD_DIM * jnp.dtype(dtype).itemsize
-            for config in candidates(rows, context, row_bytes, sweep):
-                jobs.append((dtype, rows, context, bar, calls, config))
-
-    def build(job: Any) -> Any:
-        dtype, rows, context, _, calls, config = job
-        kwargs: dict[str, Any] = dict(sm_scale=scale, config=config)
-        if dtype != jnp.bfloat16:
-            kwargs |= dict(k_scale=0.5, v_scale=0.5)
-        op = functools.partial(mosaic_decode_sm90.decode_attention, **kwargs)
+    def compile() -> Any:
         S = jax.ShapeDtypeStruct
-        pages_of = [S((rows, context // page), jnp.int32)] * calls
-        args = (
-            S((rows, HEADS, HEAD_DIM), jnp.bfloat16),
-            S(shape, dtype),
-            S(shape, dtype),
-            S((rows,), jnp.int32),
-            *pages_of,
+        fixed = (S((rows, pool.heads, pool.head_dim), jnp.bfloat16), *[pool.abstract(dtype)] * 2, S((rows,), jnp.int32))
+        table = S((rows, context // pool.page), jnp.int32)
+        few = S((min(rows, 2), context // pool.page), jnp.int32)
+        small = (
+            S((min(rows, 2), pool.heads, pool.head_dim), jnp.bfloat16),
+            *fixed[1:3],
+            few,
+            S((min(rows, 2),), jnp.int32),
         )
-        return chain(op, calls).lower(*args).compile()
+        oracle = jax.jit(functools.partial(reference.decode_attention, **options)).lower(*small).compile()
+        one = jax.jit(op).lower(*fixed, table).compile()
+        return chain(op, carried=True).lower(fixed, ((table,),) * calls).compile(), one, oracle
 
-    with concurrent.futures.ThreadPoolExecutor(12) as executor:
-        built = [(job, executor.submit(build, job)) for job in jobs]
-        checked: dict[Any, Any] = {}
-        for job, future in built:
-            dtype, rows, context, bar, calls, config = job
-            if log.left < 5:
-                future.cancel()
-                continue
-            name = f"decode {jnp.dtype(dtype).name} {rows}x{context}"
-            try:
-                fn = future.result()
-                use(dtype)
-                rng = np.random.default_rng(1)
-                q = jnp.asarray(rng.standard_normal((rows, HEADS, HEAD_DIM)), jnp.bfloat16)
-                lens = jnp.full((rows,), context, jnp.int32)
-                page_tables = [jnp.asarray(t) for t in tables(rows, context, page, calls, pages)]
-                if (dtype, rows, context) not in checked:  # the first call's first rows against the XLA reference
-                    few = min(rows, 2)
-                    scales = {} if dtype == jnp.bfloat16 else dict(k_scale=0.5, v_scale=0.5)
-                    f = functools.partial(mosaic_decode_sm90.decode_attention, sm_scale=scale, **scales)
-                    g = functools.partial(reference.decode_attention, sm_scale=scale, **scales)
-                    args = (q[:few], *pool["kv"], page_tables[0][:few], lens[:few])
-                    x, y = (np.asarray(jax.jit(h)(*args), np.float32) for h in (f, g))
-                    checked[dtype, rows, context] = float(np.abs(x - y).max() / np.abs(y).max())
-                wall, kernel = time_chain(fn, (q, *pool["kv"], lens, *page_tables), calls)
-                moved = 2 * rows * context * KV_HEADS * HEAD_DIM * jnp.dtype(dtype).itemsize
-                log(
-                    op=name, config=str(config), us=round(wall, 2), kernel_us=round(kernel, 2), bar=bar,
-                    GBs=round(moved / wall / 1e3), error=round(checked[dtype, rows, context], 5),
-                )  # fmt: skip
-            except Exception as e:
-                log(op=name, config=str(config), failed=repr(e)[:300])
+    def run(compiled: Any) -> dict[str, Any]:
+        many, one, oracle = compiled
+        kv = pool.arrays(dtype)
+        q = jnp.asarray(np.random.default_rng(1).standard_normal((rows, pool.heads, pool.head_dim)), jnp.bfloat16)
+        lens = jnp.full((rows,), context, jnp.int32)
+        tables = [jnp.asarray(t) for t in page_tables(rows, context, pool, calls)]
+        few = slice(0, min(rows, 2))
+        error = _relative(one(q, *kv, lens, tables[0])[few], oracle(q[few], *kv, tables[0][few], lens[few]))
+        timing = time_chain(lambda: many((q, *kv, lens), tuple((t,) for t in tables)), calls)
+        moved = 2 * rows * context * pool.kv_heads * pool.head_dim * jnp.dtype(dtype).itemsize + 4 * q.nbytes
+        return {
+            "op": "decode_attention",
+            "kv": jnp.dtype(dtype).name,
+            "rows": rows,
+            "context": context,
+            "config": str(config) if config else None,
+            **timing.row(),
+            "bar_us": bar,
+            "bytes": moved,
+            "gb_per_second": round(moved / timing.us / 1e3),
+            "error": round(error, 5),
+            "ok": error < ERROR_LIMIT,
+        }
+
+    return Task(name, compile, run)
 
 
-def run_prefill_case(case: Any, data: dict, config: Any) -> jax.Array:
-    f = jax.jit(
-        functools.partial(
-            mosaic_prefill_sm90.prefill_attention, sm_scale=case.head_dim**-0.5, window=case.window,
-            soft_cap=case.soft_cap, config=config,
-        )
-    )  # fmt: skip
-    lens = jnp.asarray(data["lens"])
-    return f(
-        *(jnp.asarray(data[n]) for n in ("q", "k_pages", "v_pages", "page_table")), lens[:, 0], lens[:, 1],
-        k_scale=data["k_scale"], v_scale=data["v_scale"],
-    )  # fmt: skip
+def prefill_task(
+    kind: str, context: int, pool: Pool, *, dtype: Any = jnp.bfloat16, config: PrefillConfig | None = None,
+    tile: int = 128,
+) -> Task:  # fmt: skip
+    """`context` queries in tiles of `tile` over pages: "causal" as one chunk of one sequence; "full" with every tile at
+    the end of the same `context` keys (only its diagonal block is masked). TFLOP/s count the visible keys only."""
+    calls, tiles = 8 if context >= 1024 else 2, context // tile
+    scales: dict[str, Any] = {} if jnp.dtype(dtype).itemsize == 2 else dict(k_scale=0.5, v_scale=0.5)
+    options: dict[str, Any] = dict(sm_scale=pool.head_dim**-0.5, **scales)
+    name = f"prefill {kind} {jnp.dtype(dtype).name} {context}" + (f" {config}" if config else "")
 
+    def op(q: Any, *rest: Any) -> jax.Array:
+        if config is None:
+            return prefill_attention(q, *rest, **options)
+        from pallas_kernels.paged_attention import mosaic_prefill_sm90
 
-def bench_prefill(log: Log, sweep: bool, page: int = 16) -> None:
-    """4,096 queries in 32 tiles of 128: "causal" as one chunk of one sequence; "full" with every tile at the end of
-    the same 4,096 keys (only its diagonal block is masked). TFLOP/s count the visible keys only."""
-    context, tq, calls = 4096, 128, 8
-    tiles, pages = context // tq, 4 * context // page
-    scale = HEAD_DIM**-0.5
-    C = PrefillConfig
-    configs: list[Any] = [prefill_heuristic(HEAD_DIM)]
-    if sweep:
-        configs += [C(128, 2, True), C(128, 2, False), C(64, 4, False), C(64, 4, True), C(128, 3, False)]
-        configs = list(dict.fromkeys(configs))
-    shape = (pages, KV_HEADS, page, HEAD_DIM)
+        return mosaic_prefill_sm90.prefill_attention(q, *rest, config=config, **options)
 
-    def build(config: Any) -> Any:
-        inner = jax.jit(functools.partial(mosaic_prefill_sm90.prefill_attention, sm_scale=scale, config=config))
+    few = np.unique([0, tiles // 2 - 1, tiles - 1])
 
-        def run(q, k_pages, v_pages, table, start, length):
-            for _ in range(calls):
-                q = inner(q, k_pages, v_pages, table, start, length)
-            return q
-
+    def compile() -> Any:
         S = jax.ShapeDtypeStruct
-        ints = [S((tiles, context // page), jnp.int32), S((tiles,), jnp.int32), S((tiles,), jnp.int32)]
-        args = (S((tiles, tq, HEADS, HEAD_DIM), jnp.bfloat16), S(shape, jnp.bfloat16), S(shape, jnp.bfloat16), *ints)
-        return jax.jit(run).lower(*args).compile(), jax.jit(inner).lower(*args).compile()
 
-    with concurrent.futures.ThreadPoolExecutor(8) as executor:
-        built = [(config, executor.submit(build, config)) for config in configs]
+        def arguments(tiles: int) -> tuple:
+            integers = (S((tiles, context // pool.page), jnp.int32), S((tiles,), jnp.int32), S((tiles,), jnp.int32))
+            return (S((tiles, tile, pool.heads, pool.head_dim), jnp.bfloat16), *[pool.abstract(dtype)] * 2, *integers)
+
+        oracle = jax.jit(functools.partial(reference.prefill_attention, **options)).lower(*arguments(len(few)))
+        one = jax.jit(op).lower(*arguments(tiles)).compile()
+        return chain(op, carried=True).lower(arguments(tiles), ((),) * calls).compile(), one, oracle.compile()
+
+    def run(compiled: Any) -> dict[str, Any]:
+        many, one, oracle = compiled
+        start = np.arange(tiles) * tile if kind == "causal" else np.full(tiles, context - tile)
+        visible = float(sum((s + 1) * tile + tile * (tile - 1) / 2 for s in start))
+        flops = 4 * visible * pool.heads * pool.head_dim
+        kv = pool.arrays(dtype)
         rng = np.random.default_rng(0)
-        kv = [random_pool(shape, jnp.bfloat16, s) for s in (1, 2)]
-        table = np.broadcast_to(rng.permutation(np.arange(1, pages))[: context // page], (tiles, context // page))
-        table = jnp.asarray(table.astype(np.int32))
-        q = jnp.asarray(rng.standard_normal((tiles, tq, HEADS, HEAD_DIM)), jnp.bfloat16)
-        length = jnp.full((tiles,), tq, jnp.int32)
-        for name, start in (("causal", np.arange(tiles) * tq), ("full", np.full(tiles, context - tq))):
-            start = start.astype(np.int32)
-            visible = float(sum((s + 1) * tq + tq * (tq - 1) / 2 for s in start))
-            flops = 4 * visible * HEADS * HEAD_DIM
-            few = np.array([0, 13, tiles - 1])
-            ref = jax.jit(functools.partial(reference.prefill_attention, sm_scale=scale))
-            want = np.asarray(ref(q[few], *kv, table[few], jnp.asarray(start[few]), length[few]), np.float32)
-            for config, future in built:
-                if log.left < 3:
-                    continue
-                try:
-                    fn, single = future.result()
-                    args = (q, *kv, table, jnp.asarray(start), length)
-                    got = np.asarray(single(*args)[few], np.float32)
-                    error = float(np.abs(got - want).max() / np.abs(want).max())
-                    wall, kernel = time_chain(fn, args, calls)
-                    log(
-                        op=f"prefill {name} {context}", config=str(config), us=round(wall, 1),
-                        kernel_us=round(kernel, 1), TFLOPs=round(flops / wall / 1e6),
-                        kernel_TFLOPs=round(flops / kernel / 1e6), error=round(error, 5),
-                    )  # fmt: skip
-                except Exception as e:
-                    log(op=f"prefill {name}", config=str(config), failed=repr(e)[:300])
+        pages = rng.permutation(np.arange(1, pool.pages))[: context // pool.page].astype(np.int32)
+        table = np.broadcast_to(pages, (tiles, len(pages)))
+        q = rng.standard_normal((tiles, tile, pool.heads, pool.head_dim)).astype(jnp.bfloat16)
+        integers = [a.astype(np.int32) for a in (table, start, np.full(tiles, tile))]
+        args = (jnp.asarray(q), *kv, *(jnp.asarray(a) for a in integers))
+        want = oracle(q[few], *kv, *(a[few] for a in integers))
+        error = _relative(one(*args)[few], want)
+        timing = time_chain(lambda: many(args, ((),) * calls), calls)
+        kernel = timing.kernel_us or timing.us
+        return {
+            "op": "prefill_attention",
+            "kind": kind,
+            "kv": jnp.dtype(dtype).name,
+            "context": context,
+            "config": str(config) if config else None,
+            **timing.row(),
+            "tflops": round(flops / timing.us / 1e6),
+            "kernel_tflops": round(flops / kernel / 1e6),
+            "bar_tflops": PREFILL_BARS[kind],
+            "error": round(error, 5),
+            "ok": error < ERROR_LIMIT,
+        }
+
+    return Task(name, compile, run)
+
+
+def prefill_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
+    """S = 4,096; the op's own choice of config first, with `sweep` every other, then fp8 pages."""
+    if quick:
+        return [prefill_task("causal", 64, Pool(256, kv_heads=2, head_dim=32), tile=32)]
+    context, pool = 4096, Pool(4 * 4096)
+    configs: list[PrefillConfig | None] = [None, *(prefill_search_space(HEAD_DIM, PAGE) if sweep else ())]
+    tasks = [prefill_task(kind, context, pool, config=c) for c in configs for kind in ("causal", "full")]
+    fp8 = [prefill_task(kind, context, pool, dtype=jnp.float8_e4m3fn) for kind in ("causal", "full")]
+    return tasks + fp8
+
+
+def decode_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
+    """The issue's sizes, 16 tokens a page."""
+    if quick:
+        return [decode_task(2, 32, jnp.bfloat16, Pool(256, kv_heads=2, head_dim=32), bar=None)]
+    pool, tasks = Pool(256 * 8192), []
+    for name, table in DECODE_BARS.items():
+        dtype = jnp.dtype(name)
+        for (rows, context), bar in table.items():
+            configs: list[DecodeConfig | None] = [None]
+            if sweep:
+                configs += decode_search_space(HEAD_DIM * dtype.itemsize)
+            tasks += [decode_task(rows, context, dtype, pool, bar=bar, config=c) for c in configs]
+    return tasks
+
+
+def check_task(kind: str, name: str) -> Task:
+    """One case of the test table, against float64 numpy."""
+    case = (DECODE_CASES if kind == "decode" else PREFILL_CASES)[name]
+    data = make(case)
+    options: dict[str, Any] = dict(
+        sm_scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap, k_scale=data["k_scale"],
+        v_scale=data["v_scale"],
+    )  # fmt: skip
+    lens = [data["lens"]] if kind == "decode" else [data["lens"][:, 0], data["lens"][:, 1]]
+    args = (*(data[n] for n in ("q", "k_pages", "v_pages", "page_table")), *lens)
+    op = functools.partial(decode_attention if kind == "decode" else prefill_attention, **options)
+
+    def run(compiled: Any) -> dict[str, Any]:
+        got = np.asarray(compiled(*args), np.float32)
+        want = dense_attention(case, data, case.head_dim**-0.5)
+        error = float(np.abs(got - want).max() / np.abs(want).max())
+        return {"op": f"{kind}_check", "error": round(error, 5), "ok": error < ERROR_LIMIT}
+
+    return Task(f"check {kind} {name}", lambda: jax.jit(op).lower(*args).compile(), run)
+
+
+def check_tasks(kinds: Sequence[str]) -> list[Task]:
+    cases = {"decode": DECODE_CASES, "prefill": PREFILL_CASES}
+    return [check_task(kind, name) for kind in kinds for name in cases[kind]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="decode,prefill")
-    parser.add_argument("--budget", type=float, default=100)
-    parser.add_argument("--out")
-    parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--page", type=int, default=16)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="prefill,decode")
+    parser.add_argument("--budget", type=float, default=150, help="seconds")
+    parser.add_argument("--out", help="folder of the result files (default bench/results)")
+    parser.add_argument("--sweep", action="store_true", help="every config of the search space")
+    parser.add_argument("--check", action="store_true", help="the test table first")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to try this script without a GPU")
     args = parser.parse_args()
-    log = Log(args.out, args.budget)
-    log(device=jax.devices()[0].device_kind, jax=jax.__version__)
-    if "decode" in args.only:
-        configs = [DecodeConfig(4, 3, 1), DecodeConfig(8, 3, 8)] if args.sweep else [DecodeConfig(4, 3, 2)]
-        check_cases(log, "decode", run_decode_case, configs)
-        bench_decode(log, args.sweep, args.page)
-    if "prefill" in args.only:
-        check_cases(log, "prefill", run_prefill_case, [None, PrefillConfig(64, 2, True)])
-        bench_prefill(log, args.sweep, args.page)
+    from bench.record import RESULTS, write
+
+    deadline = time.time() + args.budget
+    folder = Path(args.out) if args.out else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = args.only.split(",")
+    tasks = check_tasks(kinds) if args.check else []
+    if "prefill" in kinds:
+        tasks += prefill_tasks(sweep=args.sweep, quick=args.quick)
+    if "decode" in kinds:
+        tasks += decode_tasks(sweep=args.sweep, quick=args.quick)
+    rows = Rows(folder / "paged_attention.jsonl")
+    run_tasks(tasks, rows, GpuLock(None), deadline=deadline, threads=12)
+    print(write("paged_attention", rows.rows, folder))
 
 
 if __name__ == "__main__":

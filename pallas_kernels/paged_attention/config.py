@@ -56,3 +56,13 @@ class PrefillConfig:
 
 def prefill_heuristic(head_dim: int) -> PrefillConfig:
     return PrefillConfig(64 if head_dim > 128 else 128, 2)
+
+
+def prefill_search_space(head_dim: int, page_size: int) -> list[PrefillConfig]:
+    """Configs that fit into an SM's 227 KiB of shared memory and whose blocks are whole pages."""
+    every = itertools.product((64, 96, 128, 176, 192), (2, 3, 4), (True, False))
+    return [
+        PrefillConfig(block, stages, pingpong)
+        for block, stages, pingpong in every
+        if block % page_size == 0 and (128 + 2 * stages * block) * head_dim * 2 <= 224 * 1024
+    ]

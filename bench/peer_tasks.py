@@ -1,0 +1,122 @@
+"""The same problems through torch: cuBLAS, Marlin, Machete, CUTLASS, FlashAttention-3, cuDNN, and the JIT peers.
+
+Needs a folder with the script and the extensions of /work/shared/peers (its README tells how to build them):
+FOLDER/bench_peer_kernels.py and FOLDER/kernels/. Every peer runs in a process of its own under the GPU lock; its rows
+are checked there, timed over rotated weights in CUDA graph replay, and renamed here to the words of our own rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.tasks import Rows, Task
+
+# In order of worth: name prefixes of the script's peers. The last two compile with nvcc, some seconds a config.
+PEERS = (
+    "machete",
+    "marlin_vllm0.25.1:w4a16",
+    "cutlass_scaled_mm_vllm0.25.1:fp8_rowwise",
+    "cutlass_scaled_mm_vllm0.25.1:w8a8_int8_rowwise",
+    "marlin_vllm0.25.1:w8a16",
+    "attn",
+    "cublaslt_scaled_mm",
+    "torch_scaled_mm",
+    "torch_int_mm",
+    "cublas:bf16",
+    "tinygemm",
+)
+JIT_PEERS = ("deepgemm", "humming_0.1.19:w4a16")
+_NAMES = {
+    "cutlass_scaled_mm_vllm0.25.1:fp8_rowwise": "cutlass_scaled_mm_fp8_rowwise",
+    "cutlass_scaled_mm_vllm0.25.1:w8a8_int8_rowwise": "cutlass_scaled_mm_w8a8_int8_rowwise",
+    "marlin_vllm0.25.1:w8a16_g128": "marlin_w8a16",
+    "marlin_vllm0.25.1:w4a16_g128": "marlin",
+}
+
+
+def python_with_torch() -> str | None:
+    """An interpreter that imports torch: this one, or the system's."""
+    for candidate in (sys.executable, shutil.which("python3"), "/usr/bin/python3", "/usr/local/bin/python3"):
+        if candidate and not subprocess.run([candidate, "-c", "import torch"], capture_output=True).returncode:
+            return candidate
+    return None
+
+
+def row_of(line: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, Any] | None:
+    """A line of the peers' script in our words; None for its notes."""
+    if "peer" not in line or not {"us", "error"} & set(line):
+        return None
+    name = f"{line['peer']}:{line['scheme']}" if "scheme" in line else line["peer"]
+    short = _NAMES.get(name, line["peer"].split("_vllm")[0].split("_0.1")[0])
+    row: dict[str, Any] = {"op": "peer", "peer": short, "scheme": line.get("scheme")}
+    named = {(n, k): shape for shape, (n, k) in shapes.items()}
+    if "M" in line:
+        row |= {"shape": named.get((line["N"], line["K"])), "n": line["N"], "k": line["K"], "m": line["M"]}
+    if "B" in line:
+        row |= {"rows": line["B"], "context": line["ctx"]}
+    if "error" in line:
+        return row | {"failed": line["error"]}
+    for theirs, ours in (("us", "us"), ("TFLOPs", "tflops"), ("err", "error"), ("ok", "ok"), ("timing", "timing")):
+        if theirs in line:
+            row[ours] = line[theirs]
+    return row
+
+
+def peer_tasks(
+    folder: Path, shapes: dict[str, tuple[int, int]], ms: Sequence[int], rows: Rows, *, seconds: float, jit: bool
+) -> list[Task]:
+    """One task a peer; a task's rows go to `rows` as they come, its own row counts them."""
+    parts = Path(tempfile.gettempdir()) / "peers"
+    env = {**os.environ, "PEERS_DIR": str(parts)}
+
+    def unpack() -> str | None:
+        if not (parts / "dg").exists():
+            subprocess.run(["bash", str(folder / "kernels" / "unpack.sh")], env=env, check=True, capture_output=True)
+        python = python_with_torch()
+        if python is None:
+            raise RuntimeError("no Python with torch found: peers that come through torch are left out")
+        return python
+
+    def task(peer: str, limit: float) -> Task:
+        def run(python: str) -> dict[str, Any]:
+            out = Path(tempfile.mkdtemp()) / "rows.jsonl"
+            command = [python, str(folder / "bench_peer_kernels.py"), "--peers", peer, "--parts", str(parts)]
+            command += ["--ms", ",".join(map(str, ms)), "--seconds", str(limit), "--peer-seconds", str(limit)]
+            command += ["--shapes", ",".join(f"{n}x{k}" for n, k in shapes.values()), "--out", str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit + 30)
+            lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+            found = [row for line in lines if (row := row_of(line, shapes))]
+            for row in found:
+                named = " ".join(str(row[key]) for key in ("shape", "m", "rows", "context") if key in row)
+                rows.add({"key": f"peer {row['peer']} {named}", **row})
+            if done.returncode or not found:
+                raise RuntimeError(f"{peer}: no rows (exit {done.returncode}): {done.stderr.strip()[-300:]}")
+            return {"op": "peer_run", "peer": peer, "count": len(found)}
+
+        return Task(f"peer {peer}", unpack, run, limit=limit + 40)
+
+    def prefill() -> Task:
+        def run(python: str) -> dict[str, Any]:
+            script = Path(__file__).parent / "peer_prefill.py"
+            command = [python, str(script), "--parts", str(parts)]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+            found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            for row in found:
+                rows.add({"key": f"peer {row['peer']} {row['kind']}", **row})
+            if not found:
+                raise RuntimeError(f"no rows (exit {done.returncode}): {done.stderr.strip()[-300:]}")
+            return {"op": "peer_run", "peer": "prefill", "count": len(found)}
+
+        return Task("peer prefill", unpack, run, limit=80)
+
+    tasks = [task(peer, seconds) for peer in PEERS]
+    tasks.insert(2, prefill())
+    return tasks + ([task(peer, 60) for peer in JIT_PEERS] if jit else [])

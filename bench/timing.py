@@ -1,0 +1,155 @@
+"""The one way an op is timed here.
+
+A *chain* is one jitted program of `calls` calls of the op, each on a replica of its weights of its own, so that they
+come from HBM and not from the 50 MB of L2; XLA replays it from a command buffer (a CUDA graph). The time of a call is
+the slope of wall clock over the number of queued chains: launch gaps are in it, the host's one wait at the end is not.
+Beside it stands the sum of the call's kernel durations by CUPTI. Processes that share the GPU take a `GpuLock` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROTATED_BYTES = 256e6  # five times an H200's L2
+MOST_REPLICAS = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """us: wall clock of a call; kernel_us: its kernels' durations (None without CUPTI); both in microseconds."""
+
+    us: float
+    kernel_us: float | None
+    kernels: tuple[str, ...] = ()  # their names
+
+    def row(self) -> dict[str, Any]:
+        kernel_us = None if self.kernel_us is None else round(self.kernel_us, 3)
+        return {"us": round(self.us, 3), "kernel_us": kernel_us, "kernels": [n[:60] for n in self.kernels[:4]]}
+
+
+def replicas(rotated_bytes: float, least: int = 2) -> int:
+    """How many copies of `rotated_bytes` exceed the L2 five times."""
+    return int(min(MOST_REPLICAS, max(least, math.ceil(ROTATED_BYTES / max(rotated_bytes, 1)))))
+
+
+def chain(op: Callable[..., Any], *, carried: bool = False) -> Any:
+    """A jitted run(fixed, rotated): op(*fixed, *r) for each r of `rotated`; all results are returned, so that none is dropped.
+
+    With `carried` the first of `fixed` is replaced by each call's result, which is then all that is returned.
+    """
+    inner = jax.jit(op)  # traced and lowered once, not per call
+
+    def run(fixed: tuple, rotated: tuple[tuple, ...]) -> Any:
+        results = []
+        for r in rotated:
+            result = inner(*fixed, *r)
+            if carried:
+                fixed = (result, *fixed[1:])
+            else:
+                results.append(result)
+        return fixed[0] if carried else results
+
+    return jax.jit(run)
+
+
+def abstract(tree: Any) -> Any:
+    """The same pytree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+def kernel_durations(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, microseconds) of every kernel that `run` launches; empty where there is no CUPTI."""
+    if jax.devices()[0].platform != "gpu":
+        return []
+    from jax._src.lib import mosaic_gpu
+
+    extension = mosaic_gpu._mosaic_gpu_ext
+    extension._cupti_init()
+    try:
+        jax.block_until_ready(run())
+    finally:
+        timings = extension._cupti_get_timings(True)
+    return [(name, milliseconds * 1e3) for name, milliseconds in timings or ()]
+
+
+def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.06, repeats: int = 5) -> Timing:
+    """Times a compiled chain of `calls` calls; `run` queues it once and returns its results.
+
+    Three warm-up runs let XLA record its command buffer. Each of `repeats` measurements queues about `seconds` of work.
+    """
+    for _ in range(3):
+        jax.block_until_ready(run())
+    kernels = kernel_durations(run)
+
+    def wall(chains: int) -> float:
+        began = time.perf_counter()
+        out = None
+        for _ in range(chains):
+            out = run()
+        jax.block_until_ready(out)
+        return time.perf_counter() - began
+
+    alone = statistics.median(wall(1) for _ in range(3))
+    many = int(min(400, max(2, seconds / alone)))
+    slopes = [(wall(1 + many) - wall(1)) / many for _ in range(repeats)]
+    names = tuple(sorted({name for name, _ in kernels}))
+    duration = sum(us for _, us in kernels) / calls if kernels else None
+    return Timing(statistics.median(slopes) / calls * 1e6, duration, names)
+
+
+def hbm_bytes_per_second(gigabytes: float = 2.0) -> float:
+    """What a sum over an array far larger than the L2 reads a second."""
+    x = jnp.ones((int(gigabytes * 2**30) // 8192, 4096), jnp.bfloat16)
+    total = jax.jit(lambda a: jnp.sum(a, dtype=jnp.float32)).lower(x).compile()
+    timing = time_chain(lambda: total(x), 1)
+    return x.nbytes / ((timing.kernel_us or timing.us) * 1e-6)
+
+
+class GpuLock:
+    """One process at a time on the GPU; of those that wait, the lowest `rank` first.
+
+    `folder` is shared by the processes; without one the lock is always free. While held, `held.json` names the holder,
+    since when and for how many seconds at most, by which a watchdog tells a hung kernel.
+    """
+
+    def __init__(self, folder: Path | None, rank: int = 0):
+        self.folder, self.rank = folder, rank
+
+    @contextlib.contextmanager
+    def hold(self, what: str, limit: float = 30.0) -> Iterator[None]:
+        if self.folder is None:
+            yield
+            return
+        want = self.folder / f"want-{self.rank:03d}-{os.getpid()}"
+        want.touch()
+        with (self.folder / "lock").open("w") as file:
+            while True:
+                first = min(p.name for p in self.folder.glob("want-*"))
+                if first == want.name:
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                time.sleep(0.01)
+            want.unlink(missing_ok=True)
+            held = self.folder / "held.json"
+            partial = self.folder / f"held-{os.getpid()}"
+            partial.write_text(json.dumps({"pid": os.getpid(), "what": what, "since": time.time(), "limit": limit}))
+            partial.replace(held)
+            try:
+                yield
+            finally:
+                held.unlink(missing_ok=True)
+                fcntl.flock(file, fcntl.LOCK_UN)
