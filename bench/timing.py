@@ -46,7 +46,7 @@ def replicas(rotated_bytes: float, least: int = 2) -> int:
 
 
 def chain(op: Callable[..., Any], *, carried: bool = False) -> Any:
-    """A jitted run(fixed, rotated): op(*fixed, *r) for each r of `rotated`; it returns all results, so that XLA drops none.
+    """A jitted run(fixed, rotated) -> [op(*fixed, *r) for r in rotated]; XLA would drop what is not returned.
 
     With `carried` the first of `fixed` is replaced by each call's result, which is then all that is returned.
     """
