@@ -8,6 +8,8 @@ import itertools
 
 from pallas_kernels.a16.decode_sm90 import WARPS, Config, Plan
 
+MAX_M = 16  # beyond it the tensor core's small tiles cost more than the wgmma kernel's start
+
 
 def search_space(plan: Plan) -> list[Config]:
     """All configurations that can run `plan`'s problem, best estimate first."""

@@ -77,7 +77,7 @@ class Plan(Problem):
 
     @property
     def clusters(self) -> int:
-        return min(self.tiles, self.sms // self.config.split)
+        return min(self.tiles, self.most_clusters(self.config.split))
 
     @property
     def flush_k(self) -> int:  # columns summed before a scale is applied
@@ -371,7 +371,10 @@ def _multiply(plan: Plan, b: _Block, x_lanes, stage: Int, unit: Int, acc: list[i
             for r in range(c.row_tiles):
                 at = table + r * size + plan.table_bytes()[0]
                 pair = ptx.load_shared_u16(at + _local_group(plan, k0, flush) * 16 + (b.lane // 4) * 2)
-                zeros[r] = (zero_pair(plan.x_dtype, pair, False), zero_pair(plan.x_dtype, pair, True))
+                zeros[r] = (
+                    zero_pair(plan.kind, plan.x_dtype, pair, False),
+                    zero_pair(plan.kind, plan.x_dtype, pair, True),
+                )
         part = (step % kind.steps) * kind.words
         for r in range(c.row_tiles):
             a = DEQUANT[kind.name](plan.x_dtype, words[r][part : part + kind.words], zeros.get(r))

@@ -39,14 +39,25 @@ class Kind:
 KINDS = {"u4": Kind("u4", 1, 64), "s8": Kind("s8", 2, 32), "e4m3": Kind("e4m3", 2, 32)}
 
 
-def zero_pair(dtype: str, zeros: Int, high: bool) -> Int:
-    """Byte 0 (row g) or byte 1 (row g + 8) of `zeros` -> magic + zero in both halves of a word."""
-    magic = Int.of(both(MAGIC[dtype]))
-    # prmt picks bytes: 0..3 of zeros, 4..7 of the magic word.
-    low = 1 if high else 0
-    if dtype == "bf16":  # 0x43zz with zz < 128
-        return prmt(zeros, magic, 0x5050 | low << 8 | low)
-    return prmt(zeros, magic, 0x5050 | low << 8 | low)
+def zero_pair(kind: Kind, dtype: str, zeros: Int, high: bool) -> Int:
+    """Byte 0 (row g) or byte 1 (row g + 8) of `zeros` -> what `DEQUANT` subtracts, in both halves of a word.
+
+    u4: magic + zero (0..15). s8: the zero itself, -128..127, whose difference with a value is exact in 9 bits.
+    """
+    byte = 1 if high else 0
+    # prmt picks bytes: 0..3 of zeros, 4..7 of the other word.
+    if kind.name == "u4":
+        return prmt(zeros, Int.of(both(MAGIC[dtype])), 0x5050 | byte << 8 | byte)
+    return _signed(dtype, prmt(zeros, Int.of(0), 0x4040 | byte << 8 | byte))
+
+
+def _signed(dtype: str, word: Int) -> Int:
+    """int8 in the low byte of each half: the low seven bits minus 128 where the sign bit is set.
+
+    Under the magic number that bit turns 128 into 256 (bf16's exponent) or 1024 into 1152 (fp16's mantissa).
+    """
+    magic = both(MAGIC[dtype])
+    return packed("sub", dtype, lop3_and_or(word, both(0x7F), magic), lop3_and_or(word, both(0x80), magic))
 
 
 def u4(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]:
@@ -61,14 +72,10 @@ def u4(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]
 
 
 def s8(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]:
-    """int8: the low seven bits minus 128 where the sign bit is set (that bit turns 128 into 256 in bf16's exponent)."""
-    magic = both(MAGIC[dtype])
+    """int8 value, minus the zero of its row where there is one."""
     out = []
     for i in range(4):
-        word = words[i // 2] >> (8 * (i % 2))
-        magnitude = lop3_and_or(word, both(0x7F), magic)
-        sign = lop3_and_or(word, both(0x80), magic)
-        value = packed("sub", dtype, magnitude, sign)
+        value = _signed(dtype, words[i // 2] >> (8 * (i % 2)))
         out.append(packed("sub", dtype, value, zeros[i % 2]) if zeros else value)
     return out
 

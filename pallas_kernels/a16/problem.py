@@ -37,6 +37,10 @@ class Problem:
     def groups(self) -> int:
         return -(-self.k // self.group)
 
+    def most_clusters(self, split: int) -> int:
+        """Clusters of `split` blocks that run at once: Hopper's SMs come in 8 groups that a cluster cannot straddle."""
+        return self.sms // split if split <= 2 else max(1, self.sms // 8 // split * 8)
+
     @property
     def scale_record(self) -> int:  # bytes of one group's 16 scales
         return 16 * (4 if self.scale_dtype == "f32" else 2)

@@ -64,7 +64,7 @@ class Plan(Problem):
 
     @property
     def clusters(self) -> int:
-        return min(self.tiles, self.sms // self.config.split)
+        return min(self.tiles, self.most_clusters(self.config.split))
 
     @property
     def k_block(self) -> int:
@@ -81,6 +81,18 @@ class Plan(Problem):
     @property
     def row_tiles(self) -> int:
         return self.config.rows // ROWS
+
+    @property
+    def producer_registers(self) -> int:
+        return 40 if self.config.warpgroups < 4 else 24
+
+    @property
+    def consumer_registers(self) -> int:
+        """What the block was launched with, less the producers' share; setmaxnreg waits for ever for one more than
+        there are (2 x 240 did, on an H200). ptxas gives a launched thread the most that the block's size allows."""
+        groups = self.config.warpgroups + 1
+        launched = min(65536 // (128 * groups) // 8 * 8, 248) * groups
+        return min((launched - self.producer_registers) // self.config.warpgroups // 8 * 8, 240)
 
     @property
     def x_bytes(self) -> int:
@@ -215,12 +227,11 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     producer = b.warp.lt(warps)
     op = arith.xori(producer, arith.constant(ir.IntegerType.get_signless(1), 1))
     with ptx.when(op):
-        ptx.set_registers(40, increase=False)
+        ptx.set_registers(plan.producer_registers, increase=False)
         with ptx.when(b.warp.eq(warps)):
             _produce(plan, ctx, b, tile_count, x_ref, w_ref, [s_ref, *optional])
     with ptx.when(producer):
-        # With the producers' 40 at most 65536 in all: one more and setmaxnreg waits for ever (2 x 240 did, on an H200).
-        ptx.set_registers({1: 240, 2: 232, 3: 152, 4: 112}[c.warpgroups], increase=True)
+        ptx.set_registers(plan.consumer_registers, increase=True)
         _consume(plan, b, tile_count, s_ref, y_ref)
 
 
@@ -367,7 +378,7 @@ def _fragments(plan: Plan, b: _Block, base: Int, block: int) -> list[list[Int]]:
                 scales = _pair16(plan, table + b.warp * sizes[0] + group * plan.scale_record, b.lane)
             if sizes[1]:
                 pair = ptx.load_shared_u16(zero_table + b.warp * sizes[1] + group * 16 + (b.lane // 4) * 2)
-                zeros = zero_pair(dtype, pair, False), zero_pair(dtype, pair, True)
+                zeros = zero_pair(kind, dtype, pair, False), zero_pair(kind, dtype, pair, True)
             if sizes[2]:
                 offsets = _pair16(plan, offset_table + b.warp * sizes[2] + group * plan.scale_record, b.lane)
         a = DEQUANT[kind.name](dtype, words[step * kind.words : (step + 1) * kind.words], zeros)

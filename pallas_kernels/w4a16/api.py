@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.w4a16 import layout as layouts
-from pallas_kernels.w4a16 import reference
+from pallas_kernels.w4a16 import mosaic_sm90, reference
 
 X_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -41,7 +41,8 @@ def w4a16_matmul(
         returned them.
       implementation: name of one implementation (see `pallas_kernels.explain`), None chooses.
 
-    Returns: [M, N] in x's dtype; W is rounded to x's dtype at most once, sums are in float32.
+    Returns: [M, N] in x's dtype; sums are in float32. W is rounded to x's dtype at most once, except that the wgmma
+      kernel rounds scales of another dtype than x's to it first.
 
     Raises ValueError for shapes or dtypes outside the above.
     """
@@ -70,9 +71,7 @@ def _check(x, qweight, scale, zero, offset, perm, group_size, layout) -> None:
         raise ValueError("w4a16_matmul: give zero or offset, not both")
     if perm is not None and (perm.shape != (k,) or perm.dtype != jnp.int32):
         raise ValueError(f"w4a16_matmul: perm must be int32 {(k,)}, got {perm.dtype} {perm.shape}")
-    if layout not in layouts.LAYOUTS:
-        raise ValueError(f"w4a16_matmul: unknown layout {layout!r}; known: {', '.join(layouts.LAYOUTS)}")
-    if layout != "canonical":
+    if layouts.parse(layout) is not None:
         return
     if qweight.ndim != 2 or qweight.dtype != jnp.uint8 or 2 * qweight.shape[1] != k:
         raise ValueError(f"w4a16_matmul: qweight must be uint8 [N, {k / 2:g}], got {qweight.dtype} {qweight.shape}")
@@ -89,4 +88,11 @@ def _check(x, qweight, scale, zero, offset, perm, group_size, layout) -> None:
             raise ValueError(f"w4a16_matmul: {name} must be a float dtype, got {a.dtype}")
 
 
-dispatch.register("w4a16_matmul", [dispatch.Implementation("xla", reference.w4a16_matmul)])
+dispatch.register(
+    "w4a16_matmul",
+    [
+        dispatch.Implementation("decode_sm90", mosaic_sm90.decode, dispatch.hopper_only),
+        dispatch.Implementation("wgmma_sm90", mosaic_sm90.wgmma, dispatch.hopper_only),
+        dispatch.Implementation("xla", reference.w4a16_matmul),
+    ],
+)

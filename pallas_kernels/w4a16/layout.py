@@ -1,15 +1,19 @@
 """Canonical arrays <-> the arrays that kernels read. Every layout keeps N as the first axis.
 
 canonical: qweight uint8 [N, K/2] (low nibble = even k), scale [N, G], zero uint8 [N, G] or None, offset [N, G] or None.
+sm90: see `pallas_kernels.a16.layout`.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
+from pallas_kernels.a16 import fragments
+from pallas_kernels.a16 import layout as sm90
 from pallas_kernels.dispatch import Device, current_device
 
-LAYOUTS = ("canonical",)
 Arrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 
 
@@ -20,16 +24,15 @@ def preferred_layout(n: int, k: int, group_size: int, zero_kind: str, device: De
     """
     if zero_kind not in ("none", "int", "offset"):
         raise ValueError(f"zero_kind must be 'none', 'int' or 'offset', got {zero_kind!r}")
-    del n, k, group_size
-    device = device or current_device()
-    return "canonical"
+    return sm90.preferred(n, k, group_size, device or current_device())
 
 
-def _known(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown w4a16 layout {layout!r}; known: {', '.join(LAYOUTS)}")
+def parse(layout: str) -> sm90.Layout | None:
+    """None for "canonical". Raises ValueError for an unknown name."""
+    return sm90.parse("w4a16_matmul", layout)
 
 
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def to_layout(
     qweight: jax.Array,
     scale: jax.Array,
@@ -38,12 +41,26 @@ def to_layout(
     layout: str,
     group_size: int,
 ) -> Arrays:
-    """Canonical (qweight, scale, zero, offset) -> the same four in `layout`."""
-    del group_size
-    _known(layout)
-    return qweight, scale, zero, offset
+    """Canonical (qweight, scale, zero, offset) -> the same four in `layout`.
+
+    Raises ValueError for a layout that does not fit the weight: take it from `preferred_layout`.
+    """
+    if parse(layout) is None:
+        return qweight, scale, zero, offset
+    n, k = qweight.shape[0], 2 * qweight.shape[1]
+    sm90.check("w4a16_matmul", layout, n, k, group_size)
+    rows, columns = sm90.padded_shape(n, k, group_size)
+    groups = sm90.groups_of(columns, k, group_size)
+    packed = fragments.pack4(sm90.pad(qweight, rows, columns // 2))
+    return (
+        packed,
+        sm90.pack_scale(scale, rows, groups, offset is not None),
+        None if zero is None else sm90.pack_table(zero, rows, groups),
+        None if offset is None else sm90.pack_table(offset, rows, groups),
+    )
 
 
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def from_layout(
     qweight: jax.Array,
     scale: jax.Array,
@@ -53,6 +70,15 @@ def from_layout(
     group_size: int,
 ) -> Arrays:
     """The bit-exact inverse of `to_layout`."""
-    del group_size
-    _known(layout)
-    return qweight, scale, zero, offset
+    found = parse(layout)
+    if found is None:
+        return qweight, scale, zero, offset
+    canonical = fragments.unpack4(qweight)
+    n, k = found.n or canonical.shape[0], found.k or 2 * canonical.shape[1]
+    groups = sm90.groups_of(k, k, group_size)
+    return (
+        canonical[:n, : k // 2],
+        sm90.unpack_scale(scale, n, groups),
+        None if zero is None else sm90.unpack_table(zero, n, groups),
+        None if offset is None else sm90.unpack_table(offset, n, groups),
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.w8a16 import layout as layouts
-from pallas_kernels.w8a16 import reference
+from pallas_kernels.w8a16 import mosaic_sm90, reference
 
 X_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 Q_DTYPES = (jnp.int8, jnp.uint8, jnp.float8_e4m3fn)
@@ -37,7 +37,8 @@ def w8a16_matmul(
         returned them.
       implementation: name of one implementation (see `pallas_kernels.explain`), None chooses.
 
-    Returns: [M, N] in x's dtype; W is rounded to x's dtype at most once, sums are in float32.
+    Returns: [M, N] in x's dtype; sums are in float32. W is rounded to x's dtype at most once, except that the wgmma
+      kernel rounds scales of another dtype than x's to it first.
 
     Raises ValueError for shapes or dtypes outside the above.
     """
@@ -55,9 +56,7 @@ def _check(x, qweight, scale, zero, perm, group_size, layout) -> None:
         raise ValueError(f"w8a16_matmul: group_size must be positive, or -1 for K, got {group_size}")
     if perm is not None and (perm.shape != (k,) or perm.dtype != jnp.int32):
         raise ValueError(f"w8a16_matmul: perm must be int32 {(k,)}, got {perm.dtype} {perm.shape}")
-    if layout not in layouts.LAYOUTS:
-        raise ValueError(f"w8a16_matmul: unknown layout {layout!r}; known: {', '.join(layouts.LAYOUTS)}")
-    if layout != "canonical":
+    if layouts.parse(layout) is not None:
         return
     if qweight.ndim != 2 or qweight.dtype not in Q_DTYPES or qweight.shape[1] != k:
         raise ValueError(
@@ -73,4 +72,11 @@ def _check(x, qweight, scale, zero, perm, group_size, layout) -> None:
         raise ValueError(f"w8a16_matmul: zero must be an integer dtype, got {zero.dtype}")
 
 
-dispatch.register("w8a16_matmul", [dispatch.Implementation("xla", reference.w8a16_matmul)])
+dispatch.register(
+    "w8a16_matmul",
+    [
+        dispatch.Implementation("decode_sm90", mosaic_sm90.decode, dispatch.hopper_only),
+        dispatch.Implementation("wgmma_sm90", mosaic_sm90.wgmma, dispatch.hopper_only),
+        dispatch.Implementation("xla", reference.w8a16_matmul),
+    ],
+)

@@ -1,15 +1,21 @@
 """Canonical arrays <-> the arrays that kernels read. Every layout keeps N as the first axis.
 
 canonical: qweight [N, K] int8 | uint8 | float8_e4m3fn, scale [N, G], [N, 1] or [1, 1], zero like scale or None.
+sm90: see `pallas_kernels.a16.layout`. uint8 weights are stored with their top bit flipped (u - 128 as int8, in an
+array that stays uint8), uint8 zeros beside them likewise.
 """
 
 from __future__ import annotations
 
-import jax
+import functools
 
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.a16 import fragments
+from pallas_kernels.a16 import layout as sm90
 from pallas_kernels.dispatch import Device, current_device
 
-LAYOUTS = ("canonical",)
 Arrays = tuple[jax.Array, jax.Array, jax.Array | None]
 
 
@@ -20,25 +26,49 @@ def preferred_layout(n: int, k: int, group_size: int, zero_kind: str, device: De
     """
     if zero_kind not in ("none", "int"):
         raise ValueError(f"zero_kind must be 'none' or 'int', got {zero_kind!r}")
-    del n, k, group_size
-    device = device or current_device()
-    return "canonical"
+    return sm90.preferred(n, k, group_size, device or current_device())
 
 
-def _known(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown w8a16 layout {layout!r}; known: {', '.join(LAYOUTS)}")
+def parse(layout: str) -> sm90.Layout | None:
+    """None for "canonical". Raises ValueError for an unknown name."""
+    return sm90.parse("w8a16_matmul", layout)
 
 
+def _flip(a: jax.Array) -> jax.Array:
+    return a ^ 128 if a.dtype == jnp.uint8 else a
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def to_layout(qweight: jax.Array, scale: jax.Array, zero: jax.Array | None, layout: str, group_size: int) -> Arrays:
-    """Canonical (qweight, scale, zero) -> the same three in `layout`."""
-    del group_size
-    _known(layout)
-    return qweight, scale, zero
+    """Canonical (qweight, scale, zero) -> the same three in `layout`.
+
+    Raises ValueError for a layout that does not fit the weight: take it from `preferred_layout`.
+    """
+    if parse(layout) is None:
+        return qweight, scale, zero
+    n, k = qweight.shape
+    sm90.check("w8a16_matmul", layout, n, k, group_size)
+    rows, columns = sm90.padded_shape(n, k, group_size)
+    groups = sm90.groups_of(columns, k, group_size)
+    packed = fragments.pack8(sm90.pad(_flip(qweight), rows, columns))
+    return (
+        packed,
+        sm90.pack_scale(scale, rows, groups, False),
+        None if zero is None else sm90.pack_table(_flip(zero), rows, groups),
+    )
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def from_layout(qweight: jax.Array, scale: jax.Array, zero: jax.Array | None, layout: str, group_size: int) -> Arrays:
     """The bit-exact inverse of `to_layout`."""
-    del group_size
-    _known(layout)
-    return qweight, scale, zero
+    found = parse(layout)
+    if found is None:
+        return qweight, scale, zero
+    canonical = fragments.unpack8(qweight)
+    n, k = found.n or canonical.shape[0], found.k or canonical.shape[1]
+    groups = sm90.groups_of(k, k, group_size)
+    return (
+        _flip(canonical[:n, :k]),
+        sm90.unpack_scale(scale, n, groups),
+        None if zero is None else _flip(sm90.unpack_table(zero, n, groups)),
+    )

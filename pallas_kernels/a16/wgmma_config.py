@@ -1,0 +1,63 @@
+"""Which tile configuration the wgmma kernel takes: a model of its time, not yet calibrated on a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+from pallas_kernels.a16.wgmma_sm90 import Config, Plan
+
+CLOCK = 1700.0  # cycles per microsecond under load
+
+
+def search_space(plan: Plan) -> list[Config]:
+    """All configurations that can run `plan`'s problem, best estimate first."""
+    return [config for _, config in _ranked(dataclasses.replace(plan, config=Config()))]
+
+
+def heuristic(plan: Plan) -> Config:
+    """The configuration with the smallest estimated time. Raises NotImplementedError when none can run it."""
+    ranked = _ranked(dataclasses.replace(plan, config=Config()))
+    if not ranked:
+        raise NotImplementedError(
+            f"wgmma kernel: no configuration takes N = {plan.n}, K = {plan.k}, group {plan.group}"
+        )
+    return ranked[0][1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _ranked(plan: Plan) -> tuple[tuple[float, Config], ...]:
+    found = []
+    most = max(16, min(256, -(-plan.m // 16) * 16))
+    m_tiles = sorted({t for t in (16, 32, 48, 64, 96, 128, 192, 256) if t <= most} | ({most} if most < 256 else set()))
+    for warpgroups, m_tile, k_step, split in itertools.product((1, 2, 3, 4), m_tiles, (64, 128, 256), (1, 2, 4, 8)):
+        if m_tile > {1: 256, 2: 256, 3: 160, 4: 128}[warpgroups]:  # registers of the accumulators
+            continue
+        if split > 1 and plan.m > 1024:  # there are tiles for everybody
+            continue
+        config = Config(warpgroups, m_tile, k_step, split)
+        candidate = dataclasses.replace(plan, config=config)
+        try:
+            candidate.check()
+        except NotImplementedError:
+            continue
+        found.append((estimate(candidate), config))
+    return tuple(sorted(found, key=lambda pair: pair[0]))
+
+
+def estimate(plan: Plan) -> float:
+    """Microseconds: rounds of tiles, each the slowest of tensor core, dequantization, L2 and HBM, plus its ends."""
+    c = plan.config
+    rounds = -(-plan.tiles // plan.clusters)
+    blocks = plan.k_block / 16
+    tensor = max(c.m_tile / 2, 16) * c.warpgroups * blocks
+    # One warpgroup alone waits for its own dequantization; several hide it behind each other's products.
+    convert = blocks * (16 + 12 * plan.kind.words) * c.warpgroups
+    busy = tensor + convert if c.warpgroups == 1 else max(tensor * 1.05, convert) + 0.15 * min(tensor, convert)
+    per_step = plan.copied_bytes / 24.0  # bytes per cycle from L2
+    copies = plan.steps * per_step
+    meet = 900 + (c.m_tile * c.rows / 40 if c.split == 1 else 600 + c.m_tile * c.rows / 16)
+    cycles = rounds * (max(busy, copies) + meet)
+    hbm = plan.n * plan.k * plan.kind.words / 2 / 4.6e6
+    return max(cycles / CLOCK, hbm) + 3.5
