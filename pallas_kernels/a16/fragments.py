@@ -41,17 +41,19 @@ def unpack4(packed: jax.Array) -> jax.Array:
 def pack8(qweight: jax.Array) -> jax.Array:
     """[N, K] of an 8-bit type -> [N/16, 16 K] of the same type; N % 16 == 0 and K % 32 == 0."""
     n, k = qweight.shape
-    # axes: tile, h, g, block, step, j, c, e -> tile, block, g, c, step, j, e, h
-    b = qweight.reshape(n // 16, 2, 8, k // 32, 2, 2, 4, 2)
-    return b.transpose(0, 3, 2, 6, 4, 5, 7, 1).reshape(n // 16, 16 * k)
+    b = qweight.reshape(n // 16, 2, 8, k // 32, 4, 4, 2)  # tile, h, g, block, (step, j), c, e
+    word = jnp.stack([b[:, 0], b[:, 1]], axis=-1)  # tile, g, block, (step, j), c, e, h
+    return word.transpose(0, 2, 1, 4, 3, 5, 6).reshape(n // 16, 16 * k)
 
 
 def unpack8(packed: jax.Array) -> jax.Array:
     """The inverse of `pack8`."""
     tiles, size = packed.shape
     k = size // 16
-    b = packed.reshape(tiles, k // 32, 8, 4, 2, 2, 2, 2)
-    return b.transpose(0, 7, 2, 1, 4, 5, 3, 6).reshape(tiles * 16, k)
+    word = packed.reshape(tiles, k // 32, 8, 4, 4, 4)  # tile, block, g, c, (step, j), (e, h)
+    # Not as one transpose of eight axes: XLA's CPU compiler takes minutes for that.
+    b = jnp.stack([word[..., 0::2], word[..., 1::2]], axis=1)  # tile, h, block, g, c, (step, j), e
+    return b.transpose(0, 1, 3, 2, 5, 4, 6).reshape(tiles * 16, k)
 
 
 def pack_groups(a: jax.Array) -> jax.Array:

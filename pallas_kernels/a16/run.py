@@ -1,4 +1,4 @@
-"""From an op's arguments in the "sm90" layout to one of the kernels: pads x, completes tables, picks a configuration."""
+"""From an op's arguments in the "sm90" layout to one of the kernels: pads x, completes tables, picks a config."""
 
 from __future__ import annotations
 

@@ -129,23 +129,35 @@ def call(case: Case, data, packed, layout: str, **more):
     return pallas_kernels.w8a16_matmul(jnp.asarray(data.x), q, s, z, **kwargs, **more)
 
 
-# The layout depends on M in nothing.
-LAYOUT_CASES = list({dataclasses.replace(c, m=2): None for c in CASES if not c.poison})
+# In float32, so that the CPU's sums are exact enough. The layout depends on M in nothing; each of these differs from the others in what is packed or padded.
+LAYOUT_CASES = tuple(
+    dataclasses.replace(c, x_dtype="float32")
+    for c in (
+        Case("uint4", 2, 128, 512, 32, "int", perm=True),
+        Case("uint4", 2, 128, 512, 128, "offset", scale_dtype="float16"),
+        Case("uint4", 2, 128, 512, -1, "offset"),
+        Case("uint4", 2, 128, 512, scales="one"),
+        Case("uint4", 2, 100, 200, 64, "int"),
+        Case("int8", 2, 128, 512, scales="row", scale_dtype="float32"),
+        Case("int8", 2, 100, 200, 64),
+        Case("uint8", 2, 100, 160, 32, "int"),
+        Case("uint8", 2, 128, 512, zero="int", scales="one"),
+        Case("float8_e4m3fn", 2, 128, 512, 128),
+    )
+)
 
 
-def test_layout_round_trip_and_xla_on_it() -> None:
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+def test_layout_round_trip_and_xla_on_it(case: Case) -> None:
     """Every kind of weight: back bit for bit, and XLA on the packed arrays is right."""
-    for case in LAYOUT_CASES:
-        data, arrays, packed, back, layout = pack(case)
-        assert layout.startswith("sm90")
-        for a, b in zip(arrays, back):
-            assert (a is None) == (b is None), case
-            if a is not None:
-                assert a.dtype == b.dtype
-                np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8), str(case))
-        if case.span == 1.0:
-            ratio = worst(case, data, np.asarray(call(case, data, packed, layout).astype(jnp.float32)))
-            assert ratio <= 1, f"{case}: {ratio}"
+    data, arrays, packed, back, layout = pack(case)
+    assert layout == ("sm90" if case.n == 128 else f"sm90:{case.n}x{case.k}")
+    for a, b in zip(arrays, back):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+    assert worst(case, data, np.asarray(call(case, data, packed, layout).astype(jnp.float32))) <= 1
 
 
 def test_layout_names_its_misfits() -> None:
@@ -192,28 +204,46 @@ def test_explain_says_what_keeps_a_call_on_xla() -> None:
         kwargs = dict(group_size=case.group_size, device=H200)
         choice = pallas_kernels.explain(op, jnp.asarray(data.x), q, s, layout=layout, **kwargs)
         assert choice.chosen == "xla" and all(reason in why for _, why in choice.refused)
-        data, arrays, *_ = pack(Case("int8", 4, 256, 1024))
+    data, arrays, *_ = pack(Case("int8", 4, 256, 1024))
     choice = pallas_kernels.explain("w8a16_matmul", jnp.asarray(data.x), *arrays[:2], **kwargs)
     assert choice.chosen == "xla" and all("canonical layout" in why for _, why in choice.refused)
 
 
-@pytest.mark.parametrize("name", ["decode_sm90", "wgmma_sm90"])
-def test_every_case_traces_or_says_why_not(name: str) -> None:
-    """Lowered for CUDA as far as a kernel's Mosaic module, which checks shapes, shared memory and layouts."""
-    seen = set()
-    for case in CASES:
-        family = dataclasses.replace(case, m=min(case.m, 17), span=1.0, poison=False)
-        if family in seen or case.m == 0 or case.x_dtype == "float32" or len(seen) > 200:
-            continue
-        seen.add(family)
-        data, _, packed, _, layout = pack(case)
+def abstract(case: Case):
+    """The op's arguments by shape only: (x, arrays, keyword arguments)."""
+    S, group = jax.ShapeDtypeStruct, case.group_size
+    groups = 1 if group == -1 else -(-case.k // group)
+    table = (1, 1) if case.scales == "one" else (case.n, groups)
+    q = S((case.n, case.k // 2), jnp.uint8) if case.qtype == "uint4" else S((case.n, case.k), case.qtype)
+    arrays = [q, S(table, case.scale_dtype), S(table, jnp.uint8) if case.zero == "int" else None]
+    if case.qtype == "uint4":
+        arrays.append(S(table, case.scale_dtype) if case.zero == "offset" else None)
+    module = four if case.qtype == "uint4" else eight
+    layout = module.preferred_layout(case.n, case.k, group, case.zero, H200)
+    packed = jax.eval_shape(lambda *a: module.to_layout(*a, layout, group), *arrays)
+    return S((case.m, case.k), case.x_dtype), packed, dict(group_size=group, layout=layout)
+
+
+@pytest.mark.parametrize("case", list({dataclasses.replace(c, span=1.0, poison=False): None for c in CASES}), ids=str)
+def test_every_case_has_a_kernel_or_says_why_not(case: Case) -> None:
+    """On abstract shapes: a kernel takes everything but M = 0 and float32 x."""
+    x, (q, s, z, *o), kwargs = abstract(case)
+    op, more = ("w4a16_matmul", {"offset": o[0]}) if case.qtype == "uint4" else ("w8a16_matmul", {})
+    if more.get("offset") is None:
+        more = {}
+    args = (x, q, s) if z is None else (x, q, s, z)
+    offset = more.pop("offset", None)
+    kwargs |= {"perm": jnp.arange(case.k, dtype=jnp.int32)} if case.perm else {}
+    choice = pallas_kernels.explain(op, *args, **kwargs, device=H200) if offset is None else None
+    if choice is None:
         with pallas_kernels.use_device(H200):
-            if name == "decode_sm90" and case.m > decode_config.MAX_M:
-                with pytest.raises(NotImplementedError, match="is larger than"):
-                    call(case, data, packed, layout, implementation=name)
-                continue
-            out = jax.eval_shape(lambda: call(case, data, packed, layout, implementation=name))  # noqa: B023
-        assert out.shape == (case.m, case.n) and out.dtype == data.x.dtype
+            out = jax.eval_shape(
+                lambda a, b, c, d: pallas_kernels.w4a16_matmul(a, b, c, offset=d, **kwargs), x, q, s, offset
+            )
+        assert out.shape == (case.m, case.n)
+        return
+    expected = "xla" if case.m == 0 or case.x_dtype == "float32" else "decode_sm90" if case.m <= 16 else "wgmma_sm90"
+    assert choice.chosen == expected, choice
 
 
 def _plan(module, kind: str, m: int, shape: tuple[int, int], group: int | None):
