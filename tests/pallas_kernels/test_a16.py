@@ -129,7 +129,7 @@ def call(case: Case, data, packed, layout: str, **more):
     return pallas_kernels.w8a16_matmul(jnp.asarray(data.x), q, s, z, **kwargs, **more)
 
 
-# In float32, so that the CPU's sums are exact enough. The layout depends on M in nothing; each of these differs from the others in what is packed or padded.
+# In float32, for the CPU sums bf16 products coarsely. Each of these is packed or padded in a way of its own.
 LAYOUT_CASES = tuple(
     dataclasses.replace(c, x_dtype="float32")
     for c in (
