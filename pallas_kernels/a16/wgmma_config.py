@@ -58,6 +58,9 @@ def estimate(plan: Plan) -> float:
     per_step = plan.copied_bytes / 24.0  # bytes per cycle from L2
     copies = plan.steps * per_step
     meet = 900 + (c.m_tile * c.rows / 40 if c.split == 1 else 600 + c.m_tile * c.rows / 16)
+    # The producer must be far enough ahead to hide a copy's latency of some 1000 cycles behind other stages' products.
+    ahead = (plan.stages - 1) * max(busy, copies) / plan.steps
+    copies += plan.steps * max(0.0, 1000 - ahead) / plan.stages
     cycles = rounds * (max(busy, copies) + meet)
     hbm = plan.n * plan.k * plan.kind.words / 2 / 4.6e6
     return max(cycles / CLOCK, hbm) + 3.5
