@@ -210,10 +210,11 @@ def matmul_tasks(name: str, shapes: dict[str, tuple[int, int]], ms: Sequence[int
     """Tasks of one kind, M by M over all shapes, so that the sums over a layer come early."""
     kind = KINDS[name]
     weights = {shape: Weights(kind, n, k) for shape, (n, k) in shapes.items()}
-    return [_task(kind, shape, weights[shape], m) for m in ms for shape in shapes]
+    return [matmul_task(kind, shape, weights[shape], m) for m in ms for shape in shapes]
 
 
-def _task(kind: Kind, shape: str, weight: Weights, m: int) -> Task:
+def matmul_task(kind: Kind, shape: str, weight: Weights, m: int) -> Task:
+    """The task of one kind at one shape and M."""
     n, k = weight.n, weight.k
 
     def op(*arguments: jax.Array) -> jax.Array:

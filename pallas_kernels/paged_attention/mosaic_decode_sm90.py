@@ -12,9 +12,9 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.paged_attention import decode_warp
-from pallas_kernels.paged_attention.config import DecodeConfig, decode_heuristic
+from pallas_kernels.paged_attention.config import DecodeConfig, decode_heuristic, decode_search_space
 from pallas_kernels.paged_attention.decode_warp import Problem
 from pallas_kernels.paged_attention.simt import Mlir
 
@@ -100,10 +100,14 @@ def decode_attention(
     kv_heads = k_pages.shape[1]
     if config is None:
         tokens = page_table.shape[1] * k_pages.shape[2]
-        config = decode_heuristic(
-            rows * kv_heads, min(tokens, window or tokens), head_dim * k_pages.dtype.itemsize,
-            dispatch.current_device().core_count,
-        )  # fmt: skip
+        seen, row_bytes = min(tokens, window or tokens), head_dim * k_pages.dtype.itemsize
+        items, cores = rows * kv_heads, dispatch.current_device().core_count
+        config = tuning.choose(
+            "decode_attention",
+            tuning.key(items=tuning.bucket(items), tokens=tuning.bucket(seen), row_bytes=row_bytes),
+            heuristic=lambda: decode_heuristic(items, seen, row_bytes, cores),
+            space=lambda: decode_search_space(row_bytes),
+        )
     p = problem(
         q, k_pages, page_table, config, sm_scale=float(sm_scale), window=window,
         soft_cap=None if soft_cap is None else float(soft_cap),

@@ -28,7 +28,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxlib.mlir.dialects import math as mlir_math
 
-from pallas_kernels.paged_attention.config import PrefillConfig, prefill_heuristic
+from pallas_kernels import tuning
+from pallas_kernels.paged_attention.config import PrefillConfig, prefill_heuristic, prefill_search_space
 from pallas_kernels.paged_attention.simt import Mlir, Reg
 
 LOG2E = math.log2(math.e)
@@ -493,7 +494,12 @@ def prefill_attention(
         raise NotImplementedError(f"takes tiles of a multiple of {ROWS * CONSUMERS} queries, not {queries}")
     if tiles == 0 or queries == 0 or page_table.shape[1] == 0:
         raise NotImplementedError("takes no empty batch or page table")
-    config = config or prefill_heuristic(head_dim)
+    config = config or tuning.choose(
+        "prefill_attention",
+        tuning.key(head_dim=head_dim, page_size=page_size, items=tuning.bucket(tiles * queries // 128 * heads)),
+        heuristic=lambda: prefill_heuristic(head_dim),
+        space=lambda: prefill_search_space(head_dim, page_size),
+    )
     if page_size % 8 or config.block_kv % page_size:
         raise NotImplementedError(
             f"takes page sizes that are multiples of 8 and divide {config.block_kv}, not {page_size}"
