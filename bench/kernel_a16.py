@@ -213,14 +213,14 @@ def candidates(weights: str, m: int, n: int, k: int, few: bool) -> list[tuple[An
     if m <= 64:
         plan = plan_of(decode_sm90, weights, m, n, k)
         configs = decode_config.search_space(plan)
-        limit = (4 if few else 9) if m <= 16 else (1 if few else 3)
+        limit = (2 if few else 6) if m <= 16 else (0 if few else 1)
         picked = distinct(configs, lambda c: (c.row_tiles, c.split, c.row_warps > 1), 1, limit)
         picked = list(dict.fromkeys([*configs[:2], *picked]))[: limit + 1]
         out += [(decode_sm90, dataclasses.replace(plan, config=c)) for c in picked]
     if m >= 16:
         plan = plan_of(wgmma_sm90, weights, m, n, k)
         configs = wgmma_config.search_space(plan)
-        limit = 3 if m == 16 else (5 if few else 12)
+        limit = 1 if m == 16 else (3 if few else 8)
         picked = distinct(configs, lambda c: (c.warpgroups, c.m_tile, c.split), 1, limit)
         picked = list(dict.fromkeys([*configs[:2], *picked]))[: limit + 1]
         out += [(wgmma_sm90, dataclasses.replace(plan, config=c)) for c in picked]
