@@ -12,9 +12,9 @@ plain fields. The tuner finds out what can be tuned by tracing a public op under
 tracing it again under `forcing(...)`: nothing else has to be written for a new op. So `choose` must be reached each
 time that the op is traced: not inside a jit of the library's own whose trace is cached.
 
-tuned/<device>.json: {"device", "versions", "commit", "command", "date",
-"entries": {op: {key: {"config": {field: value}, "us": measured, "heuristic_us": measured}}}}. An entry whose fields are no longer the config's is passed over with a
-warning.
+tuned/<device>.json has the frame of a result (device, versions, commit, command, date) and "entries":
+{op: {key: {"config": {field: value}, "us": measured, "heuristic_us": measured}}}. An entry whose fields are no longer
+the config's is passed over with a warning.
 """
 
 from __future__ import annotations
