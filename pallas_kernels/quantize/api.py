@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.quantize import reference
+from pallas_kernels.quantize import mosaic_sm90, reference
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 _QDTYPES = (jnp.int8, jnp.float8_e4m3fn)
@@ -125,6 +125,11 @@ def _check(op: str, x: jax.Array, qdtype: jax.typing.DTypeLike, block: int | Non
         raise ValueError(f"{op}: divisor must be positive, got {divisor}")
 
 
-dispatch.register("quantize_rows", [dispatch.Implementation("xla", reference.quantize_rows)])
-dispatch.register("rms_norm_quantize", [dispatch.Implementation("xla", reference.rms_norm_quantize)])
-dispatch.register("silu_mul_quantize", [dispatch.Implementation("xla", reference.silu_mul_quantize)])
+for _op in ("quantize_rows", "rms_norm_quantize", "silu_mul_quantize"):
+    dispatch.register(
+        _op,
+        [
+            dispatch.Implementation("mosaic_sm90", getattr(mosaic_sm90, _op), dispatch.hopper_only),
+            dispatch.Implementation("xla", getattr(reference, _op)),
+        ],
+    )

@@ -2,11 +2,13 @@
 
 A row of K elements is split over `wgs` warpgroups; each thread holds runs of 8 (16 bytes of bf16), 16 lanes a run of
 128, so that a 1x128 block's maximum is four shuffles and a row's takes one exchange through shared memory. Several
-blocks share a multiprocessor (8 KB of loads in flight each), which is what hides the latency of HBM.
+blocks share a multiprocessor (8 KB of loads in flight each), which is what hides the latency of HBM. Rows that are a
+multiple of 512 only are held in runs of 4. Quotients are rounded once, as in the reference (see `exact`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,24 +18,48 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.quantize import exact
 from pallas_kernels.quantize.reference import FP8_MAX
 
-# [4 warps, R, 2, 128]: 16 lanes x 8 elements along the last axis, two such runs a warp, R of them one after the other.
-_LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((4, 1, 2, 128), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-_UNIT = 1024  # elements of one row that a warpgroup holds at R = 1
+_MOST_PER_THREAD = 64  # elements of a row in one thread's registers
 
 
-def warpgroups(m: int, k: int) -> int:
-    """Warpgroups that share a row: many (short latency) for few rows, else at most 32 elements a thread."""
-    options = [w for w in range(1, 9) if k % (_UNIT * w) == 0]
-    if not options or k > 8 * 8 * _UNIT:
-        raise NotImplementedError(f"rows must be a multiple of {_UNIT} elements and at most {64 * _UNIT}, got {k}")
-    if m <= 256:
-        return options[-1]
-    return next((w for w in options if k // (_UNIT * w) <= 4), options[-1])
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a row lies in registers: [wgs, 4 warps, repeats, runs, 128]."""
+
+    wgs: int  # warpgroups
+    runs: int  # 128-runs that a warp holds side by side: 2 (8 elements a lane) or 1 (4)
+    repeats: int
+
+    @property
+    def layout(self) -> Any:
+        """Of one warpgroup's [4, repeats, runs, 128]: lanes along runs and the last axis, a vector each."""
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((4, 1, self.runs, 128), (4 * self.runs,))),
+            warp_dims=(-5,),
+            lane_dims=(-3, -2) if self.runs > 1 else (-2,),
+            vector_dim=-1,
+        )
 
 
-def _kernel(op: str, wgs: int, width: int, block: bool, eps: float, divisor: float, qdtype, static: bool, *args):
+def split(m: int, k: int) -> Split:
+    """Many warpgroups a row (short latency) for few rows, else as few as leave at most 32 elements a thread."""
+    runs = 2 if k % 1024 == 0 else 1
+    unit = 512 * runs
+    options = [w for w in range(1, 9) if k % (unit * w) == 0 and k // (128 * w) <= _MOST_PER_THREAD]
+    if not options:
+        raise NotImplementedError(
+            f"rows must be a multiple of 512 that 8 warpgroups share, {_MOST_PER_THREAD} elements a thread: got {k}"
+        )
+    wgs = options[-1] if m <= 256 else next((w for w in options if k // (128 * w) <= 32), options[-1])
+    return Split(wgs, runs, k // (unit * wgs))
+
+
+def _kernel(
+    op: str, s: Split, width: int, block: bool, eps: float, divisor: float, qdtype, static: bool, interpretable: bool,
+    *args,
+):  # fmt: skip
     refs: list[Any] = list(args)
     x_gmem = refs.pop(0)
     weight_gmem: Any = refs.pop(0) if "norm" in op else None
@@ -44,9 +70,10 @@ def _kernel(op: str, wgs: int, width: int, block: bool, eps: float, divisor: flo
     sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
     partial, ready = refs
     row, wg = lax.axis_index("row"), lax.axis_index("wg")
+    layout = s.layout
 
     def load(ref):
-        return plgpu.load(ref, layout=_LAYOUT, optimized=False)
+        return plgpu.load(ref, layout=layout, optimized=False)
 
     def over_row(values, combine):
         """Combines one [4] array (a number a warp) per entry of `values` over all warps of the row."""
@@ -55,52 +82,64 @@ def _kernel(op: str, wgs: int, width: int, block: bool, eps: float, divisor: flo
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
         return [
-            functools.reduce(fn, [partial[i, w, j] for w in range(wgs) for j in range(4)])
+            functools.reduce(fn, [partial[i, w, j] for w in range(s.wgs) for j in range(4)])
             for i, fn in enumerate(combine)
         ]
+
+    def spread(value, axes):
+        """A number a row (axes []) or a number a run (axes [0, 1, 2]) to all elements."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, y.shape, axes), layout)
 
     if op == "silu":
         gate = load(x_gmem.at[row, 0, wg]).astype(jnp.float32)
         up = load(x_gmem.at[row, 1, wg]).astype(jnp.float32)
-        y = gate / (1.0 + jnp.exp(-gate)) * up
+        y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout)) * up
     else:
         y = load(x_gmem.at[row, wg])
         if op == "residual_norm":
             y = (y.astype(jnp.float32) + load(residual_gmem.at[row, wg]).astype(jnp.float32)).astype(y.dtype)
             sum_gmem[row, wg] = y
         y = y.astype(jnp.float32)
-    factor: Any = 1.0
-    total = None
+    total: Any = None
     if weight_gmem is not None:
         total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)
         y = y * load(weight_gmem.at[wg]).astype(jnp.float32)
 
+    # max|y| is taken before the norm's factor: rounding is monotonic, so that factor * max|y| = max|factor * y|.
+    magnitude: Any = None if static else jnp.abs(y).max(axis=3)
+    if magnitude is not None and not block:
+        magnitude = magnitude.max(axis=2).max(axis=1)
+    if total is not None and block:
+        [total] = over_row([total], [jnp.add])
+    elif total is not None:
+        total, magnitude = over_row([total, magnitude], [jnp.add, jnp.maximum])
+    elif magnitude is not None and not block:
+        [magnitude] = over_row([magnitude], [jnp.maximum])
+    if total is not None:
+        factor = lax.rsqrt(total * (1.0 / width) + eps)
+        y, magnitude = y * factor, magnitude * factor
+    axes = [0, 1, 2] if block else []
     if static:
-        y = y * (1.0 / static_gmem[0, 0])
-    elif block:
-        if total is not None:
-            [total] = over_row([total], [jnp.add])
-            factor = lax.rsqrt(total * (1.0 / width) + eps)
-        absmax = jnp.abs(y).max(axis=3) * factor
-        scale = absmax * (1.0 / divisor)
-        scale = jnp.where(scale == 0.0, 1.0, scale)
-        scale_gmem[row, wg] = scale
-        y = y * plgpu.layout_cast(lax.broadcast_in_dim(factor / scale, y.shape, [0, 1, 2]), _LAYOUT)
+        scale = static_gmem[0, 0]
     else:
-        absmax = jnp.abs(y).max(axis=3).max(axis=2).max(axis=1)
-        if total is not None:
-            total, absmax = over_row([total, absmax], [jnp.add, jnp.maximum])
-            factor = lax.rsqrt(total * (1.0 / width) + eps)
+        if interpretable:
+            scale = magnitude / divisor
         else:
-            [absmax] = over_row([absmax], [jnp.maximum])
-        scale = absmax * factor * (1.0 / divisor)
+            scale = exact.divide_by(magnitude, divisor, layout.reduce((3,)) if block else exact.SCALAR)
         scale = jnp.where(scale == 0.0, 1.0, scale)
+        if block:
+            scale_gmem[row, wg] = scale
+        else:
 
-        @pl.when(wg == 0)
-        def _():
-            scale_gmem[row, 0] = scale
+            @pl.when(wg == 0)
+            def _():
+                scale_gmem[row, 0] = scale
 
-        y = y * (factor / scale)
+    if interpretable:
+        y = y / spread(scale, axes)
+    else:
+        lift = exact.lift(scale)
+        y = exact.divide(y * spread(lift, axes), spread(scale * lift, axes), layout)
     if jnp.dtype(qdtype) == jnp.int8:
         if static or divisor > 127:  # otherwise |y| <= 127 (1 + 2^-22), which rounds to 127
             y = jnp.clip(y, -128.0, 127.0)
@@ -110,16 +149,16 @@ def _kernel(op: str, wgs: int, width: int, block: bool, eps: float, divisor: flo
         q_gmem[row, wg] = (jnp.clip(y, -FP8_MAX, FP8_MAX) if static else y).astype(qdtype)
 
 
-def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divisor):
+def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divisor, config, interpretable):
     m, k = x.shape
     if op == "silu":
         k //= 2
     if block not in (None, 128):
         raise NotImplementedError(f"takes block None or 128, got {block}")
     if m == 0:
-        raise NotImplementedError("M = 0")
-    wgs = warpgroups(m, k)
-    parts = (wgs, 4, k // (wgs * _UNIT), 2, 128)
+        raise NotImplementedError("M = 0: nothing to compute")
+    s = config or split(m, k)
+    parts = (s.wgs, 4, s.repeats, s.runs, 128)
     operands = [x.reshape((m, 2, *parts) if op == "silu" else (m, *parts))]
     if weight is not None:
         operands.append(weight.reshape(parts))
@@ -133,12 +172,14 @@ def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divis
     if residual is not None:
         outputs.append(jax.ShapeDtypeStruct((m, *parts), x.dtype))
     results = plgpu.kernel(
-        functools.partial(_kernel, op, wgs, k, block is not None, eps, divisor, qdtype, static_scale is not None),
+        functools.partial(
+            _kernel, op, s, k, block is not None, eps, divisor, qdtype, static_scale is not None, interpretable
+        ),
         out_type=outputs,
-        scratch_types=[plgpu.SMEM((2, wgs, 4), jnp.float32), plgpu.Barrier(num_arrivals=wgs)],
+        scratch_types=[plgpu.SMEM((2, s.wgs, 4), jnp.float32), plgpu.Barrier(num_arrivals=s.wgs)],
         grid=(m,),
         grid_names=("row",),
-        num_threads=wgs,
+        num_threads=s.wgs,
         thread_name="wg",
         kernel_name=f"quantize_{op}_sm90",
         compiler_params=plgpu.CompilerParams(
@@ -150,17 +191,37 @@ def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divis
     return xq, scale, (results[-1].reshape(m, k) if residual is not None else x)
 
 
-def quantize_rows(x, qdtype, *, block=None, divisor: float, static_scale=None):
-    """See `api.quantize_rows`; raises NotImplementedError for rows that do not fit."""
-    return _run("rows", x, None, None, static_scale, qdtype=qdtype, block=block, divisor=divisor)[:2]
+def quantize_rows(
+    x,
+    qdtype,
+    *,
+    block=None,
+    divisor: float,
+    static_scale=None,
+    config: Split | None = None,
+    interpretable: bool = False,
+):
+    """See `api.quantize_rows`; raises NotImplementedError for rows that do not fit.
+
+    Here and below, `config` None chooses; `interpretable` divides with Pallas' own operation, for interpret mode.
+    """
+    common = dict(qdtype=qdtype, block=block, divisor=divisor, config=config, interpretable=interpretable)
+    return _run("rows", x, None, None, static_scale, **common)[:2]
 
 
-def rms_norm_quantize(x, weight, residual=None, *, eps: float, qdtype, block=None, divisor: float):
+def rms_norm_quantize(
+    x, weight, residual=None, *, eps: float, qdtype, block=None, divisor: float, config: Split | None = None,
+    interpretable: bool = False,
+):  # fmt: skip
     """See `api.rms_norm_quantize`; raises NotImplementedError for rows that do not fit."""
     op = "norm" if residual is None else "residual_norm"
-    return _run(op, x, weight, residual, None, eps=eps, qdtype=qdtype, block=block, divisor=divisor)
+    common = dict(qdtype=qdtype, block=block, divisor=divisor, config=config, interpretable=interpretable)
+    return _run(op, x, weight, residual, None, eps=eps, **common)
 
 
-def silu_mul_quantize(gate_up, *, qdtype, block=None, divisor: float):
+def silu_mul_quantize(
+    gate_up, *, qdtype, block=None, divisor: float, config: Split | None = None, interpretable: bool = False
+):
     """See `api.silu_mul_quantize`; raises NotImplementedError for rows that do not fit."""
-    return _run("silu", gate_up, None, None, None, qdtype=qdtype, block=block, divisor=divisor)[:2]
+    common = dict(qdtype=qdtype, block=block, divisor=divisor, config=config, interpretable=interpretable)
+    return _run("silu", gate_up, None, None, None, **common)[:2]

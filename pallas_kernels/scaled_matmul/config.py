@@ -63,20 +63,33 @@ class Config:
         """
         return max(self.stages * (self.load_m(m) + self.tile_n), (self.stages - 1) * self.load_m(m) + self.tile_m)
 
-    def smem_bytes(self, m: int, out_bytes: int = 2, block: bool = False) -> int:
+    def smem_bytes(self, m: int, k: int, out_bytes: int = 2, block: bool = False) -> int:
         operands = self.tile_k * self.operand_rows(m)
         owners = self.wgs_m * self.wgs_n  # warpgroups that hold a finished sum
         staging = owners * min(2, self.wg_n // self.epilogue_n) * 64 * self.m_groups * self.epilogue_n
         exchange = 4 * (self.wgs_k - 1) * self.tile_m * self.tile_n
         scales = 4 * (self.tile_m + 2 * (self.tile_n + 128))
         if block:
-            scales += 4 * SCALE_CHUNK * self.scale_slots() * self.tile_m
+            scales += 4 * SCALE_CHUNK * self.scale_slots(k) * self.tile_m
         return operands + staging * out_bytes + exchange + scales + 4096  # barriers, alignment
 
-    def scale_slots(self) -> int:
-        """x-scale chunks in flight: a slot may be refilled only when the stages that used it are free again."""
-        per_chunk = max(1, 128 * SCALE_CHUNK // self.tile_k)
-        return -(-(self.stages + per_chunk - 1) // per_chunk) + 1
+    @property
+    def steps_per_chunk(self) -> int:
+        """K steps that one copy of x's block scales serves."""
+        return max(1, 128 * SCALE_CHUNK // self.tile_k)
+
+    def chunks(self, k: int) -> int:
+        """Copies of x's block scales that one output tile takes."""
+        return -(-k // max(128 * SCALE_CHUNK, self.tile_k))
+
+    def scale_slots(self, k: int) -> int:
+        """x-scale chunks in flight: a slot may be refilled only when the stages that used it are free again.
+
+        The stages in flight are consecutive K steps; each end of a tile among them may cut a chunk short.
+        """
+        steps = -(-k // self.tile_k)
+        cuts = -(-self.stages // steps) if steps % self.steps_per_chunk else 0
+        return -(-(self.stages + self.steps_per_chunk - 1) // self.steps_per_chunk) + 1 + cuts
 
 
 def fill_stages(config: Config, m: int, k: int, out_bytes: int = 2, block: bool = False) -> Config:
@@ -86,47 +99,53 @@ def fill_stages(config: Config, m: int, k: int, out_bytes: int = 2, block: bool 
     best = dataclasses.replace(config, stages=least)
     for stages in range(least, min(steps, 16) + 1, config.wgs_k):
         deeper = dataclasses.replace(config, stages=stages)
-        if deeper.smem_bytes(m, out_bytes, block) > SMEM_BYTES:
+        if deeper.smem_bytes(m, k, out_bytes, block) > SMEM_BYTES:
             break
         best = deeper
     return best
 
 
-def _epilogue(wg_n: int, n: int, most: int = 64) -> int:
-    return next(e for e in (64, 32, 16) if e <= most and wg_n % e == 0 and n % e == 0)
+def _epilogue(wg_n: int, n: int, most: int = 32) -> int:
+    """Columns staged at a time. 64 would cost wide tiles a stage and was no faster in narrow ones (H200)."""
+    return next((e for e in (64, 32) if e <= most and wg_n % e == 0 and n % e == 0), 16)
 
 
 def _round_up(x: int, to: int) -> int:
     return -(-x // to) * to
 
 
-def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132, out_bytes: int = 2) -> Config:
-    """A config for any shape; see `mosaic_sm90` for the reasons."""
+# Time of one 128 x t tile per K step, in columns: t + 52. From M = 256, K = 4096 and 14336 on an H200, all tiles in one
+# round: t = 64 took 9.5 and 24.9 us, t = 128 took 13.1 and 36.8 us, some 3 us of each for the launch.
+_TILE_OVERHEAD = 52
+
+
+def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
+    """A config for any shape, by the rules that the H200's measurements left standing.
+
+    M <= 64 reads weights and waits: one column of tiles, as wide as makes the fewest rounds over all multiprocessors,
+    each fed by the deepest pipeline that fits, with long K steps (few barriers, few promotions): 512 where a tile is
+    at most 32 wide (down, M = 16: 16.9 us against 17.4 at 256 and 24 at 128), 256 to 64.
+    Above, 128-row tiles of two warpgroups, as wide as makes rounds * (width + _TILE_OVERHEAD) least; steps of 128
+    (256 costs half the stages: o at M = 256 took 9.5 us against 10.4), but 256 for block scales, whose two partial
+    sums then overlap (qkv at M = 256: 15.2 us against 16.9).
+    """
     if m <= 64:
-        if block:  # a warpgroup's columns must lie in one 128-column scale block
-            options = [n_tile for n_tile in (32, 64, 128, 256) if -(-n // n_tile) <= sms] or [256]
-            tile_n = options[0]
+        if block:  # a 128-column scale block of its own for each warpgroup, or a whole part of one
+            tile_n = next((t for t in (32, 64, 128) if -(-n // t) <= sms), 256)
         else:
-            # As few rounds as possible, all multiprocessors busy in each.
             rounds = -(-n // (sms * 256))
             tile_n = min(256, _round_up(-(-n // (sms * rounds)), 16))
         wgs_n = 2 if tile_n > 64 and tile_n % 32 == 0 else 1
-        tile_k = 512 if tile_n <= 32 else 256 if tile_n <= 64 else 128
-        wg_n = tile_n // wgs_n
-        config = Config(wg_n, wgs_n=wgs_n, tile_k=tile_k, promote=True, epilogue_n=_epilogue(wg_n, n))
-    elif m <= 256:
-        m_tiles = -(-m // 128)
-        if block:
-            tile_n = next((t for t in (32, 64) if -(-n // t) * m_tiles <= sms), 128)
-        else:
-            rounds = -(-n * m_tiles // (sms * 256))
-            tile_n = min(256, _round_up(-(-n * m_tiles // (sms * rounds)), 16))
-        config = Config(tile_n, wgs_m=2, tile_k=256 if tile_n <= 64 else 128, epilogue_n=_epilogue(tile_n, n))
+        tile_k = 512 if tile_n <= 32 or (block and tile_n <= 64) else 256 if tile_n <= 64 else 128
+        config = Config(tile_n // wgs_n, wgs_n=wgs_n, tile_k=tile_k, promote=True)
     else:
-        config = Config(
-            wg_n=128 if block else 256, wgs_m=2, epilogue_n=_epilogue(128, n, 32)
-        )  # 64 would cost the fourth stage
-    return fill_stages(config, m, k, out_bytes, block)
+        m_tiles = -(-m // 128)
+        widths = (128, 64, 32) if block else range(256, 16, -16)
+        cost = {t: -(-m_tiles * -(-n // t) // sms) * (t + _TILE_OVERHEAD) for t in widths}
+        tile_n = min(cost, key=lambda t: cost[t])
+        config = Config(tile_n, wgs_m=2, tile_k=256 if block else 128, stripe=16)
+    config = dataclasses.replace(config, epilogue_n=_epilogue(config.wg_n, n))
+    return config if k >= config.tile_k else dataclasses.replace(config, tile_k=_round_up(k, 128))
 
 
 def search_space(m: int, n: int, k: int, *, block: bool, out_bytes: int = 2) -> Iterator[Config]:
@@ -151,8 +170,8 @@ def search_space(m: int, n: int, k: int, *, block: bool, out_bytes: int = 2) -> 
             continue
         if (small and axis == "m" and cluster > 1) or (cluster == 1 and axis == "n"):
             continue
-        if block and 128 % wg_n:
+        if block and wg_n > 128:
             continue
         config = fill_stages(config, m, k, out_bytes, block)
-        if config.smem_bytes(m, out_bytes, block) <= SMEM_BYTES:
+        if config.smem_bytes(m, k, out_bytes, block) <= SMEM_BYTES:
             yield config

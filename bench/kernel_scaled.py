@@ -1,0 +1,584 @@
+"""scaled_matmul and quantize_rows on this GPU: correctness first, then microseconds per call.
+
+    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--dry]
+
+A call's time is a jitted chain of calls, each with a weight (an input) of its own so that it comes from HBM, replayed
+by XLA from a command buffer whose nodes run one after the other: wall clock / calls. Beside it the sum of CUPTI kernel
+durations. Up to M = 64 the inputs of the quantization ops are those that the last op left in L2, as in a server.
+
+One process per shape and mode compiles on the CPU at the same time as the others; they take the GPU in turns (a file
+lock), first for the heuristic's choice at every M, then for the alternatives. A kernel that hangs takes its process
+with it after 12 s, no other. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry` compiles everything for an H200
+where there is no GPU, and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import fcntl
+import functools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODES = ("row", "block", "int8")
+SHAPES = ("qkv", "o", "gate_up", "down")
+MS = (16, 1, 64, 256, 4096)
+# The issue's bars: us, sum over the four shapes.
+BARS = {
+    "row": {1: 66, 16: 66, 64: 68, 256: 100, 4096: 1195},
+    "block": {1: 70, 16: 70, 64: 75, 256: 110, 4096: 1320},
+    "int8": {1: 68, 16: 68, 64: 70, 256: 105, 4096: 1155},
+}
+WORKERS = ("cases", "quant", *(f"{shape}-{mode}" for mode in MODES for shape in ("gate_up", "down", "qkv", "o")))
+# Relative Frobenius error against float32: bf16's rounding is 0.00166; fp8 sums that are never promoted add to it.
+ERROR = {"promoted": 0.0022, "fast": 0.0045}
+
+
+class Session:
+    """What a worker shares with the others: the log, the clock, the GPU's lock, the watchdog."""
+
+    def __init__(self, worker: str, args: argparse.Namespace):
+        self.worker, self.start, self.budget, self.dry = worker, args.start, args.budget, args.dry
+        self.folder = Path(args.folder)
+        self.log_file = os.open(args.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.lock = open(self.folder / "gpu.lock", "w")  # noqa: SIM115
+        self.beat, self.doing = 0.0, ""
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(0.5)
+            if self.beat and time.time() - self.beat > 12:
+                self.log(HUNG=self.doing)
+                os._exit(3)
+
+    def log(self, **row: Any) -> None:
+        row = {"worker": self.worker, **row, "at": round(time.time() - self.start, 1)}
+        os.write(self.log_file, (json.dumps(row, default=str) + "\n").encode())  # one write: appended whole
+
+    @property
+    def left(self) -> float:
+        return self.budget - (time.time() - self.start)
+
+    def doing_now(self, what: Any) -> None:
+        self.beat, self.doing = time.time(), str(what)
+
+    def wait_for_others(self) -> None:
+        """Until all have compiled (a busy CPU would show in the wall clock), or half of the time is gone."""
+        (self.folder / f"ready.{self.worker}").touch()
+        expected = len((self.folder / "workers").read_text().split())
+        while len(list(self.folder.glob("ready.*"))) < expected and self.left > self.budget * 0.45:
+            time.sleep(0.2)
+
+    def __enter__(self) -> Session:
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.doing_now("start")
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.beat = 0
+        fcntl.flock(self.lock, fcntl.LOCK_UN)
+
+
+def compiler(session: Session) -> Callable[..., Any]:
+    """lower-and-compile of (fn, *shapes): for this GPU, or for an absent H200."""
+    import jax
+
+    if not session.dry:
+        return lambda fn, *shapes: jax.jit(fn).lower(*shapes).compile()
+    from tests.pallas_kernels.aot import compile_for_h200
+
+    def compile_dry(fn: Any, *shapes: Any) -> Any:
+        compiled = compile_for_h200(fn, *shapes)
+        if compiled.spill_bytes:
+            session.log(spill_bytes=compiled.spill_bytes, registers=compiled.registers)
+        return compiled
+
+    return compile_dry
+
+
+def kernel_times(call: Callable[[], Any]) -> tuple[float, int]:
+    """(sum of kernel durations in us, kernels) of one call, by CUPTI."""
+    import jax
+    from jax._src.lib import mosaic_gpu as lib
+
+    ext = lib._mosaic_gpu_ext
+    ext._cupti_init()
+    try:
+        jax.block_until_ready(call())
+    finally:
+        timings = ext._cupti_get_timings(True)
+    return sum(ms for _, ms in timings) * 1e3, len(timings)
+
+
+def measure(fn: Any, args: tuple[Any, ...], calls: int, seconds: float) -> dict[str, Any]:
+    """us per call: wall clock (median of 3 bursts of about `seconds`) and kernel durations (median of 3 chains)."""
+    import jax
+
+    for _ in range(3):
+        jax.block_until_ready(fn(*args))
+    kernels = [kernel_times(lambda: fn(*args)) for _ in range(3)]
+    kernel = statistics.median(us for us, _ in kernels) / calls
+    chains = max(2, min(200, int(seconds * 1e6 / (kernel * calls))))
+    walls = []
+    for _ in range(3):
+        out = None
+        begin = time.perf_counter()
+        for _ in range(chains):
+            del out  # the same addresses every time: the command buffer needs no update
+            out = fn(*args)
+        jax.block_until_ready(out)
+        walls.append((time.perf_counter() - begin) / (chains * calls) * 1e6)
+    return {
+        "us": round(statistics.median(walls), 2),
+        "kernel_us": round(kernel, 2),
+        "kernels": round(kernels[0][1] / calls, 2),
+    }
+
+
+def chain(fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
+    """fn(*first `shared` arguments, w) for every further argument w: a list of results."""
+    import jax
+
+    inner = jax.jit(fn)
+    return lambda *args: [inner(*args[:shared], w) for w in args[shared:]]
+
+
+# --- matmuls ---------------------------------------------------------------------------------------------------------
+
+
+def alternatives(shape: str, m: int, mode: str) -> list[Any]:
+    """Configs worth timing beside the heuristic's, from what earlier runs left open."""
+    from pallas_kernels.scaled_matmul.cases import LLAMA_8B
+    from pallas_kernels.scaled_matmul.config import SMEM_BYTES, Config, fill_stages
+
+    block, small = mode == "block", shape in ("o", "down")
+    k = LLAMA_8B[shape][1]
+    found: list[Any] = []
+
+    def add(wg_n: int, m_n_k: str = "111", tile_k: int = 128, most: int = 32, **more: Any) -> None:
+        wgs_m, wgs_n, wgs_k = map(int, m_n_k)
+        epilogue_n = next(e for e in (64, 32, 16) if e <= most and wg_n % e == 0)
+        config = Config(wg_n, wgs_m, wgs_n, wgs_k, tile_k=tile_k, epilogue_n=epilogue_n, promote=m <= 64, **more)
+        config = fill_stages(config, m, k, 2, block)
+        if config.smem_bytes(m, k, 2, block) <= SMEM_BYTES and config not in found:
+            found.append(config)
+
+    if m == 1:
+        return []
+    if m <= 64:
+        if small:
+            add(32, "112", 512), add(32, "112", 256), add(32, "111", 1024), add(64, "111", 256)
+            add(32, "111", 512, cluster=2, cluster_axis="n")
+        elif shape == "qkv":
+            add(48, "112", 512), add(48, "112", 256), add(48, "111", 512), add(64, "112", 512)
+            add(48, "111", 256, cluster=2, cluster_axis="n")
+        else:
+            add(112, "121", 128), add(112, "121", 256), add(112, "112", 256), add(112, "112", 128), add(64, "121", 256)
+            add(112, "111", 256), add(112, "121", 128, cluster=2, cluster_axis="n"), add(64, "112", 512)
+    elif m == 256:
+        tile = {"qkv": 96, "o": 64, "down": 64, "gate_up": 112 if block else 224}[shape]
+        add(tile, "211", 128), add(tile, "211", 256), add(tile, "211", 128, cluster=2), add(tile, "212", 128)
+        add(tile, "211", 128, cluster=2, cluster_axis="n")
+        if shape == "gate_up":
+            add(128, "211", 128, m_groups=1 if block else 2), add(112, "211", 128, m_groups=1 if block else 2)
+            add(128, "221", 128, 16)
+        else:
+            add(tile, "212", 256, 16), add(tile, "211", 128, cluster=4, cluster_axis="n"), add(128, "211", 256)
+            add(tile, "411", 128)
+    elif block:
+        add(128, "211"), add(128, "211", 256), add(128, "211", 128, cluster=2, stripe=16)
+        add(128, "211", 128, cluster=2, cluster_axis="n"), add(64, "221", 128, 16), add(128, "311")
+        add(128, "211", 256, cluster=2, stripe=16), add(64, "221", 128, 16, cluster=2)
+    else:
+        add(256, "211"), add(256, "211", stripe=4), add(256, "211", cluster=2, stripe=16)
+        add(256, "211", cluster=2, cluster_axis="n", stripe=16), add(256, "211", cluster=2)
+        add(128, "211", m_groups=2, cluster=2)
+    return sorted(found, key=lambda c: c.cluster)  # those that share tiles may hang: last
+
+
+def operand_shapes(m: int, n: int, k: int, mode: str, weights: int) -> list[Any]:
+    import jax
+    import jax.numpy as jnp
+
+    dtype = jnp.int8 if mode == "int8" else jnp.float8_e4m3fn
+    kb, nb = k // 128, n // 128
+    S = jax.ShapeDtypeStruct
+    block = mode == "block"
+    x_scale = S((m, kb) if block else (m, 1), jnp.float32)
+    w_scale = S((nb, kb) if block else (n, 1), jnp.float32)
+    return [S((m, k), dtype), x_scale, w_scale, *[S((n, k), dtype)] * weights]
+
+
+def random_values(shape: tuple[int, ...], dtype: Any, seed: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    key = jax.random.key(seed)
+    if dtype == jnp.int8:
+        return jax.random.randint(key, shape, -127, 128, jnp.int8)
+    return (jax.random.normal(key, shape, jnp.bfloat16) * 64).astype(dtype)
+
+
+def exact_product(x: Any, x_scale: Any, w_scale: Any, w: Any) -> Any:
+    import jax.numpy as jnp
+
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    if x_scale.shape[1] > 1:
+        x = x * jnp.repeat(x_scale, 128, 1)
+        w = w * jnp.repeat(jnp.repeat(w_scale, 128, 0), 128, 1)
+        return jnp.matmul(x, w.T, precision="highest")
+    return jnp.matmul(x, w.T, precision="highest") * x_scale * w_scale.T
+
+
+def matmul_worker(session: Session, shape: str, mode: str) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.scaled_matmul import mosaic_sm90
+    from pallas_kernels.scaled_matmul.cases import LLAMA_8B
+    from pallas_kernels.scaled_matmul.config import fill_stages, heuristic
+
+    n, k = LLAMA_8B[shape]
+    weights = max(6, math.ceil(300e6 / (n * k)))
+    block = mode == "block"
+    compile_ = compiler(session)
+    jobs: list[tuple[int, Any, bool]] = []
+    for m in MS:
+        best = fill_stages(heuristic(m, n, k, block=block), m, k, 2, block)
+        jobs.append((m, best, True))
+        jobs += [(m, config, False) for config in alternatives(shape, m, mode) if config != best]
+
+    def calls_of(m: int) -> int:
+        return weights if m <= 256 else 4
+
+    def build(job: tuple[int, Any, bool]) -> Any:
+        m, config, _ = job
+
+        def op(x: Any, x_scale: Any, w_scale: Any, w: Any) -> Any:
+            return mosaic_sm90.scaled_matmul(x, w, x_scale, w_scale, config=config)
+
+        try:
+            return compile_(chain(op, 3), *operand_shapes(m, n, k, mode, 1 if session.dry else calls_of(m)))
+        except Exception as error:
+            session.log(shape=shape, mode=mode, m=m, config=str(config), failed=repr(error)[:300])
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(1 if session.dry else 3) as pool:
+        jobs.sort(key=lambda job: not job[2])
+        built = list(pool.map(build, jobs))
+    session.log(compiled=sum(b is not None for b in built), of=len(jobs))
+    if session.dry:
+        return
+    dtype = jnp.int8 if mode == "int8" else jnp.float8_e4m3fn
+    make = jax.jit(random_values, static_argnums=(0, 1))
+    reference = jax.jit(exact_product)
+    with session:
+        ws = [jax.block_until_ready(make((n, k), dtype, seed)) for seed in range(weights)]
+        for rows in (1, 16, 64):
+            session.doing_now(f"reference {rows}")
+            reference.lower(*operand_shapes(rows, n, k, mode, 1)).compile()
+    session.wait_for_others()
+    pairs = list(zip(jobs, built))
+    for first in (True, False):
+        with session:
+            time_matmuls(session, shape, mode, [p for p in pairs if p[0][2] == first], ws, calls_of, make, reference)
+
+
+def time_matmuls(
+    session: Session, shape: str, mode: str, pairs: Any, ws: Any, calls_of: Any, make: Any, reference: Any
+) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    n, k = ws[0].shape
+    for m in MS:
+        mine = [(job, fn) for job, fn in pairs if job[0] == m and fn is not None]
+        if not mine:
+            continue
+        x_, xs_, wsc_, *_ = operand_shapes(m, n, k, mode, 1)
+        session.doing_now(f"data {m}")
+        x = make(x_.shape, x_.dtype, 99)
+        x_scale = jax.random.uniform(jax.random.key(5), xs_.shape) * 0.01 + 0.001
+        w_scale = jax.random.uniform(jax.random.key(6), wsc_.shape) * 0.01 + 0.001
+        rows = np.arange(m) if m <= 64 else np.linspace(0, m - 1, 64).astype(int)
+        want = np.asarray(reference(x[rows], x_scale[rows], w_scale, ws[0]))
+        calls = calls_of(m)
+        args = (x, x_scale, w_scale, *ws[:calls])
+        for (_, config, chosen), fn in mine:
+            if session.left < 2:
+                session.log(out_of_time=f"{shape} {mode} {m}")
+                return
+            session.doing_now(f"{shape} {mode} {m} {config}")
+            row: dict[str, Any] = dict(op="scaled_matmul", shape=shape, mode=mode, m=m, heuristic=chosen)
+            try:
+                one, two = fn(*args)[0], fn(*args)[0]
+                got = np.asarray(one[rows].astype(jnp.float32))
+                error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+                row["error"], row["repeats"] = round(error, 5), bool((one == two).all())
+                fast = mode == "row" and not config.promote
+                if not error < ERROR["fast" if fast else "promoted"] or not row["repeats"]:
+                    row["WRONG"] = True
+                del one, two
+                row |= measure(fn, args, calls, 0.02 if chosen else 0.008)
+                row["TBs"] = round(n * k / row["us"] / 1e6, 2)
+                row["TFLOPs"] = round(2 * m * n * k / row["us"] / 1e6)
+            except Exception as error:
+                row["failed"] = repr(error)[:300]
+            session.log(**row, config=str(config))
+
+
+# --- quantization ----------------------------------------------------------------------------------------------------
+
+
+def quant_worker(session: Session) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.quantize import mosaic_sm90, reference
+
+    compile_ = compiler(session)
+    kinds = {"row fp8": (jnp.float8_e4m3fn, None, 448.0), "block fp8": (jnp.float8_e4m3fn, 128, 448.0)}
+    kinds["row int8"] = (jnp.int8, None, 127.0)
+    widths = {"quantize_rows": 4096, "residual_norm": 4096, "silu": 14336}
+    S = jax.ShapeDtypeStruct
+
+    def op_of(module: Any, op: str, kind: str, **more: Any) -> Callable[..., Any]:
+        qdtype, block, divisor = kinds[kind]
+        common = dict(block=block, divisor=divisor, **more)
+        if op == "quantize_rows":
+            return lambda weight, x: module.quantize_rows(x, qdtype, **common)
+        if op == "silu":
+            return lambda weight, x: module.silu_mul_quantize(x, qdtype=qdtype, **common)
+        # Two inputs a call: they travel stacked on the first axis, a copy-free slice apart.
+        return lambda weight, x: module.rms_norm_quantize(x[0], weight, x[1], eps=1e-5, qdtype=qdtype, **common)
+
+    jobs: list[tuple[str, str, int, str, Any]] = []
+    for m in (16, 1, 64, 4096, 16384):
+        for op, k in widths.items():
+            for kind in kinds:
+                jobs.append((op, kind, m, "mosaic", None))
+            if op != "quantize_rows" or m in (16, 4096):
+                jobs.append((op, "row fp8", m, "xla", None))
+            if m in (1, 64, 4096):
+                best = mosaic_sm90.split(m, k)
+                for runs in (1, 2):
+                    for wgs in (1, 2, 4, 7, 8):
+                        unit = 512 * runs * wgs
+                        other = mosaic_sm90.Split(wgs, runs, k // unit)
+                        if k % unit == 0 and 4 <= k // (128 * wgs) <= 64 and other != best:
+                            jobs.append((op, "row fp8", m, "mosaic", other))
+
+    def shapes_of(op: str, m: int) -> tuple[int, Any, Any]:
+        """(inputs in the chain, the weight, one input)"""
+        k = widths[op]
+        x = {"quantize_rows": (m, k), "silu": (m, 2 * k), "residual_norm": (2, m, k)}[op]
+        count = 16 if m <= 64 else max(3, math.ceil(300e6 / (2 * math.prod(x))))
+        return count, S((k,), jnp.bfloat16), S(x, jnp.bfloat16)
+
+    def build(job: tuple[str, str, int, str, Any]) -> Any:
+        op, kind, m, implementation, split = job
+        count, weight, x = shapes_of(op, m)
+        more = {"config": split} if implementation == "mosaic" else {}
+        fn = op_of(mosaic_sm90 if implementation == "mosaic" else reference, op, kind, **more)
+        if op == "residual_norm":  # separate arguments, so that nothing is copied
+
+            def pairs(weight: Any, *xs: Any) -> Any:
+                inner = jax.jit(lambda weight, x, r: fn(weight, (x, r)))
+                return [inner(weight, xs[i], xs[i + 1]) for i in range(0, len(xs), 2)]
+
+            half = S(x.shape[1:], x.dtype)
+            return compile_(pairs, weight, *[half] * (2 * (1 if session.dry else count)))
+        return compile_(chain(fn, 1), weight, *[x] * (1 if session.dry else count))
+
+    def try_build(job: Any) -> Any:
+        try:
+            return build(job)
+        except Exception as error:
+            session.log(op=job[0], kind=job[1], m=job[2], split=str(job[4]), failed=repr(error)[:300])
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(1 if session.dry else 4) as pool:
+        built = list(pool.map(try_build, jobs))
+    session.log(compiled=sum(b is not None for b in built), of=len(jobs))
+    if session.dry:
+        return
+    session.wait_for_others()
+    with session:
+        for job, fn in zip(jobs, built):
+            op, kind, m, implementation, split = job
+            if fn is None:
+                continue
+            if session.left < 2:
+                session.log(out_of_time=f"quant {m}")
+                return
+            session.doing_now(job)
+            count, weight_, x_ = shapes_of(op, m)
+            row: dict[str, Any] = dict(op=op, kind=kind, m=m, implementation=implementation, heuristic=split is None)
+            try:
+                row |= time_quant(op_of(reference, op, kind), job, fn, weight_, x_, count)
+            except Exception as error:
+                row["failed"] = repr(error)[:300]
+            session.log(**row, split=str(split))
+
+
+def time_quant(reference: Any, job: Any, fn: Any, weight_: Any, x_: Any, count: int) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    op, _, m, implementation, split = job
+    normal = jax.jit(lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16), static_argnums=1)
+    weight = normal(3, weight_.shape)
+    inputs = [normal(i, x_.shape) for i in range(count)]
+    if op == "residual_norm":
+        inputs = [half for x in inputs for half in (x[0], x[1])]
+    row: dict[str, Any] = {}
+    if implementation == "mosaic" and split is None and m <= 4096:
+        got = fn(weight, *inputs)[0]
+        first = (inputs[0], inputs[1]) if op == "residual_norm" else inputs[0]
+        want = jax.jit(reference)(weight, first)
+        a, b = got[0].astype(jnp.float32), want[0].astype(jnp.float32)
+        row["differing"] = float((a != b).mean())  # 0 for quantize_rows; the others' sums and exponentials differ
+        row["worst"] = float((jnp.abs(a - b) / jnp.maximum(jnp.abs(b), 1)).max())
+        row["scale_error"] = float(jnp.abs(got[1] / want[1] - 1).max())
+        if op == "residual_norm":
+            row["residual_equal"] = bool((got[2] == want[2]).all())
+        # One step of fp8 is 1/8 of a value at most, one of int8 is 1.
+        if row["worst"] > 1 or row["scale_error"] > 1e-5 or (op == "quantize_rows" and row["differing"] > 0):
+            row["WRONG"] = True
+    row |= measure(fn, (weight, *inputs), count, 0.01)
+    k = weight_.shape[0]
+    moved = m * k * {"quantize_rows": 3, "silu": 5, "residual_norm": 7}[op]
+    row["TBs"] = round(moved / row["us"] / 1e6, 2)
+    row["kernel_TBs"] = round(moved / row["kernel_us"] / 1e6, 2)
+    return row
+
+
+# --- the test tables -------------------------------------------------------------------------------------------------
+
+
+def cases_worker(session: Session) -> None:
+    """Every case of the tests' table on this device, against float64; refusals with their reason."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.scaled_matmul import mosaic_sm90
+    from pallas_kernels.scaled_matmul.cases import CASES, DEVICE_CASES, error_bound, expected, make
+
+    compile_ = compiler(session)
+    ready = []
+    for case in (*CASES, *DEVICE_CASES):
+        session.beat = 0
+        operands = make(case)
+        shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands if o is not None]
+        try:
+            fn = functools.partial(mosaic_sm90.scaled_matmul, out_dtype=case.out_dtype)
+            ready.append((case, operands, compile_(fn, *shapes)))
+        except NotImplementedError as error:
+            session.log(case=str(case), refused=str(error)[:150])
+        except Exception as error:
+            session.log(case=str(case), failed=repr(error)[:300])
+    session.log(compiled=len(ready))
+    if session.dry:
+        return
+    session.wait_for_others()
+    with session:
+        for case, operands, fn in ready:
+            session.doing_now(case)
+            try:
+                got = np.asarray(fn(*[jnp.asarray(o) for o in operands if o is not None])).astype(np.float64)
+                want, magnitude = expected(*operands)
+                worst = float((np.abs(got - want) / error_bound(case, want, magnitude, tensor_cores=True)).max())
+                row: dict[str, Any] = {} if worst <= 1 else {"WRONG": True}
+                session.log(case=str(case), worst_over_bound=round(worst, 3), **row)
+            except Exception as error:
+                session.log(case=str(case), failed=repr(error)[:300])
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def run_worker(args: argparse.Namespace) -> None:
+    session = Session(args.worker, args)
+    try:
+        if args.worker == "cases":
+            cases_worker(session)
+        elif args.worker == "quant":
+            quant_worker(session)
+        else:
+            matmul_worker(session, *args.worker.split("-"))
+    except Exception as error:
+        session.log(crashed=repr(error)[:1000])
+        raise
+    finally:
+        (session.folder / f"ready.{args.worker}").touch()
+
+
+def summary(rows: list[dict[str, Any]]) -> None:
+    for mode in MODES:
+        for m in sorted(MS):
+            best = [r for r in rows if r.get("mode") == mode and r["m"] == m and "us" in r and not r.get("WRONG")]
+            chosen = {r["shape"]: r for r in best if r["heuristic"]}
+            fastest = {s: min((r["us"] for r in best if r["shape"] == s), default=math.nan) for s in SHAPES}
+            total = sum(chosen[s]["us"] if s in chosen else math.nan for s in SHAPES)
+            kernel = sum(chosen[s]["kernel_us"] if s in chosen else math.nan for s in SHAPES)
+            print(
+                f"{mode:5} M={m:<5} bar {BARS[mode][m]:5}  heuristic {total:8.1f} (kernels {kernel:8.1f})  "
+                f"fastest {sum(fastest.values()):8.1f}"
+            )
+    for r in rows:
+        if any(key in r for key in ("WRONG", "HUNG", "failed", "crashed", "out_of_time")):
+            print({key: value for key, value in r.items() if key != "split"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=os.environ.get("OUT", "."))
+    parser.add_argument("--budget", type=float, default=110)
+    parser.add_argument("--only", default=",".join(WORKERS))
+    parser.add_argument("--dry", action="store_true", help="compile for an absent H200, run nothing")
+    for internal in ("--worker", "--folder", "--log"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return run_worker(args)
+    names = [name for name in args.only.split(",") if name in WORKERS]
+    log = Path(args.out) / "scaled.jsonl"
+    log.write_text("")
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "workers").write_text(" ".join(names))
+        command = [sys.executable, "-m", "bench.kernel_scaled", "--folder", folder, "--log", str(log)]
+        command += ["--budget", str(args.budget), "--start", str(args.start)] + ["--dry"] * args.dry
+        workers = []
+        for name in names:
+            with open(f"{folder}/{name}.err", "w") as errors:
+                workers.append(subprocess.Popen([*command, "--worker", name], env=environment, stderr=errors))
+        for name, worker in zip(names, workers):
+            try:
+                worker.wait(timeout=max(1, args.start + args.budget + 3 - time.time()))
+            except subprocess.TimeoutExpired:
+                worker.kill()
+            if worker.returncode:
+                print(name, "ended with", worker.returncode, Path(f"{folder}/{name}.err").read_text()[-600:])
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    summary(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Arithmetic that Pallas does not reach, for the quantization kernels on NVIDIA GPUs.
+
+A quantized value is y / scale rounded to int8 or fp8, and the reference divides exactly. Mosaic GPU's own division is
+`div.full`, off by up to 2 ulp. Here r = 1 / scale is the hardware's approximation with one Newton step, q0 = y * r, and
+q = q0 + (y - q0 * scale) * r with fused multiply-adds (Markstein, IBM J. Res. Dev. 34(1), 1990): the remainder is
+exact, so that q is the quotient rounded once, as long as nothing underflows on the way: `lift` sees to that. Elements
+that share a scale share r, which leaves three instructions an element.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+SCALAR = plgpu.Layout.WG_SPLAT(())  # `layout` of a number
+TINY = 2.0**-100  # remainders of quotients down to 2^-24 by a scale above this are exact (float32 ends at 2^-149)
+LIFT = 2.0**64
+
+
+def lift(scale: jax.Array) -> jax.Array:
+    """1, or 2^64 where scale is so small that its reciprocal or a remainder leaves float32: multiply both by it."""
+    return jnp.where(scale < TINY, jnp.float32(LIFT), jnp.float32(1))
+
+
+def divide(y: jax.Array, scale: jax.Array, layout: Any) -> jax.Array:
+    """y / scale, rounded once: float32 arrays of one shape in `layout`, scale from 2^-100 to 2^126 (or NaN).
+
+    An infinite scale gives NaN. Does not run in interpret mode.
+    """
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, math
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout, layout), return_type=plgpu.ShapeDtypeStruct(y.shape, jnp.float32, layout=layout)
+    )
+    def quotient(ctx: Any, y: Any, scale: Any) -> Any:
+        approximate = y._lift_fast_instr("rcp.approx.ftz.f32")
+
+        def one(y: Any, s: Any) -> Any:
+            unit: Any = ir.FloatAttr.get(ir.F32Type.get(), 1.0)
+            if isinstance(s.type, ir.VectorType):
+                unit = ir.DenseElementsAttr.get_splat(s.type, unit)
+            negative, rough = arith.negf(s), approximate(s)
+            r = math.fma(math.fma(negative, rough, arith.constant(s.type, unit)), rough, rough)
+            first = arith.mulf(y, r)
+            return math.fma(math.fma(negative, first, y), r, first)
+
+        return y._pointwise(one, scale)
+
+    return quotient(y, scale)
+
+
+def divide_by(y: jax.Array, divisor: float, layout: Any) -> jax.Array:
+    """y / divisor, rounded once; y in `layout`."""
+    constant = lax.broadcast_in_dim(jnp.float32(divisor), y.shape, [])
+    return divide(y, constant if y.ndim == 0 else plgpu.layout_cast(constant, layout), layout)
+
+
+def sigmoid(x: jax.Array, layout: Any) -> jax.Array:
+    """1 / (1 + e^-x) with the hardware's reciprocal (1 ulp) in place of a division. Not for interpret mode."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout))
+    def reciprocal(ctx: Any, x: Any) -> Any:
+        return x._pointwise(x._lift_fast_instr("rcp.approx.ftz.f32"))
+
+    return reciprocal(1.0 + jnp.exp(-x))
