@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 
 from jqserve.errors import UnsupportedError
 from jqserve.ops.activations import QuantizedRows, quantize_input
-from jqserve.ops.relayout import to_canonical
+from jqserve.ops.relayout import grid_per_row, to_canonical
 from jqserve.quant import QuantizedTensor, QuantSpec, dequantize
 from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.w4a16.api import w4a16_matmul
@@ -64,8 +64,9 @@ def _run_kernel(x: jax.Array, weight: QuantizedTensor, bias: jax.Array | None) -
         if weight.perm is not None:
             x = jnp.take(x, weight.perm, axis=1, unique_indices=True, mode="clip")
         return quantized_rows_matmul(quantize_input(x, weight), weight, bias)
-    scale = _grid_per_row(weight.scale, spec)
-    zero = None if weight.zero_point is None else _grid_per_row(weight.zero_point, spec)
+    scale, zero = weight.scale, weight.zero_point
+    if spec.layout == "canonical":
+        scale, zero = grid_per_row(scale, spec), None if zero is None else grid_per_row(zero, spec)
     kwargs: dict[str, Any] = {"perm": weight.perm, "group_size": spec.group_size, "layout": spec.layout}
     if spec.qtype == "uint4":
         integer, offset = (zero, None) if spec.zero == "int" else (None, zero)
@@ -73,14 +74,6 @@ def _run_kernel(x: jax.Array, weight: QuantizedTensor, bias: jax.Array | None) -
     else:
         y = w8a16_matmul(x, weight.qvalue, scale, zero, **kwargs)
     return y if bias is None else y + bias.astype(y.dtype)
-
-
-def _grid_per_row(grid: jax.Array, spec: QuantSpec) -> jax.Array:
-    """Weight-only kernels take scales and zeros per output feature ([N, G]) or one for all ([1, 1])."""
-    (n, k), (gn, gk) = spec.shape, spec.group_shape
-    if gn == 1 or (gn >= n and gk >= k):
-        return grid
-    return jnp.repeat(grid, gn, axis=0)[:n]
 
 
 @custom_vmap

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jqserve.ops.device import Device, current_device
-from jqserve.quant import QuantizedTensor
+from jqserve.quant import QuantizedTensor, QuantSpec
 from pallas_kernels.w4a16 import layout as w4a16_layout
 from pallas_kernels.w8a16 import layout as w8a16_layout
 
@@ -41,7 +42,7 @@ def relayout_leaf(weight: Any, device: Device | None = None) -> Any:
 def preferred_layout(weight: QuantizedTensor, device: Device) -> str:
     """The layout's name; "canonical" where the kernels read canonical arrays, as scaled_matmul always does."""
     spec = weight.spec
-    if spec.activation.kind != "none" or spec.group_shape[0] != 1:
+    if spec.activation.kind != "none" or (spec.qtype != "uint4" and spec.zero == "offset"):
         return "canonical"
     n, k = spec.shape
     module = w4a16_layout if spec.qtype == "uint4" else w8a16_layout
@@ -53,7 +54,18 @@ def to_canonical(weight: QuantizedTensor) -> QuantizedTensor:
     layout = weight.spec.layout
     if layout == "canonical":
         return weight
-    return _apply(weight, w4a16_layout.from_layout, w8a16_layout.from_layout, layout, becomes="canonical")
+    back = _apply(weight, w4a16_layout.from_layout, w8a16_layout.from_layout, layout, becomes="canonical")
+    rows = back.spec.group_shape[0]
+    every = lambda grid: grid if grid is None or len(grid) == 1 else grid[::rows]  # noqa: E731 - undoes grid_per_row
+    return back.replace(scale=every(back.scale), zero_point=every(back.zero_point))
+
+
+def grid_per_row(grid: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Weight-only kernels take scales and zeros per output feature ([N, G]) or one for all ([1, 1])."""
+    (n, k), (gn, gk) = spec.shape, spec.group_shape
+    if gn == 1 or (gn >= n and gk >= k):
+        return grid
+    return jnp.repeat(grid, gn, axis=0)[:n]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -62,6 +74,10 @@ def _to_layout(weight: QuantizedTensor, layout: str) -> QuantizedTensor:
         weight = weight.replace(scale=weight.scale.astype("float32"))
     if layout == "canonical":
         return weight
+    weight = weight.replace(
+        scale=grid_per_row(weight.scale, weight.spec),
+        zero_point=None if weight.zero_point is None else grid_per_row(weight.zero_point, weight.spec),
+    )
     return _apply(weight, w4a16_layout.to_layout, w8a16_layout.to_layout, layout, becomes=layout)
 
 

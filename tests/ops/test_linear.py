@@ -13,6 +13,7 @@ from jqserve.ops.linear import linear
 from jqserve.ops.quantized import check_supported
 from jqserve.ops.relayout import relayout_leaf, to_canonical
 from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec, dequantize
+from pallas_kernels import KNOWN_DEVICES
 from tests.models.tiny import FP8_BLOCK, FP8_STATIC, FP8_TOKEN, INT8_TOKEN, Scheme, random_weight
 
 N, K = 160, 192
@@ -162,9 +163,11 @@ def test_one_fused_norm_serves_projections_of_one_scheme_only() -> None:
 
 @pytest.mark.parametrize("name", [*WEIGHT_ONLY, *ACTIVATIONS])
 def test_relayout_and_back(name: str) -> None:
-    """Whatever layout this device prefers: the same product before and after, the same packed values on return."""
+    """In the layout that a Hopper GPU prefers: the same product before and after, the same packed values on return."""
     x, weight, _ = case((WEIGHT_ONLY | ACTIVATIONS)[name], 4)
-    relaid = relayout_leaf(weight)
+    relaid = relayout_leaf(weight, KNOWN_DEVICES["h200"])
+    if isinstance(weight, QuantizedTensor):
+        assert (relaid.spec.layout == "canonical") == (name in ACTIVATIONS)
     np.testing.assert_allclose(linear(x, relaid), linear(x, weight), atol=1e-6)
     back = to_canonical(relaid) if isinstance(relaid, QuantizedTensor) else relaid
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(weight)):
