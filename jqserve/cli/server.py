@@ -36,11 +36,17 @@ ENGINE_FLAGS = (
     "page_size",
     "num_pages",
     "random_seed",
+    "num_continuous_decode_steps",
     "disable_overlap_schedule",
+    "disable_mixed_chunk",
+    "disable_radix_cache",
     "disable_warmup",
     "compilation_cache_dir",
     "log_level",
 )
+
+#: the same, but their zero means something
+GIVEN_FLAGS = ("max_queued", "random_seed", "schedule_conservativeness")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-queued", type=count, metavar="N", help="sequences that may wait; more are refused")
     add("--mem-fraction-static", type=float, metavar="F", help="share of GPU memory for weights and KV pages")
     add("--chunked-prefill-size", type=positive, metavar="TOKENS", help="most prompt tokens in one step")
+    add("--num-continuous-decode-steps", type=positive, metavar="K", help="decode steps at once when nobody waits")
+    add("--schedule-conservativeness", type=float, metavar="F", help="of the forecast of KV pages; 0: admit what fits")
     add("--kv-dtype", metavar="DTYPE", help="of the KV cache")
     add("--page-size", type=positive, metavar="TOKENS", help="of a KV page")
     add("--num-pages", type=positive, metavar="N", help="KV pages, instead of as many as memory holds")
@@ -83,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
         help="keeps compiled programs between starts; only you may write there",
     )
     add("--disable-overlap-schedule", action="store_true", help="read each step before dispatching the next")
+    add("--disable-mixed-chunk", action="store_true", help="never compute prompts and answers in one step")
+    add("--disable-radix-cache", action="store_true", help="never reuse the KV pages of a prompt's beginning")
     add("--disable-warmup", action="store_true", help="compile each shape when it first comes")
 
     serving = parser.add_argument_group("serving")
@@ -133,7 +143,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     values: dict[str, Any] = vars(args)
     dtype = None if args.dtype == "auto" else args.dtype
     engine = {name: values[name] for name in ENGINE_FLAGS if values[name]} | {"model_path": model_path}
-    engine |= {name: values[name] for name in ("max_queued", "random_seed") if values[name] is not None}
+    engine |= {name: values[name] for name in GIVEN_FLAGS if values[name] is not None}
     engine.pop("dtype", None)
     if dtype:
         engine["dtype"] = dtype

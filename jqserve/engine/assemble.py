@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from jqserve.engine.batch import StepShape
+from jqserve.engine.budget import decode_tiles
 from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.cache import CacheShape, cache_shape, pages_that_fit
 from jqserve.engine.config import EngineConfig, defaults_for
@@ -20,6 +21,7 @@ from jqserve.engine.scheduler import Scheduler
 from jqserve.engine.slots import empty
 from jqserve.engine.step import Structure, lower_step, make_state
 from jqserve.engine.validate import Limits
+from jqserve.engine.variant import ORDER
 from jqserve.errors import UnsupportedError
 from jqserve.models.build import build, split
 from jqserve.models.config import ModelConfig
@@ -43,7 +45,8 @@ def assemble(
     slots = config.max_running_requests or defaults.max_running_requests
     tile_size = config.tile_size or defaults.tile_size
     tiles = -(-(config.chunked_prefill_size or defaults.chunked_prefill_size) // tile_size)
-    buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets)
+    steps = config.num_continuous_decode_steps or defaults.decode_steps
+    buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets, steps=steps)
     page_size = config.page_size or defaults.page_size
     dtype = str(params["embed"]["weight"].dtype) if config.kv_dtype == "auto" else config.kv_dtype
     context = _wanted_context(config, model, device.platform)
@@ -55,15 +58,36 @@ def assemble(
         context = _shortened(config, context, cache)
         shape = dataclasses.replace(shape, pages_per_sequence=-(-context // page_size))
     limits = Limits(model.vocab_size, context, model.eos_token_ids)
-    runner = Runner(structure, leaves, shape, cache, buckets, greedy_variant=defaults.greedy_variant)
-    scheduler = Scheduler(PagePool(pages), page_size=page_size, slots=slots, tile_size=tile_size, tiles=tiles)
-    facts = _facts(config, model, context, slots, cache, device) | (info or {})
+    runner = Runner(structure, leaves, shape, cache, buckets, variants=defaults.variants)
+    scheduler = Scheduler(
+        PagePool(pages),
+        page_size=page_size,
+        slots=slots,
+        tile_size=tile_size,
+        tiles=tiles,
+        steps=steps,
+        mixed=not config.disable_mixed_chunk,
+        prefix_cache=not config.disable_radix_cache,
+        conservativeness=config.schedule_conservativeness,
+    )
+    facts = _facts(config, model, context, slots, steps, cache, device) | (info or {})
     overlap = not config.disable_overlap_schedule
     return EngineCore(runner, scheduler, limits, max_queued=config.max_queued, overlap=overlap, info=facts)
 
 
 def warmup_runs(engine: EngineCore) -> int:
     return defaults_for(engine.runner.device.platform).warmup_runs
+
+
+def choose_budget(engine: EngineCore) -> dict[str, float]:
+    """After the warm-up: sets the tiles of a step in which others decode. Returns the seconds by step, measured."""
+    runner, scheduler = engine.runner, engine.scheduler
+    rows = runner.buckets.decode[-1]
+    measured = {tiles: runner.idle_run(runner.for_tiles(tiles), 2) for tiles in runner.buckets.tile_counts(rows)}
+    decode = runner.idle_run(runner.for_tiles(0), 2)
+    scheduler.decode_tiles = min(scheduler.tiles, decode_tiles(measured, decode))
+    log.info("a decode step takes %.1f ms; %d prefill tiles beside it", decode * 1e3, scheduler.decode_tiles)
+    return {f"{rows}+{tiles}": round(seconds, 6) for tiles, seconds in {0: decode, **measured}.items()}
 
 
 def _wanted_context(config: EngineConfig, model: ModelConfig, platform: str) -> int:
@@ -106,7 +130,8 @@ def _choose_pages(
     state = jax.eval_shape(lambda: make_state(shape))
     worst = max(buckets.all(), key=lambda b: (b.sampled, b.rows(shape.tile_size)))
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
-    compiled = lower_step(structure, shape, worst, True, weights, trial.abstract(), state, empty(shape.slots)).compile()
+    everything, params = ORDER[-1], empty(shape.slots)
+    compiled = lower_step(structure, shape, worst, everything, weights, trial.abstract(), state, params).compile()
     analysis = compiled.memory_analysis()
     temporary = int(analysis.temp_size_in_bytes) if analysis is not None else 2**30
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -124,7 +149,7 @@ def _choose_pages(
 
 
 def _facts(
-    config: EngineConfig, model: ModelConfig, context: int, slots: int, cache: CacheShape, device: Any
+    config: EngineConfig, model: ModelConfig, context: int, slots: int, steps: int, cache: CacheShape, device: Any
 ) -> dict[str, Any]:
     return {
         "model_path": config.model_path,
@@ -145,4 +170,7 @@ def _facts(
         },
         "device": f"{device.platform}: {device.device_kind}",
         "overlap_schedule": not config.disable_overlap_schedule,
+        "mixed_chunk": not config.disable_mixed_chunk,
+        "prefix_cache": not config.disable_radix_cache,
+        "continuous_decode_steps": steps,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jqserve.engine.buckets import Bucket
-from jqserve.engine.scheduler import Plan
+from jqserve.engine.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +25,27 @@ class StepShape:
     @property
     def tile_pages(self) -> int:
         """Most pages that Tq consecutive positions touch."""
-        return (self.tile_size + self.page_size - 2) // self.page_size + 1
+        return self.pages_touched(self.tile_size)
+
+    def pages_touched(self, positions: int) -> int:
+        """Most pages that so many consecutive positions touch."""
+        return (positions + self.page_size - 2) // self.page_size + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
     """The parts of a packed step, numpy or traced. All int32; Bd decode rows, Nt tiles of Tq tokens, Wp pages a tile.
 
-    decode_slot, decode_position (-1 = padding), decode_page   [Bd]
+    decode_slot, decode_position (of the first of the row's steps), decode_count (steps it takes; 0 = padding)   [Bd]
+    decode_pages [Bd, Wk]: the pages that its positions touch, 0 = none; Wk = 1 where a program is one step
     tile_slot, tile_start, tile_len (0 = padding), tile_sample (1: its last token gives the next one)   [Nt]
     tile_pages [Nt, Wp]: the pages that its positions touch, 0 = none; tile_tokens [Nt, Tq]
     """
 
     decode_slot: Any
     decode_position: Any
-    decode_page: Any
+    decode_count: Any
+    decode_pages: Any
     tile_slot: Any
     tile_start: Any
     tile_len: Any
@@ -50,7 +56,8 @@ class Fields:
 
 def _shapes(shape: StepShape, bucket: Bucket) -> list[tuple[int, ...]]:
     rows, tiles = bucket.decode_rows, bucket.tiles
-    return [(rows,)] * 3 + [(tiles,)] * 4 + [(tiles, shape.tile_pages), (tiles, shape.tile_size)]
+    decode = [*[(rows,)] * 3, (rows, shape.pages_touched(bucket.steps))]
+    return [*decode, *[(tiles,)] * 4, (tiles, shape.tile_pages), (tiles, shape.tile_size)]
 
 
 def packed_size(shape: StepShape, bucket: Bucket) -> int:
@@ -72,7 +79,6 @@ def padding(shape: StepShape, bucket: Bucket) -> tuple[np.ndarray, Fields]:
     packed = np.zeros(packed_size(shape, bucket), np.int32)
     fields = unpack(packed, shape, bucket)
     fields.decode_slot[:] = shape.slots
-    fields.decode_position[:] = -1
     fields.tile_slot[:] = shape.slots
     return packed, fields
 
@@ -88,7 +94,12 @@ def pack(plan: Plan, shape: StepShape, bucket: Bucket) -> tuple[np.ndarray, list
     if count:
         fields.decode_slot[:count] = [row.slot for row in plan.decodes]
         fields.decode_position[:count] = [row.position for row in plan.decodes]
-        fields.decode_page[:count] = [row.page for row in plan.decodes]
+        fields.decode_count[:count] = [row.count for row in plan.decodes]
+        if bucket.steps == 1:
+            fields.decode_pages[:count, 0] = [row.pages[0] for row in plan.decodes]
+        else:
+            for i, row in enumerate(plan.decodes):
+                fields.decode_pages[i, : len(row.pages)] = row.pages
     sampled = list(range(count))
     tile = 0
     for chunk in plan.chunks:

@@ -1,4 +1,4 @@
-"""The few step shapes that are compiled ahead: decode rows x prefill tiles. Plain Python."""
+"""The few step shapes that are compiled ahead: decode rows x prefill tiles x decode steps. Plain Python."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """The shape of one step: `decode_rows` rows of one token, `tiles` tiles of consecutive prompt tokens."""
+    """The shape of one dispatch: `decode_rows` rows of one token, `tiles` tiles of consecutive prompt tokens.
+
+    `steps` > 1 (only without tiles): that many decode steps in one program, each feeding its tokens to the next.
+    """
 
     decode_rows: int
     tiles: int
+    steps: int = 1
 
     def rows(self, tile_size: int) -> int:
         """T, the tokens that go through the matmuls."""
@@ -29,25 +33,38 @@ class Buckets:
 
     decode   row counts of steps without prefill, ascending; the last is the greatest number of running requests
     mixed    shapes of steps with prefill; contains one that covers everything
+    steps    decode steps of the programs for "nobody waits to prefill" (1: there are none)
+    coarse   row counts of rarer kinds of steps (see `engine/variant`), ascending and ending as `decode` does; empty:
+             the same as `decode`
     """
 
     decode: tuple[int, ...]
     mixed: tuple[Bucket, ...]
+    steps: int = 1
+    coarse: tuple[int, ...] = ()
 
-    def choose(self, decode_rows: int, tiles: int, tile_size: int) -> Bucket:
+    def choose(self, decode_rows: int, tiles: int, tile_size: int, *, steps: int = 1, coarse: bool = False) -> Bucket:
         """The shape with the fewest rows that holds the step. Raises ValueError when none does."""
         if tiles == 0:
-            for rows in self.decode:
+            for rows in (self.coarse or self.decode) if coarse else self.decode:
                 if rows >= decode_rows:
-                    return Bucket(rows, 0)
+                    return Bucket(rows, 0, steps)
         fitting = [b for b in self.mixed if b.decode_rows >= decode_rows and b.tiles >= tiles]
-        if not fitting:
-            raise ValueError(f"no bucket holds {decode_rows} decode rows and {tiles} tiles")
+        if not fitting or steps > 1:
+            raise ValueError(f"no bucket holds {decode_rows} decode rows and {tiles} tiles in {steps} steps")
         return min(fitting, key=lambda b: (b.rows(tile_size), b.sampled))
 
     def all(self) -> list[Bucket]:
         """Every shape, the costliest to compile first."""
-        return [*sorted(self.mixed, reverse=True), *(Bucket(rows, 0) for rows in reversed(self.decode))]
+        return [*sorted(self.mixed, reverse=True), *self.only_decode(self.decode)]
+
+    def tile_counts(self, decode_rows: int) -> list[int]:
+        """The tile counts that steps with so many decode rows are padded to, ascending."""
+        return sorted({b.tiles for b in self.mixed if b.decode_rows >= decode_rows})
+
+    def only_decode(self, rows: Sequence[int]) -> list[Bucket]:
+        """The shapes without tiles for these row counts."""
+        return [Bucket(n, 0, steps) for n in reversed(rows) for steps in sorted({1, self.steps})]
 
 
 def ladder(top: int, steps: Sequence[int]) -> tuple[int, ...]:
@@ -55,8 +72,8 @@ def ladder(top: int, steps: Sequence[int]) -> tuple[int, ...]:
     return (*(s for s in steps if s < top), top)
 
 
-def make_buckets(running: int, tiles: int, *, fine: bool) -> Buckets:
-    """The shapes for at most `running` requests and `tiles` prefill tiles a step.
+def make_buckets(running: int, tiles: int, *, fine: bool, steps: int = 1) -> Buckets:
+    """The shapes for at most `running` requests, `tiles` prefill tiles a step, `steps` decode steps a dispatch.
 
     `fine` (GPUs): powers of two. Padding a decode step from 9 to 16 rows costs next to nothing, for the weights are
     read once either way; a mixed step is dominated by its tiles, so it is padded to few or to all decode rows.
@@ -66,7 +83,7 @@ def make_buckets(running: int, tiles: int, *, fine: bool) -> Buckets:
         rows = ladder(running, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
         counts = ladder(tiles, (1, 4, 16, 64))
         mixed = {Bucket(b, n) for b in ladder(running, (8,)) for n in counts}
-    else:
-        rows = ladder(running, (4, 16, 64, 256))
-        mixed = {Bucket(running, tiles), Bucket(rows[0], 1)}
-    return Buckets(rows, tuple(sorted(mixed)))
+        return Buckets(rows, tuple(sorted(mixed)), steps, ladder(running, (1, 4, 16, 64, 128, 256)))
+    rows = ladder(running, (4, 16, 64, 256))
+    mixed = {Bucket(running, tiles), Bucket(rows[0], 1)}
+    return Buckets(rows, tuple(sorted(mixed)), steps)

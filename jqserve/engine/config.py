@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jqserve.engine.variant import ORDER, Variant
 from jqserve.errors import UnsupportedError
 
 
@@ -18,11 +19,17 @@ class EngineConfig:
     context_length         tokens of prompt and answer together
     mem_fraction_static    share of the GPU's memory for weights and KV pages; xla_fraction: the share that XLA may
                            allocate (its own default is 0.75; `engine/process` sets more before jax is imported)
-    chunked_prefill_size   most prompt tokens in one step, rounded up to whole tiles of `tile_size`
+    chunked_prefill_size   most prompt tokens in one step, rounded up to whole tiles of `tile_size`. None: the device's
+                           usual, and beside running answers what the measured step times allow (`engine/budget`)
+    num_continuous_decode_steps  decode steps of one dispatch when nobody waits to prefill; 1: always one
+    schedule_conservativeness    of the forecast of KV pages by which requests are admitted; 0 admits as soon as a
+                           prompt fits, and preempts when answers grow
     page_size, num_pages   tokens per KV page; pages of the pool
     max_queued             waiting requests beyond which new ones are refused
     random_seed            of the seeds that the offline engine draws for requests without one, and of dummy weights
     disable_overlap_schedule  read each step before the next is dispatched (the tokens are the same)
+    disable_mixed_chunk    no decode rows in steps with prefill: prompts go first, and answers wait
+    disable_radix_cache    do not look for the beginnings of prompts in pages that are still there
     disable_warmup         compile each shape when it first comes (tests, offline use), not before serving
     log_level              of the engine process: debug | info | warning | error
     compilation_cache_dir  JAX's persistent cache, an owner-only directory; None: not set
@@ -40,12 +47,16 @@ class EngineConfig:
     mem_fraction_static: float = 0.88
     xla_fraction: float = 0.75
     chunked_prefill_size: int | None = None
+    num_continuous_decode_steps: int | None = None
+    schedule_conservativeness: float = 1.0
     page_size: int | None = None
     tile_size: int | None = None
     num_pages: int | None = None
     max_queued: int = 1024
     random_seed: int = 0
     disable_overlap_schedule: bool = False
+    disable_radix_cache: bool = False
+    disable_mixed_chunk: bool = False
     disable_warmup: bool = False
     compilation_cache_dir: str | None = None
     log_level: str = "info"
@@ -61,6 +72,7 @@ class EngineConfig:
             "max_running_requests",
             "context_length",
             "chunked_prefill_size",
+            "num_continuous_decode_steps",
             "page_size",
             "tile_size",
             "num_pages",
@@ -68,6 +80,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UnsupportedError(f"{name} must be at least 1, found {value}")
+        if not 0 <= self.schedule_conservativeness <= 10:
+            raise UnsupportedError(
+                f"schedule_conservativeness {self.schedule_conservativeness} is not in 0 .. 10 (usual: 0 .. 1)"
+            )
         if self.max_queued < 0:
             raise UnsupportedError(f"max_queued must not be negative, found {self.max_queued}")
 
@@ -89,14 +105,16 @@ class DeviceDefaults:
     page_size: int
     tile_size: int
     fine_buckets: bool
-    greedy_variant: bool  # steps in which everybody is greedy have a program of their own, without the sampler
+    variants: tuple[Variant, ...]  # those that have programs of their own
+    decode_steps: int  # of a dispatch when nobody waits to prefill
     warmup_runs: int  # XLA captures a CUDA graph on a program's second or third run
 
 
-#: A CPU computes every padded row, and its users wait for every compilation (~5 s of processor time each).
+#: A CPU computes every padded row, and its users wait for every compilation (~5 s of processor time each); a dispatch
+#: costs it nothing beside a step.
 #: The GPU figures follow the attention kernels: pages of 64 tokens, tiles of 64 queries.
-CPU = DeviceDefaults(16, 128, 16, 32, False, False, 1)
-GPU = DeviceDefaults(256, 2048, 64, 64, True, True, 3)
+CPU = DeviceDefaults(16, 128, 16, 32, False, (Variant.SCORED,), 1, 1)
+GPU = DeviceDefaults(256, 2048, 64, 64, True, ORDER, 1, 3)
 
 
 def defaults_for(platform: str) -> DeviceDefaults:

@@ -1,8 +1,8 @@
 """The loop: schedule a step, dispatch it, read the one before it, tell what came out.
 
 With overlap (the default) step n+1 is dispatched before step n has been read: its decode rows take their tokens from
-the device. A sequence that step n turns out to end has then one row too many in step n+1; that row is dropped, and
-nothing of it is ever emitted. When a step raises, the pages and the slots' state are made anew, everything that ran
+the device. A sequence that step n turns out to end has then a row too many in step n+1; that row is dropped, and
+nothing of it is ever emitted, nor of what a dispatch of several steps gives behind the end. When a step raises, the pages and the slots' state are made anew, everything that ran
 waits to be recomputed, and the sequences of that step run one at a time until the one at fault is found.
 """
 
@@ -12,9 +12,10 @@ import logging
 import time
 from typing import Any
 
+from jqserve.engine.plan import Plan
 from jqserve.engine.request import EngineRequest, EngineStats, FinishReason, StepEvent, TokenLogprobs
 from jqserve.engine.runner import Launched, Runner
-from jqserve.engine.scheduler import Plan, Scheduler
+from jqserve.engine.scheduler import Scheduler
 from jqserve.engine.sequence import Sequence
 from jqserve.engine.validate import Limits, check_request, stop_ids
 from jqserve.errors import JqserveError, QueueFullError, RequestError
@@ -46,8 +47,8 @@ class EngineCore:
         self._in_flight: Launched | None = None
         self._arrivals = 0
         self._steps = self._generated = self._rows = self._failures = 0
-        #: seconds of the host by phase since the start: schedule, launch, wait (for the device), emit
-        self.host_seconds = dict.fromkeys(("schedule", "launch", "wait", "emit"), 0.0)
+        #: seconds of the host by phase since the start: receive, schedule, launch, wait (for the device), emit, send
+        self.host_seconds = dict.fromkeys(("receive", "schedule", "launch", "wait", "emit", "send"), 0.0)
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises RequestError for what cannot be served, QueueFullError when too many wait."""
@@ -122,6 +123,11 @@ class EngineCore:
             steps=self._steps,
             generated_tokens=self._generated,
             mean_batch=self._rows / self._steps if self._steps else 0.0,
+            prompt_tokens=self.scheduler.admitted_tokens,
+            cached_tokens=self.scheduler.cached_tokens,
+            pages_cached=pool.cached,
+            evictions=pool.evictions,
+            host_seconds={phase: round(seconds, 6) for phase, seconds in self.host_seconds.items()},
         )
 
     def model_info(self) -> dict[str, Any]:
@@ -142,35 +148,44 @@ class EngineCore:
         clock = self._time("wait", clock)
         plan = launched.plan
         self._failures = 0
-        self._steps += 1
-        self._rows += len(plan.sequences)
+        self._steps += plan.steps
         events = []
-        computed = [row.position + 1 for row in plan.decodes] + [chunk.start + chunk.length for chunk in plan.chunks]
-        for sequence, token, logprobs, reached in zip(plan.sequences, read.tokens, read.logprobs, computed):
+        for sequence, tokens, logprobs, reached in zip(plan.sequences, read.tokens, read.logprobs, plan.reached):
+            self._rows += max(1, len(tokens))
             if sequence.finish is not None:
                 continue  # it had ended, or was aborted, when this step was under way
             self.scheduler.passed(sequence, reached)
-            if token is not None:
-                sequence.pending -= 1
-                events.append(self._take(sequence, token, logprobs))
+            if tokens:
+                sequence.pending -= len(tokens)
+                events.append(self._take(sequence, tokens, logprobs))
         self._time("emit", clock)
         return events
 
-    def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> StepEvent:
-        if token < 0:
-            self._end(sequence, FinishReason.ERROR)
-            return StepEvent(sequence.rid, (), FinishReason.ERROR, error=NOT_FINITE)
-        sequence.tokens.append(token)
-        sequence.failures_alone = 0
-        self._generated += 1
-        finish, matched = None, None
-        if token in sequence.stop_ids:
-            finish, matched = FinishReason.STOP, token
-        elif len(sequence.tokens) >= sequence.limit:
-            finish = FinishReason.LENGTH
+    def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs]) -> StepEvent:
+        """Takes tokens over up to the one that ends the sequence, if one does."""
+        finish, matched, error, count = None, None, "", 0
+        cached = sequence.first_cached if len(sequence.tokens) == sequence.prompt_length else 0
+        for token in tokens:
+            if token < 0:
+                finish, error = FinishReason.ERROR, NOT_FINITE
+                break
+            sequence.tokens.append(token)
+            count += 1
+            if token in sequence.stop_ids:
+                finish, matched = FinishReason.STOP, token
+            elif len(sequence.tokens) >= sequence.limit:
+                finish = FinishReason.LENGTH
+            if finish is not None:
+                break
+        self._generated += count
+        if count:
+            sequence.failures_alone = 0
+            self.scheduler.publish(sequence)
         if finish is not None:
             self._end(sequence, finish)
-        return StepEvent(sequence.rid, (token,), finish, matched, () if logprobs is None else (logprobs,))
+        return StepEvent(
+            sequence.rid, tuple(tokens[:count]), finish, matched, tuple(logprobs[:count]), error, cached_tokens=cached
+        )
 
     def _end(self, sequence: Sequence, finish: FinishReason) -> None:
         sequence.finish = finish

@@ -14,7 +14,7 @@ import jax
 from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
-from jqserve.engine.assemble import assemble, warmup_runs
+from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
 from jqserve.engine.config import EngineConfig
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
@@ -47,6 +47,8 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
             lambda done, total, what: tell("compile", f"{done}/{total} {what}", {"done": done, "total": total}),
             runs=warmup_runs(engine),
         )
+        if config.chunked_prefill_size is None:
+            engine.describe(step_seconds=choose_budget(engine))
     engine.describe(warmup_seconds=round(time.perf_counter() - began, 3))
     return engine
 

@@ -62,14 +62,19 @@ def run(channel: Channel, config: EngineConfig) -> int:
     channel.send(wire.Ready(engine.model_info()))
     told, settled = 0.0, True
     while True:
-        for message in channel.receive(timeout=0 if engine.has_work() else None):
+        messages = channel.receive(timeout=0 if engine.has_work() else None)
+        began = time.perf_counter()
+        for message in messages:
             _take(engine, channel, message)
+        engine.host_seconds["receive"] += time.perf_counter() - began
         events = engine.step()
         now = time.monotonic()
         idle = not engine.has_work()
         due = now - told >= STATS_SECONDS or (idle and not settled)
         if events or due:
+            began = time.perf_counter()
             channel.send(wire.Step(tuple(events), engine.stats() if due else None))
+            engine.host_seconds["send"] += time.perf_counter() - began
         told, settled = (now, idle) if due else (told, settled and idle)
 
 

@@ -50,6 +50,7 @@ class EngineRequest:
     rid: int  # unique in the life of the front end
     prompt: tuple[int, ...]  # token ids, at least one
     sampling: SamplingParams  # max_new_tokens and seed resolved (not None)
+    priority: int = 0  # higher runs first; within a priority first come, first served
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,10 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class StepEvent:
-    """What one step gave one sequence: usually one token. `finish` None while it runs."""
+    """What one dispatch gave one sequence: one token, or as many as it had decode steps. `finish` None while it runs.
+
+    `cached_tokens`: prompt tokens found in the prefix cache; only told with the first token.
+    """
 
     rid: int
     token_ids: tuple[int, ...]
@@ -71,6 +75,7 @@ class StepEvent:
     matched_stop: int | None = None  # the token id that stopped it
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: str = ""
+    cached_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +91,8 @@ class EngineStats:
     steps: int = 0
     generated_tokens: int = 0
     mean_batch: float = 0.0
+    prompt_tokens: int = 0  # of admissions (recomputed ones count again), and how many of them the prefix cache had
+    cached_tokens: int = 0
+    pages_cached: int = 0  # free pages that still hold a prefix
+    evictions: int = 0
+    host_seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase of the loop, since the start

@@ -5,40 +5,46 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from jqserve.engine.adopt import Adopter
 from jqserve.engine.batch import StepShape, pack, padding, tiles_needed
 from jqserve.engine.buckets import Bucket, Buckets
 from jqserve.engine.cache import Cache, CacheShape, make_cache
+from jqserve.engine.plan import Plan
 from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
-from jqserve.engine.scheduler import Plan
-from jqserve.engine.slots import SlotParams, SlotTable, empty, needs_full
+from jqserve.engine.sequence import Sequence
+from jqserve.engine.slots import SlotParams, SlotTable, empty
 from jqserve.engine.step import SlotState, Structure, lower_step, make_state
+from jqserve.engine.variant import ORDER, Variant, needed_by
 
-Program = tuple[Bucket, bool]  # a bucket, and whether it is the full variant
+Program = tuple[Bucket, Variant]
 Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A step under way: `sampled_rows` names the row of each of plan.decodes and plan.chunks, -1 for none."""
+    """A dispatch under way: `sampled_rows` names the row of each of plan.decodes and plan.chunks, -1 for none."""
 
     plan: Plan
     sampled_rows: list[int]
     output: Sampled
+    variant: Variant
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What a step gave, on the host: for each of plan.sequences the token (None: its prompt goes on) and logprobs."""
+    """What a dispatch gave, on the host: for each of plan.sequences its tokens (none where its prompt goes on) and, where
+    asked for, their logprobs."""
 
-    tokens: list[int | None]
-    logprobs: list[TokenLogprobs | None]
+    tokens: list[list[int]]
+    logprobs: list[list[TokenLogprobs]]
 
 
 class Runner:
@@ -52,10 +58,10 @@ class Runner:
         cache: CacheShape,
         buckets: Buckets,
         *,
-        greedy_variant: bool = True,
+        variants: tuple[Variant, ...] = ORDER,
     ) -> None:
-        """`greedy_variant`: steps in which nobody asks for more than argmax run a program without the sampler."""
-        self.variants = (True, False) if greedy_variant else (True,)
+        """`variants`: those that have programs of their own; a step takes the first that gives all it asks."""
+        self.variants = variants
         self.structure, self.leaves = structure, leaves
         self.shape, self.cache_shape, self.buckets = shape, cache, buckets
         self.device = next(iter(leaves[0].devices()))
@@ -64,12 +70,43 @@ class Runner:
         self.slots = SlotTable(shape.slots, self.device)
         self.compilations = 0
         self.compilations_after_warmup = 0
+        self._adopt = Adopter(shape)
         self._warm = False
         self._programs: dict[Program, Any] = {}
 
     def programs(self) -> list[Program]:
-        """All that serving can need, the costliest first."""
-        return [(bucket, full) for bucket in self.buckets.all() for full in self.variants]
+        """All that serving can need, the costliest first.
+
+        Steps with prefill have no greedy program (their sampler is a small part of them), and the rarer variants take
+        coarser row counts: every program costs a start-up a second or more of compilation.
+        """
+        if len(self.variants) == 1:
+            return [(bucket, self.variants[0]) for bucket in self.buckets.all()]
+        buckets, programs = self.buckets, []
+        for variant in self.variants:
+            greedy = variant is Variant.GREEDY
+            programs += [] if greedy else [(bucket, variant) for bucket in sorted(buckets.mixed, reverse=True)]
+            rows = buckets.decode if greedy else buckets.coarse or buckets.decode
+            programs += [(bucket, variant) for bucket in buckets.only_decode(rows)]
+        return sorted(programs, key=lambda p: (-p[0].rows(self.shape.tile_size), -p[0].steps, p[1]))
+
+    def choose(self, plan: Plan) -> Program:
+        """The program of a plan."""
+        tiles = tiles_needed(plan, self.shape.tile_size)
+        least = ORDER.index(needed_by(plan.sequences))
+        if tiles and len(self.variants) > 1:
+            least = max(least, ORDER.index(Variant.SAMPLE))
+        variant = next(v for v in self.variants if ORDER.index(v) >= least)
+        bucket = self.buckets.choose(
+            len(plan.decodes), tiles, self.shape.tile_size, steps=plan.steps, coarse=variant is not Variant.GREEDY
+        )
+        return bucket, variant
+
+    def for_tiles(self, tiles: int) -> Program:
+        """The program of a full step with so many tiles, of the cheapest variant."""
+        cheapest = self.variants[0] if not tiles or len(self.variants) == 1 else Variant.SAMPLE
+        rows = self.buckets.decode[-1]
+        return self.buckets.choose(rows, tiles, self.shape.tile_size), cheapest
 
     def program(self, program: Program) -> Any:
         """The compiled program; compiles it when warm-up has not (and counts that)."""
@@ -80,10 +117,10 @@ class Runner:
 
     def compile(self, program: Program) -> Any:
         """Any thread may call this: XLA compiles without the interpreter's lock."""
-        bucket, full = program
+        bucket, variant = program
         self.compilations += 1
         arguments = jax.tree.map(_abstract, (self.leaves, self.kv, self.state, empty(self.shape.slots)))
-        return lower_step(self.structure, self.shape, bucket, full, *arguments).compile()
+        return lower_step(self.structure, self.shape, bucket, variant, *arguments).compile()
 
     def warm_up(self, progress: Progress | None = None, *, runs: int = 1, programs: Iterable[Program] = ()) -> None:
         """Compiles every program in threads and runs each `runs` times on padding (CUDA graphs are captured so)."""
@@ -93,42 +130,53 @@ class Runner:
             jobs = {pool.submit(self.compile, p): p for p in wanted if p not in self._programs}
             try:
                 for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                    bucket, full = jobs[job]
                     self._programs[jobs[job]] = job.result()
                     if progress is not None:
-                        kind = "full" if full else "greedy"
-                        progress(done, len(jobs), f"{bucket.decode_rows} rows + {bucket.tiles} tiles, {kind}")
+                        progress(done, len(jobs), describe(jobs[job]))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        for bucket, full in wanted:
-            for _ in range(runs):
-                packed, _views = padding(self.shape, bucket)
-                self._run((bucket, full), packed)
+        self.state = self._adopt.warm_up(self.state)
+        for program in wanted:
+            self.idle_run(program, runs)
         jax.block_until_ready(self.state.last_token)
         self._warm = True
+
+    def idle_run(self, program: Program, runs: int) -> float:
+        """Runs a program `runs` times with nothing but padding; seconds of the last one, with the device waited for."""
+        packed, _views = padding(self.shape, program[0])
+        for _ in range(runs - 1):
+            self._run(program, packed)
+        jax.block_until_ready(self.state.last_token)
+        began = time.perf_counter()
+        self._run(program, packed)
+        jax.block_until_ready(self.state.last_token)
+        return time.perf_counter() - began
 
     def launch(self, plan: Plan) -> Launched:
         """Dispatches a step and returns at once. After an exception the device's state is lost: call `reset`."""
         for sequence in plan.admitted:
             if sequence.slot is not None:
                 self.slots.set(sequence)
-        bucket = self.buckets.choose(len(plan.decodes), tiles_needed(plan, self.shape.tile_size), self.shape.tile_size)
-        packed, rows = pack(plan, self.shape, bucket)
-        full = False not in self.variants or any(needs_full(s) for s in plan.sequences)
-        output = self._run((bucket, full), packed)
+        if plan.adopted:
+            self.state = self._adopt(self.state, plan.adopted)
+        program = self.choose(plan)
+        packed, rows = pack(plan, self.shape, program[0])
+        output = self._run(program, packed)
         for leaf in jax.tree.leaves(output):
             leaf.copy_to_host_async()
-        return Launched(plan, rows, output)
+        return Launched(plan, rows, output, program[1])
 
     def read(self, launched: Launched) -> Read:
-        """Waits for a step. Raises what the device raised."""
-        tokens = np.asarray(launched.output.tokens).tolist()
-        wanted = [s.sampling.logprobs for s in launched.plan.sequences]
-        logprobs: list[TokenLogprobs | None] = [None] * len(wanted)
-        if any(w is not None for w in wanted):
-            logprobs = _read_logprobs(launched, wanted)
-        return Read([tokens[row] if row >= 0 else None for row in launched.sampled_rows], logprobs)
+        """Waits for a dispatch. Raises what the device raised."""
+        plan, rows = launched.plan, launched.sampled_rows
+        sampled = np.asarray(launched.output.tokens)
+        tokens = sampled.reshape(plan.steps, -1).T.tolist()
+        taken = [tokens[row][:count] if row >= 0 else [] for row, count in zip(rows, plan.sampled)]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in rows]
+        if any(s.sampling.logprobs is not None for s in plan.sequences):
+            logprobs = _read_logprobs(launched, plan.sequences, [len(t) for t in taken])
+        return Read(taken, logprobs)
 
     def reset(self) -> None:
         """New KV pages and slot state, after a step raised: what was donated to it is gone."""
@@ -138,7 +186,7 @@ class Runner:
         self.slots = SlotTable(self.shape.slots, self.device)
 
     def _run(self, program: Program, packed: np.ndarray) -> Sampled:
-        params: SlotParams | None = self.slots.on_device() if program[1] else None
+        params: SlotParams | None = None if program[1] is Variant.GREEDY else self.slots.on_device()
         compiled = self.program(program)
         self.kv, self.state, output = compiled(self.leaves, self.kv, self.state, params, packed)
         return output
@@ -148,14 +196,24 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def _read_logprobs(launched: Launched, wanted: list[int | None]) -> list[TokenLogprobs | None]:
-    output = launched.output
-    chosen, top_ids, top = np.asarray(output.logprob), np.asarray(output.top_ids), np.asarray(output.top)
-    result: list[TokenLogprobs | None] = []
-    for row, count in zip(launched.sampled_rows, wanted):
-        if row < 0 or count is None:
-            result.append(None)
-        else:
-            ids, values = top_ids[row, :count].tolist(), top[row, :count].tolist()
-            result.append(TokenLogprobs(float(chosen[row]), tuple(ids), tuple(values)))
+def describe(program: Program) -> str:
+    bucket, variant = program
+    return f"{bucket.decode_rows} rows + {bucket.tiles} tiles, {bucket.steps} steps, {variant}"
+
+
+def _read_logprobs(launched: Launched, sequences: list[Sequence], counts: list[int]) -> list[list[TokenLogprobs]]:
+    output, steps = launched.output, launched.plan.steps
+    chosen = np.asarray(output.logprob).reshape(steps, -1)
+    top_ids = top = np.zeros((steps, chosen.shape[1], 0))
+    if output.top_ids is not None and output.top is not None:
+        top_ids = np.asarray(output.top_ids).reshape(*chosen.shape, -1)
+        top = np.asarray(output.top).reshape(*chosen.shape, -1)
+    result: list[list[TokenLogprobs]] = []
+    for row, sequence, count in zip(launched.sampled_rows, sequences, counts):
+        wanted = sequence.sampling.logprobs
+        entries = []
+        for step in range(count if wanted is not None else 0):
+            ids, values = top_ids[step, row, :wanted].tolist(), top[step, row, :wanted].tolist()
+            entries.append(TokenLogprobs(float(chosen[step, row]), tuple(ids), tuple(values)))
+        result.append(entries)
     return result

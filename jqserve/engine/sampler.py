@@ -8,19 +8,25 @@
 
 The draw is argmax(l3 + Gumbel noise), the noise a function of (seed, position) alone: the same request with the same
 seed draws the same token alone, in any batch, and after it was preempted and recomputed.
+
+On a CPU parts that no row asks for are skipped by conditionals. On a GPU there are none: see `engine/variant`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jqserve.ops.device import current_device
+
 MAX_TOP_LOGPROBS = 20
 _HIGH_BIT = np.uint32(0x80000000)
+_GPU_BITS = 4  # bits of a threshold found per pass over the row: 8 passes of 15 candidates each
 
 
 @jax.tree_util.register_dataclass
@@ -54,8 +60,8 @@ class RowParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """tokens int32 [R] (-1: the logits held NaN). The rest is None in the greedy variant: logprob float32 [R], top_ids
-    int32 and top float32 [R, 20]."""
+    """tokens int32 [R] (-1: the logits held NaN); logprob float32 [R], None in the greedy variant; top_ids int32 and top
+    float32 [R, 20], None but in the scored one. A program of K > 1 steps puts an axis [K] before each."""
 
     tokens: jax.Array
     logprob: jax.Array | None = None
@@ -74,25 +80,37 @@ def _argmax(logits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]), -1, best)
 
 
-def sample(logits: jax.Array, params: RowParams) -> Sampled:
-    """logits float32 [R, V]; greedy rows (temperature 0) give what `greedy` gives unless penalties or biases say so."""
+def sample(logits: jax.Array, params: RowParams, *, scored: bool = True) -> Sampled:
+    """logits float32 [R, V]; greedy rows (temperature 0) give what `greedy` gives unless penalties or biases say so.
+
+    `scored`: with the most likely tokens and their logprobs.
+    """
     logits = biased(penalised(logits, params), params)
     greedy_tokens = _argmax(logits)
-    drawn = lax.cond(jnp.any(params.temperature > 0), _draw, lambda *_: greedy_tokens, logits, params)
+    drawn = _if_any(params.temperature > 0, lambda: _draw(logits, params), lambda: greedy_tokens)
     tokens = jnp.where((params.temperature > 0) & (greedy_tokens >= 0), drawn, greedy_tokens)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     logprob = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
+    if not scored:
+        return Sampled(tokens, logprob[:, 0])
     count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
 
-    def top(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        best, ids = lax.top_k(values, count)
+    def top() -> tuple[jax.Array, jax.Array]:
+        best, ids = lax.top_k(logits, count)
         return ids.astype(jnp.int32), best
 
-    def nothing(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.zeros((values.shape[0], count), jnp.int32), jnp.zeros((values.shape[0], count), jnp.float32)
+    def nothing() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((logits.shape[0], count), jnp.int32), jnp.zeros((logits.shape[0], count), jnp.float32)
 
-    top_ids, best = lax.cond(jnp.any(params.top_logprobs > 0), top, nothing, logits)
+    top_ids, best = _if_any(params.top_logprobs > 0, top, nothing)
     return Sampled(tokens, logprob[:, 0], top_ids, best - total)
+
+
+def _if_any[T](asked: jax.Array, some: Callable[[], T], none: Callable[[], T]) -> T:
+    """`some()` where a row asks, else `none()`, which must be what `some` gives then; a GPU always takes `some`."""
+    if current_device().platform != "cpu":
+        return some()
+    return lax.cond(jnp.any(asked), some, none)
 
 
 def penalised(logits: jax.Array, params: RowParams) -> jax.Array:
@@ -114,7 +132,7 @@ def biased(logits: jax.Array, params: RowParams) -> jax.Array:
         values = jnp.where(params.position[:, None] < params.bias_until, params.bias_values, 0.0)
         return logits.at[rows, params.bias_ids].add(values, mode="drop")
 
-    return lax.cond(jnp.any(params.bias_ids < logits.shape[-1]), add, lambda x: x, logits)
+    return _if_any(params.bias_ids < logits.shape[-1], lambda: add(logits), lambda: logits)
 
 
 def _draw(logits: jax.Array, params: RowParams) -> jax.Array:
@@ -133,25 +151,23 @@ def _gumbel(seed: jax.Array, position: jax.Array, count: int) -> jax.Array:
 def kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """Which tokens may be drawn, bool [R, V]. Ties at a threshold are all kept, as Hugging Face does.
 
-    No sort: the threshold of top-k and of top-p is found bit by bit, in 32 passes over the row, exactly.
+    No sort: the threshold of top-k and of top-p is found bit by bit, in a few passes over the row, exactly.
     """
     order = _sortable(scaled)
     vocabulary = scaled.shape[-1]
 
-    def by_count(_: None) -> jax.Array:
+    def by_count() -> jax.Array:
         k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
-        return order >= _threshold(order, lambda at_least: jnp.sum(at_least, axis=-1) >= k)
+        return order >= _threshold(order, jnp.ones(order.shape, jnp.int32), k)
 
-    everything = jnp.ones(scaled.shape, bool)
-    keep = lax.cond(jnp.any(top_k > 0), by_count, lambda _: everything, None)
+    keep = _if_any(top_k > 0, by_count, lambda: jnp.ones(scaled.shape, bool))
 
-    def by_mass(keep: jax.Array) -> jax.Array:
+    def by_mass() -> jax.Array:
         weight = jnp.where(keep, jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), 0.0)
-        wanted = top_p * jnp.sum(weight, axis=-1)
-        threshold = _threshold(order, lambda at_least: jnp.sum(jnp.where(at_least, weight, 0.0), axis=-1) >= wanted)
+        threshold = _threshold(order, weight, top_p * jnp.sum(weight, axis=-1))
         return keep & ((order >= threshold) | (top_p >= 1)[:, None])
 
-    keep = lax.cond(jnp.any(top_p < 1), by_mass, lambda keep: keep, keep)
+    keep = _if_any(top_p < 1, by_mass, lambda: keep)
     floor = jnp.max(scaled, axis=-1) + jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-30)), -jnp.inf)
     return keep & (scaled >= floor[:, None])
 
@@ -162,11 +178,26 @@ def _sortable(x: jax.Array) -> jax.Array:
     return jnp.where(bits >= _HIGH_BIT, ~bits, bits | _HIGH_BIT)
 
 
-def _threshold(order: jax.Array, enough) -> jax.Array:  # type: ignore[no-untyped-def]
-    """The greatest t per row for which `enough(order >= t)` [R] still holds; [R, 1]. It must hold for t = 0."""
+def _threshold(order: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The greatest t per row for which the weights [R, V] of `order >= t` still sum to `wanted` [R]; uint32 [R, 1].
 
-    def bit(i: jax.Array, t: jax.Array) -> jax.Array:
-        candidate = t | (_HIGH_BIT >> i.astype(jnp.uint32))
-        return jnp.where(enough(order >= candidate)[:, None], candidate, t)
+    A CPU finds one bit a pass. A GPU, where a pass costs a launch and 0.5 MB of traffic a row, finds `_GPU_BITS`: the
+    sums for all candidates of a pass come out of one kernel, and the passes are unrolled.
+    """
+    bits = 1 if current_device().platform == "cpu" else _GPU_BITS
 
-    return lax.fori_loop(0, 32, bit, jnp.zeros((order.shape[0], 1), jnp.uint32))
+    def digit(i: jax.Array | int, t: jax.Array) -> jax.Array:
+        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * jnp.asarray(i, jnp.uint32)
+        best = t
+        for value in range(1, 2**bits):
+            candidate = t | (jnp.uint32(value) << shift)
+            total = jnp.sum(jnp.where(order >= candidate, weight, 0), axis=-1)
+            best = jnp.where((total >= wanted)[:, None], candidate, best)
+        return best
+
+    t = jnp.zeros((order.shape[0], 1), jnp.uint32)
+    if bits == 1:
+        return lax.fori_loop(0, 32, digit, t)
+    for i in range(32 // bits):
+        t = digit(i, t)
+    return t

@@ -1,133 +1,149 @@
 """Who runs in the next step, how many tokens of each, in which pages. Plain Python: no arrays, no device.
 
-Continuous batching in the order of arrival. Each step holds one decode row for every running sequence that has a
-token to extend, and chunks of prompts in what is left of the tile budget. When pages run out, the youngest running
-sequence is preempted: its pages go back, it waits at its old place in the queue, and its tokens are recomputed later
-(a seeded draw depends on the position only, so nothing changes but time). The oldest is never preempted for another's
-sake, so it always ends, and so does everybody after it.
+Continuous batching in the order of priority, then of arrival. Each step holds one decode row for every running sequence
+that has a token to extend, and chunks of prompts in what is left of the tile budget, which is smaller while somebody
+decodes, because those wait for the whole step. When nobody has a prompt to compute, a dispatch may hold several decode
+steps. When pages run out, the last running sequence in the order is preempted: its pages go back, it waits at its old
+place in the queue, and its tokens are recomputed later, as far as they are not in the prefix cache still (a seeded draw
+depends on the position only, so nothing changes but time). The first is never preempted for another's sake, so it
+always ends, and so does everybody after it.
 
 A plan may be made before the tokens of the previous one are known (the engine overlaps steps): a sequence advances
 when it is planned, and `Sequence.pending` counts what has to be read. Pages that a sequence gives back while a step
-that writes them is under way may be handed out at once, because the device runs the steps in order.
+that writes them is under way may be handed out at once, because the device runs the steps in order. For the same reason
+a page may be found by others as soon as the step that fills it is planned.
 """
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 
+from jqserve.engine.forecast import Forecast
 from jqserve.engine.pages import PagePool
+from jqserve.engine.plan import Adopted, Chunk, DecodeRow, Plan
+from jqserve.engine.prefix import extend
+from jqserve.engine.request import FinishReason
 from jqserve.engine.sequence import Sequence
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeRow:
-    """The newest token of `sequence`, taken from the device, stands at `position` and writes its KV into `page`."""
-
-    sequence: Sequence
-    slot: int
-    position: int
-    page: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Tokens [start, start + length) of `sequence`; `pages` cover them. `sample`: the last gives the next token."""
-
-    sequence: Sequence
-    slot: int
-    start: int
-    length: int
-    pages: tuple[int, ...]
-    sample: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One step. `admitted`: sequences that got their slot with it. Falsy when there is nothing to run."""
-
-    decodes: tuple[DecodeRow, ...] = ()
-    chunks: tuple[Chunk, ...] = ()
-    admitted: tuple[Sequence, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        return [row.sequence for row in self.decodes] + [chunk.sequence for chunk in self.chunks]
 
 
 class Scheduler:
     """Owns the queues, the slots and the pages.
 
-    slots      most sequences that run at once
-    tile_size  tokens a tile; `tiles`: most tiles a step (the chunked-prefill budget)
-    reserve    pages that admission leaves free for the running sequences to grow
+    slots         most sequences that run at once
+    tile_size     tokens a tile; `tiles`: most tiles a step (the chunked-prefill budget)
+    decode_tiles  most tiles of a step in which somebody decodes
+    steps         most decode steps of a dispatch
+    mixed         whether a step may hold decode rows and chunks; else prompts go first, and answers wait
+    prefix_cache  whether full pages are found again
+    conservativeness  of the forecast by which a request is admitted; 0: admitted as soon as its prompt fits
+    reserve       pages that admission leaves free for the running sequences to grow
     """
 
-    def __init__(self, pool: PagePool, *, page_size: int, slots: int, tile_size: int, tiles: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        page_size: int,
+        slots: int,
+        tile_size: int,
+        tiles: int,
+        decode_tiles: int | None = None,
+        steps: int = 1,
+        mixed: bool = True,
+        prefix_cache: bool = True,
+        conservativeness: float = 0.0,
+    ) -> None:
         self.pool = pool
         self.page_size = page_size
         self.tile_size = tile_size
         self.tiles = tiles
+        self.decode_tiles = tiles if decode_tiles is None else decode_tiles
+        self.steps = steps
+        self.mixed = mixed
+        self.prefix_cache = prefix_cache
+        self.forecast = Forecast(page_size, conservativeness)
         self.reserve = max(1, pool.total // 100)
-        self.waiting: list[Sequence] = []  # in the order of arrival
-        self.running: list[Sequence] = []  # in the order of arrival
+        self.waiting: list[Sequence] = []  # in order
+        self.running: list[Sequence] = []  # in order
         self.free_slots = list(range(slots - 1, -1, -1))
         self.suspects: set[Sequence] = set()
         self.preemptions = 0
+        self.cached_tokens = self.admitted_tokens = 0  # since the start, over all admissions
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
+        bisect.insort(self.waiting, sequence, key=_order)
 
     def schedule(self) -> Plan:
         """The next step. The sequences in it count as advanced when this returns."""
         only: Sequence | None = None
         admitted: list[Sequence] = []
+        adopted: list[Adopted] = []
         if self.suspects:
             only = self._suspect()
             if only.slot is None:
-                self._admit_alone(only)
+                self._admit_alone(only, adopted)
                 admitted.append(only)
         preemptions = self.preemptions
         candidates = list(self.running) if only is None else [only]
-        decodes = self._decode_rows(candidates)
+        steps = self._steps(candidates) if only is None else 1
+        prompts_only = not self.mixed and self._prompts_wait(candidates, only)
+        decodes = [] if prompts_only else self._decode_rows(candidates, steps)
         chunks: list[Chunk] = []
-        tiles = self.tiles
+        tiles = self.decode_tiles if decodes else self.tiles
         for sequence in candidates:
             if tiles and sequence.slot is not None and sequence.remaining > 0 and not sequence.decodes:
                 tiles -= self._add_chunk(sequence, tiles, chunks)
         # Who was preempted just now is not admitted again at once: those pages are wanted.
         while only is None and tiles and self.preemptions == preemptions and self._admissible():
             sequence = self.waiting.pop(0)
-            self._admit(sequence)
+            self._admit(sequence, adopted)
             admitted.append(sequence)
             tiles -= self._add_chunk(sequence, tiles, chunks)
-        # A chunk may have preempted a younger sequence whose decode row was planned before it.
+        if prompts_only and not chunks:
+            decodes = self._decode_rows(candidates, 1)
+        # A chunk may have preempted a sequence whose decode row was planned before it, or that was just admitted.
         rows = tuple(row for row in decodes if row.sequence.slot is not None)
-        return self._advance(Plan(rows, tuple(chunks), tuple(admitted)))
+        kept = tuple(one for one in adopted if one.sequence.slot is not None)
+        return self._advance(Plan(rows, tuple(chunks), tuple(admitted), kept, steps))
+
+    def _prompts_wait(self, candidates: list[Sequence], only: Sequence | None) -> bool:
+        return any(s.remaining > 0 and not s.decodes for s in candidates) or (only is None and self._admissible())
+
+    def _steps(self, candidates: list[Sequence]) -> int:
+        """Decode steps of this dispatch: 1 where somebody has, or waits to have, a prompt computed."""
+        if self.steps == 1 or self.waiting:
+            return 1
+        counts, missing = [0], 0
+        for sequence in candidates:
+            if sequence.decodes:
+                counts.append(min(self.steps, max(0, sequence.limit - sequence.length)))
+                missing += max(0, -(-(sequence.computed + counts[-1]) // self.page_size) - len(sequence.pages))
+            elif sequence.remaining > 0:
+                return 1
+        # Nobody is preempted for steps that could come later, and a program of which nobody uses half is a waste.
+        return self.steps if missing <= self.pool.free and max(counts) > self.steps // 2 else 1
 
     def _suspect(self) -> Sequence:
         """After a failed step its sequences run one at a time, so that the next failure names its cause."""
         running = [s for s in self.running if s in self.suspects]
-        return running[0] if running else min(self.suspects, key=lambda s: s.arrival)
+        return running[0] if running else min(self.suspects, key=_order)
 
-    def _admit_alone(self, sequence: Sequence) -> None:
+    def _admit_alone(self, sequence: Sequence, adopted: list[Adopted]) -> None:
         while self.running and (not self.free_slots or self._pages_needed(sequence) > self.pool.free):
             self.preempt(self.running[-1])
         self.waiting.remove(sequence)
-        self._admit(sequence)
+        self._admit(sequence, adopted)
 
-    def _decode_rows(self, candidates: list[Sequence]) -> list[DecodeRow]:
+    def _decode_rows(self, candidates: list[Sequence], steps: int) -> list[DecodeRow]:
         rows = []
         for sequence in candidates:
             if sequence.slot is None or not sequence.decodes or sequence.at_limit:
                 continue
-            if not self._grow(sequence, sequence.computed + 1):
-                continue  # it was the youngest, and had to give its pages back itself
-            page = sequence.pages[sequence.computed // self.page_size]
-            rows.append(DecodeRow(sequence, sequence.slot, sequence.computed, page))
+            first, count = sequence.computed, min(steps, sequence.limit - sequence.length)
+            if not self._grow(sequence, first + count):
+                continue  # it was the last one, and had to give its pages back itself
+            pages = tuple(sequence.pages[first // self.page_size : (first + count - 1) // self.page_size + 1])
+            rows.append(DecodeRow(sequence, sequence.slot, first, pages, count))
         return rows
 
     def _add_chunk(self, sequence: Sequence, tiles: int, chunks: list[Chunk]) -> int:
@@ -143,12 +159,12 @@ class Scheduler:
         return -(-length // self.tile_size)
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Pages for `tokens` positions. Preempts the youngest others for it; False when it is the youngest itself."""
+        """Pages for `tokens` positions. Preempts the last others for it; False when it is the last itself."""
         missing = -(-tokens // self.page_size) - len(sequence.pages)
         while missing > self.pool.free:
-            youngest = self.running[-1]
-            self.preempt(youngest)
-            if youngest is sequence:
+            last = self.running[-1]
+            self.preempt(last)
+            if last is sequence:
                 return False
         if missing > 0:
             sequence.pages += self.pool.allocate(missing)
@@ -162,36 +178,85 @@ class Scheduler:
         """The head of the queue may start: first come, first served, so nobody overtakes it."""
         if not self.waiting or not self.free_slots or self.waiting[0].pending:
             return False
-        reserve = self.reserve if self.running else 0
+        head = self.waiting[0]
+        found = self._find(head)
+        taken = self.pool.idle(found)
+        needed = self._pages_needed(head) - len(found) + taken
+        if not self.running:
+            return needed <= self.pool.free
         promised = sum(max(0, self._pages_needed(s) - len(s.pages)) for s in self.running)
-        return self._pages_needed(self.waiting[0]) + promised + reserve <= self.pool.free
+        if needed + promised + self.reserve > self.pool.free:
+            return False
+        if not self.forecast.conservativeness:
+            return True
+        everybody = [(s, min(s.cached_tokens, s.length)) for s in self.running]
+        shared = self.pool.used - sum(len(s.pages) - cached // self.page_size for s, cached in everybody)
+        peak = self.forecast.peak([*everybody, (head, len(found) * self.page_size)])
+        return max(0, shared) + taken + peak + self.reserve <= self.pool.total
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Pages of its first tokens that are in the prefix cache; the last token is always computed."""
+        if not self.prefix_cache:
+            return []
+        pages = (len(sequence.tokens) - 1) // self.page_size
+        extend(sequence.names, sequence.tokens, self.page_size, pages)
+        return self.pool.find(sequence.names[:pages])
+
+    def _admit(self, sequence: Sequence, adopted: list[Adopted]) -> None:
         sequence.slot = self.free_slots.pop()
-        bisect.insort(self.running, sequence, key=lambda s: s.arrival)
+        bisect.insort(self.running, sequence, key=_order)
+        found = self._find(sequence)
+        self.pool.take(found)
+        sequence.pages = list(found)
+        sequence.computed = sequence.cached_tokens = len(found) * self.page_size
+        sequence.named_pages = len(found)
+        self.cached_tokens += sequence.computed
+        self.admitted_tokens += sequence.length
+        if not sequence.preemptions:
+            sequence.first_cached = sequence.computed
+        if found:
+            adopted.append(Adopted(sequence, sequence.slot, tuple(found), sequence.computed))
 
     def _advance(self, plan: Plan) -> Plan:
         for row in plan.decodes:
-            row.sequence.computed += 1
-            row.sequence.pending += 1
+            row.sequence.computed += row.count
+            row.sequence.pending += row.count
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed += chunk.length
+            self.publish(sequence)
             if chunk.sample:
                 sequence.pending += 1
                 sequence.on_device = True
         return plan
+
+    def publish(self, sequence: Sequence) -> None:
+        """Lets others find its pages that are full of tokens the host knows."""
+        if not self.prefix_cache or sequence.slot is None:
+            return
+        full = min(sequence.computed, len(sequence.tokens)) // self.page_size
+        if full <= sequence.named_pages:
+            return
+        extend(sequence.names, sequence.tokens, self.page_size, full)
+        for i in range(sequence.named_pages, full):
+            self.pool.name(sequence.pages[i], sequence.names[i])
+        sequence.named_pages = full
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes back slot and pages; the sequence waits to be recomputed. A token under way still counts."""
         self._vacate(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
+        self.forecast.preempted()
         self.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence is over (or was aborted), wherever it is."""
         self.suspects.discard(sequence)
+        if sequence.finish in (FinishReason.STOP, FinishReason.LENGTH):
+            self.forecast.finished(sequence)
+        elif sequence.finish is FinishReason.ERROR:
+            self.pool.forget(sequence.pages)  # what it wrote is not to be trusted
         if sequence.slot is None:
             self.waiting.remove(sequence)
         else:
@@ -203,10 +268,12 @@ class Scheduler:
         self.free_slots.append(sequence.slot)
         self.pool.release(sequence.pages)
         sequence.slot, sequence.pages = None, []
-        sequence.computed, sequence.on_device = 0, False
+        sequence.computed = sequence.cached_tokens = sequence.named_pages = 0
+        sequence.on_device = False
 
     def requeue(self, failed: list[Sequence]) -> None:
         """After a step with `failed` raised: the device's state is gone, everybody waits, nothing under way arrives."""
+        self.pool.forget()
         for sequence in failed:
             if sequence.finish is None:
                 sequence.probation = max(1, sequence.computed, sequence.probation)
@@ -222,3 +289,8 @@ class Scheduler:
         if sequence.probation and computed >= sequence.probation:
             sequence.probation = 0
             self.suspects.discard(sequence)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    """First come, first served, within a priority."""
+    return -sequence.request.priority, sequence.arrival

@@ -13,10 +13,12 @@ class Sequence:
 
     tokens     prompt and generated ids, as far as the host has read them
     computed   positions whose keys and values are in pages, or will be once the dispatched steps have run
-    pending    tokens sampled on the device by dispatched steps that the host has not read yet (0 or 1)
+    pending    tokens sampled on the device by dispatched steps that the host has not read yet
     on_device  the newest token is in the device's `last_token[slot]`: the next step may be a decode row
     pages      KV pages in the order of positions; slot: row of the device's per-slot state, None while waiting
     limit      the length (prompt and answer) at which it ends
+    names      of its first full pages (`engine/prefix`), as far as they were needed; `named_pages`: pages that have them
+    cached_tokens  positions that were found in the prefix cache when it got its slot; first_cached: the first time
     probation  it was in a step that failed: it runs alone until that many positions have been computed (0: no)
     """
 
@@ -33,6 +35,10 @@ class Sequence:
     probation: int = 0
     failures_alone: int = 0
     preemptions: int = 0
+    names: list[bytes] = dataclasses.field(default_factory=list)
+    named_pages: int = 0
+    cached_tokens: int = 0
+    first_cached: int = 0
     finish: FinishReason | None = None
 
     @property

@@ -118,17 +118,3 @@ class SlotTable:
             copy = jax.tree.map(np.copy, self.host)
             self._device = jax.device_put(copy, self._sharding)
         return self._device
-
-
-def needs_full(sequence: Sequence) -> bool:
-    """Whether a step with this sequence takes the full variant; False: argmax of the plain logits is all it asks."""
-    s = sequence.sampling
-    return bool(
-        s.temperature > 0
-        or s.repetition_penalty != 1
-        or s.presence_penalty
-        or s.frequency_penalty
-        or s.logit_bias
-        or s.min_new_tokens
-        or s.logprobs is not None
-    )

@@ -3,6 +3,9 @@
 Inputs: weights as one flat tuple of leaves (never donated), the KV pages and the slots' state (donated, updated in
 place), the sampling parameters by slot, and one packed int32 vector from the host. A decode row takes its token from
 `SlotState.last_token`, so a step can be dispatched before the host has read the one before it.
+
+A bucket with `steps` K > 1 runs K decode steps in one program, a loop whose trip count is static (the host would have
+to wait for the predicate of any other). A row with fewer steps than K is padding from there on.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from jqserve.engine.buckets import Bucket
 from jqserve.engine.cache import Cache
 from jqserve.engine.sampler import Sampled, greedy, sample
 from jqserve.engine.slots import SlotParams
+from jqserve.engine.variant import Variant
 from jqserve.ops.attention import AttentionMetadata
 
 
@@ -64,75 +68,127 @@ def make_state(shape: StepShape, device: Any = None) -> SlotState:
 
 
 def lower_step(
-    structure: Structure, shape: StepShape, bucket: Bucket, full: bool, leaves: Any, kv: Any, state: Any, params: Any
-) -> jax.stages.Lowered:
-    """The program of one bucket, lowered for arguments that are arrays or ShapeDtypeStructs.
-
-    `full`: with penalties, biases, draws and logprobs; else argmax alone, and `params` is None.
-    """
-    packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
-    function = functools.partial(_step, structure, shape, bucket, full)
-    function.__name__ = f"step_{bucket.decode_rows}_{bucket.tiles}_{'full' if full else 'greedy'}"  # type: ignore[attr-defined]
-    return jax.jit(function, donate_argnums=(1, 2)).lower(leaves, kv, state, params if full else None, packed)
-
-
-def _step(
     structure: Structure,
     shape: StepShape,
     bucket: Bucket,
-    full: bool,
+    variant: Variant,
+    leaves: Any,
+    kv: Any,
+    state: Any,
+    params: Any,
+) -> jax.stages.Lowered:
+    """The program of one bucket, lowered for arguments that are arrays or ShapeDtypeStructs.
+
+    The greedy variant takes no sampling parameters: `params` is ignored.
+    """
+    packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
+    function = functools.partial(run_step, structure, shape, bucket, variant)
+    function.__name__ = f"step_{bucket.decode_rows}_{bucket.tiles}_{bucket.steps}_{variant}"  # type: ignore[attr-defined]
+    params = None if variant is Variant.GREEDY else params
+    return jax.jit(function, donate_argnums=(1, 2)).lower(leaves, kv, state, params, packed)
+
+
+def run_step(
+    structure: Structure,
+    shape: StepShape,
+    bucket: Bucket,
+    variant: Variant,
     leaves: tuple[jax.Array, ...],
     kv: Cache,
     state: SlotState,
     params: SlotParams | None,
     packed: jax.Array,
 ) -> tuple[Cache, SlotState, Sampled]:
+    """What `lower_step` jits. `packed` int32 [packed_size(shape, bucket)]."""
     fields = unpack(packed, shape, bucket)
+    state = dataclasses.replace(state, page_table=_write_page_table(state.page_table, fields, shape))
     model = structure.merge(leaves)
+    if bucket.steps == 1:
+        return _once(model, shape, variant, kv, state, params, fields, 0)
+
+    def body(carry: tuple[Cache, SlotState], i: jax.Array) -> tuple[tuple[Cache, SlotState], Sampled]:
+        kv, state, sampled = _once(model, shape, variant, *carry, params, fields, i)
+        return (kv, state), sampled
+
+    (kv, state), sampled = lax.scan(body, (kv, state), jnp.arange(bucket.steps, dtype=jnp.int32))
+    return kv, state, sampled
+
+
+def _once(
+    model: Model,
+    shape: StepShape,
+    variant: Variant,
+    kv: Cache,
+    state: SlotState,
+    params: SlotParams | None,
+    fields: Fields,
+    at: jax.Array | int,
+) -> tuple[Cache, SlotState, Sampled]:
+    """Step `at` of the dispatch's decode rows, and all of its tiles."""
+    decodes, tiles = fields.decode_slot.shape[0], fields.tile_slot.shape[0]
+    decode_position = jnp.where(at < fields.decode_count, fields.decode_position + at, -1)
     tile_position = fields.tile_start[:, None] + lax.iota(jnp.int32, shape.tile_size)  # [Nt, Tq]
-    positions = jnp.concatenate([jnp.maximum(fields.decode_position, 0), tile_position.reshape(-1)])
-    tokens = jnp.concatenate([state.last_token[fields.decode_slot], fields.tile_tokens.reshape(-1)])
-    page_table = _write_page_table(state.page_table, fields, shape)
-    hidden, kv = model(tokens, positions, kv, _attention_metadata(page_table, fields, tile_position, shape))
+    positions = jnp.concatenate([jnp.maximum(decode_position, 0), tile_position.reshape(-1)])
+    decode_slot = jnp.where(decode_position < 0, shape.slots, fields.decode_slot)
+    tokens = jnp.concatenate([state.last_token[decode_slot], fields.tile_tokens.reshape(-1)])
+    meta = _attention_metadata(state.page_table, fields, decode_position, tile_position, shape)
+    hidden, kv = model(tokens, positions, kv, meta)
 
     # Rows whose next token is asked: every decode row, and the last row of every tile (most tiles' result is dropped).
-    last_of_tile = lax.iota(jnp.int32, bucket.tiles) * shape.tile_size + jnp.maximum(fields.tile_len - 1, 0)
-    rows = jnp.concatenate([lax.iota(jnp.int32, bucket.decode_rows), bucket.decode_rows + last_of_tile])
-    row_slot = jnp.concatenate([fields.decode_slot, jnp.where(fields.tile_sample == 1, fields.tile_slot, shape.slots)])
-    logits = model.logits(hidden[rows])
+    row_slot = jnp.concatenate([decode_slot, jnp.where(fields.tile_sample == 1, fields.tile_slot, shape.slots)])
+    position = positions[:decodes]
+    if tiles:
+        last_of_tile = lax.iota(jnp.int32, tiles) * shape.tile_size + jnp.maximum(fields.tile_len - 1, 0)
+        rows = jnp.concatenate([lax.iota(jnp.int32, decodes), decodes + last_of_tile])
+        hidden, position = hidden[rows], positions[rows]
+    logits = model.logits(hidden)
     generated, prompted = state.generated, state.prompted
-    if full:
-        assert params is not None
-        generated, prompted = _count_tokens(generated, prompted, fields, tokens, positions, params, shape)
-        sampled = sample(logits, params.rows(row_slot, positions[rows] + 1, generated, prompted))
-    else:
+    if variant is Variant.GREEDY:
         sampled = greedy(logits)
+    else:
+        assert params is not None
+        generated, prompted = _count_tokens(
+            generated, prompted, fields, decode_position, tokens, positions, params, shape
+        )
+        rows_params = params.rows(row_slot, position + 1, generated, prompted)
+        sampled = sample(logits, rows_params, scored=variant is Variant.SCORED)
     last_token = state.last_token.at[row_slot].set(sampled.tokens)
-    return kv, SlotState(last_token, page_table, generated, prompted), sampled
+    return kv, SlotState(last_token, state.page_table, generated, prompted), sampled
 
 
 def _write_page_table(page_table: jax.Array, fields: Fields, shape: StepShape) -> jax.Array:
-    """The host names the page of every position that a step writes; the table keeps it. Row S takes the padding."""
-    page_index = jnp.maximum(fields.decode_position, 0) // shape.page_size
-    page_table = page_table.at[fields.decode_slot, page_index].set(fields.decode_page)
-    index = (fields.tile_start // shape.page_size)[:, None] + lax.iota(jnp.int32, shape.tile_pages)
-    index = jnp.where(fields.tile_pages > 0, index, shape.pages_per_sequence)
-    return page_table.at[fields.tile_slot[:, None], index].set(fields.tile_pages, mode="drop")
+    """The host names the page of every position that a step writes; the table keeps it. Page 0 is none: dropped."""
+
+    def put(table: jax.Array, slots: jax.Array, start: jax.Array, pages: jax.Array) -> jax.Array:
+        index = (start // shape.page_size)[:, None] + lax.iota(jnp.int32, pages.shape[1])
+        index = jnp.where(pages > 0, index, shape.pages_per_sequence)
+        return table.at[slots[:, None], index].set(pages, mode="drop")
+
+    if fields.decode_slot.shape[0]:
+        page_table = put(page_table, fields.decode_slot, fields.decode_position, fields.decode_pages)
+    if fields.tile_slot.shape[0]:
+        page_table = put(page_table, fields.tile_slot, fields.tile_start, fields.tile_pages)
+    return page_table
 
 
 def _attention_metadata(
-    page_table: jax.Array, fields: Fields, tile_position: jax.Array, shape: StepShape
+    page_table: jax.Array, fields: Fields, decode_position: jax.Array, tile_position: jax.Array, shape: StepShape
 ) -> AttentionMetadata:
     size = shape.page_size
-    decode_kv = jnp.where(fields.decode_position < 0, 0, fields.decode_page * size + fields.decode_position % size)
-    page_in_tile = tile_position // size - (fields.tile_start // size)[:, None]
+
+    def kv_slots(pages: jax.Array, start: jax.Array, positions: jax.Array, real: jax.Array) -> jax.Array:
+        """[rows, positions] -> page * Ps + offset, in the trash page where not real."""
+        page = jnp.take_along_axis(pages, positions // size - (start // size)[:, None], axis=1, mode="clip")
+        return jnp.where(real, page * size + positions % size, 0).reshape(-1)
+
+    at = decode_position[:, None]
     real = lax.iota(jnp.int32, shape.tile_size)[None] < fields.tile_len[:, None]
-    page = jnp.take_along_axis(fields.tile_pages, page_in_tile, axis=1)
-    tile_kv = jnp.where(real, page * size + tile_position % size, 0)
+    decode_kv = kv_slots(fields.decode_pages, fields.decode_position, jnp.maximum(at, 0), at >= 0)
+    tile_kv = kv_slots(fields.tile_pages, fields.tile_start, tile_position, real)
     return AttentionMetadata(
-        kv_slots=jnp.concatenate([decode_kv, tile_kv.reshape(-1)]),
+        kv_slots=jnp.concatenate([decode_kv, tile_kv]),
         decode_table=page_table[fields.decode_slot],
-        decode_len=fields.decode_position + 1,
+        decode_len=decode_position + 1,
         tile_table=page_table[fields.tile_slot],
         tile_start=fields.tile_start,
         tile_len=fields.tile_len,
@@ -143,6 +199,7 @@ def _count_tokens(
     generated: jax.Array,
     prompted: jax.Array,
     fields: Fields,
+    decode_position: jax.Array,
     tokens: jax.Array,
     positions: jax.Array,
     params: SlotParams,
@@ -150,12 +207,13 @@ def _count_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Counts this step's input tokens by slot; a slot whose sequence starts (position 0) is cleared first."""
     nobody = shape.slots + 1  # out of range: dropped
-    starts = jnp.where((fields.tile_start == 0) & (fields.tile_len > 0), fields.tile_slot, nobody)
-    generated = generated.at[starts].set(0, mode="drop")
-    prompted = prompted.at[starts].set(False, mode="drop")
+    if fields.tile_slot.shape[0]:
+        starts = jnp.where((fields.tile_start == 0) & (fields.tile_len > 0), fields.tile_slot, nobody)
+        generated = generated.at[starts].set(0, mode="drop")
+        prompted = prompted.at[starts].set(False, mode="drop")
     real = lax.iota(jnp.int32, shape.tile_size)[None] < fields.tile_len[:, None]
     tile_slot = jnp.where(real, fields.tile_slot[:, None], nobody)
-    slots = jnp.concatenate([jnp.where(fields.decode_position < 0, nobody, fields.decode_slot), tile_slot.reshape(-1)])
+    slots = jnp.concatenate([jnp.where(decode_position < 0, nobody, fields.decode_slot), tile_slot.reshape(-1)])
     of_prompt = positions < params.prompt_length(jnp.minimum(slots, shape.slots))
     prompted = prompted.at[jnp.where(of_prompt, slots, nobody), tokens].set(True, mode="drop")
     generated = generated.at[jnp.where(of_prompt, nobody, slots), tokens].add(1, mode="drop")

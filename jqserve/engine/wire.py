@@ -5,6 +5,7 @@ header and the prompt as packed uint32. `Step`, the one message on the hot path,
 
     <u32 events> <u32 tokens> <u32 logprobs> <u32 tops> <u32 errors' length> <u32 stats' length>
     rid u64[events]   count u32[events]   finish u8[events]   has_logprobs u8[events]   matched i64[events]   (-1: none)
+    cached u32[events]
     token u32[tokens]
     logprob f32[logprobs]   k u16[logprobs]   top_id u32[tops]   top f32[tops]
     errors JSON {event index: text}   stats JSON
@@ -160,7 +161,8 @@ def _json(value: object) -> bytes:
 
 def _pack_add(message: Add) -> bytes:
     request = message.request
-    header = _json({"rid": request.rid, "sampling": sampling_to_json(request.sampling)})
+    fields = {"rid": request.rid, "sampling": sampling_to_json(request.sampling)}
+    header = _json(fields | {"priority": request.priority} if request.priority else fields)
     return struct.pack("<I", len(header)) + header + struct.pack(f"<{len(request.prompt)}I", *request.prompt)
 
 
@@ -171,7 +173,7 @@ def _unpack_add(body: bytes) -> Add:
     if rest or count < 0:
         raise ValueError("the prompt is not whole")
     prompt = struct.unpack_from(f"<{count}I", body, 4 + size)
-    return Add(EngineRequest(header["rid"], prompt, sampling_from_json(header["sampling"])))
+    return Add(EngineRequest(header["rid"], prompt, sampling_from_json(header["sampling"]), header.get("priority", 0)))
 
 
 def _pack_abort(message: Abort) -> bytes:
@@ -204,6 +206,7 @@ def _pack_step(message: Step) -> bytes:
             bytes([event.finish or 0 for event in events]),
             bytes([bool(event.logprobs) for event in events]),
             struct.pack(f"<{n}q", *[-1 if e.matched_stop is None else e.matched_stop for e in events]),
+            struct.pack(f"<{n}I", *[event.cached_tokens for event in events]),
             struct.pack(f"<{len(tokens)}I", *tokens),
             struct.pack(f"<{len(logprobs)}f", *[entry.token for entry in logprobs]),
             struct.pack(f"<{len(logprobs)}H", *[len(entry.top) for entry in logprobs]),
@@ -235,7 +238,8 @@ def _unpack_step(body: bytes) -> Step:
     n, n_tokens, n_logprobs, n_tops, n_errors, n_stats = STEP.unpack_from(body)
     cursor = _Cursor(body, STEP.size)
     rids, counts, finishes = cursor.take(n, "Q"), cursor.take(n, "I"), cursor.take(n, "B")
-    has_logprobs, matched, tokens = cursor.take(n, "B"), cursor.take(n, "q"), cursor.take(n_tokens, "I")
+    has_logprobs, matched, cached = cursor.take(n, "B"), cursor.take(n, "q"), cursor.take(n, "I")
+    tokens = cursor.take(n_tokens, "I")
     values, ks = cursor.take(n_logprobs, "f"), cursor.take(n_logprobs, "H")
     top_ids, tops = cursor.take(n_tops, "I"), cursor.take(n_tops, "f")
     errors = cursor.json(n_errors)
@@ -257,6 +261,7 @@ def _unpack_step(body: bytes) -> Step:
                 matched_stop=None if matched[i] < 0 else matched[i],
                 logprobs=tuple(logprobs[logprob_at : logprob_at + scored]),
                 error=errors.get(str(i), "") if errors else "",
+                cached_tokens=cached[i],
             )
         )
         token_at += count

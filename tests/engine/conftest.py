@@ -18,6 +18,7 @@ TILE = 16
 TILES = 2
 SLOTS = 16
 CONTEXT = 128
+STEPS = 5  # decode steps of a dispatch, where a test asks for several
 
 
 def tiny_model() -> ModelConfig:
@@ -79,18 +80,19 @@ def params(model: ModelConfig) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def runner(model: ModelConfig, params: dict[str, Any]) -> Any:
-    """Two programs (16 rows; 16 rows and 2 tiles), compiled once a session; room for 16 sequences of 128 tokens."""
+    """Three programs (16 rows, 1 and 5 steps; 16 rows and 2 tiles), compiled once a session; room for 16 sequences of 128 tokens."""
     from jqserve.engine.batch import StepShape
     from jqserve.engine.buckets import Bucket, Buckets
     from jqserve.engine.cache import cache_shape
     from jqserve.engine.runner import Runner
+    from jqserve.engine.variant import Variant
     from jqserve.models.build import build, split
 
     structure, leaves = split(build(model, params))
     shape = StepShape(SLOTS, PAGE, CONTEXT // PAGE, TILE, VOCAB)
     cache = cache_shape(model, page_size=PAGE, pages=SLOTS * CONTEXT // PAGE, dtype="float32")
-    buckets = Buckets((SLOTS,), (Bucket(SLOTS, TILES),))
-    runner = Runner(structure, leaves, shape, cache, buckets, greedy_variant=False)
+    buckets = Buckets((SLOTS,), (Bucket(SLOTS, TILES),), STEPS)
+    runner = Runner(structure, leaves, shape, cache, buckets, variants=(Variant.SCORED,))
     runner.warm_up()
     return runner
 
@@ -98,18 +100,24 @@ def runner(model: ModelConfig, params: dict[str, Any]) -> Any:
 MakeCore = Callable[..., Any]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_core(runner: Any) -> MakeCore:
-    """make_core(pages=, slots=, overlap=, max_queued=, tiles=): an engine over the shared runner."""
+    """make_core(pages=, slots=, overlap=, max_queued=, tiles=, steps=, ...): an engine over the shared runner."""
     from jqserve.engine.engine import EngineCore
     from jqserve.engine.pages import PagePool
     from jqserve.engine.scheduler import Scheduler
     from jqserve.engine.validate import Limits
 
     def make(
-        *, pages: int = 256, slots: int = SLOTS, overlap: bool = True, max_queued: int = 1000, tiles: int = TILES
+        *,
+        pages: int = 256,
+        slots: int = SLOTS,
+        overlap: bool = True,
+        max_queued: int = 1000,
+        tiles: int = TILES,
+        **scheduling: Any,
     ) -> EngineCore:
-        scheduler = Scheduler(PagePool(pages), page_size=PAGE, slots=slots, tile_size=TILE, tiles=tiles)
+        scheduler = Scheduler(PagePool(pages), page_size=PAGE, slots=slots, tile_size=TILE, tiles=tiles, **scheduling)
         limits = Limits(VOCAB, min(CONTEXT, pages * PAGE), (EOS,))
         return EngineCore(runner, scheduler, limits, max_queued=max_queued, overlap=overlap)
 

@@ -6,7 +6,7 @@ import pytest
 from jqserve.engine.batch import StepShape, pack, packed_size, padding, tiles_needed, unpack
 from jqserve.engine.buckets import Bucket
 from jqserve.engine.request import EngineRequest, SamplingParams
-from jqserve.engine.scheduler import Chunk, DecodeRow, Plan
+from jqserve.engine.plan import Chunk, DecodeRow, Plan
 from jqserve.engine.sequence import Sequence
 
 SHAPE = StepShape(slots=4, page_size=4, pages_per_sequence=8, tile_size=6, vocab_size=50)
@@ -27,14 +27,14 @@ def test_pages_that_a_tile_can_touch(tile: int, page: int, pages: int) -> None:
 def test_padding_names_the_padding_slot_and_no_tokens() -> None:
     packed, fields = padding(SHAPE, Bucket(2, 1))
     assert packed.shape == (packed_size(SHAPE, Bucket(2, 1)),) and packed.dtype == np.int32
-    assert fields.decode_slot.tolist() == [4, 4] and fields.decode_position.tolist() == [-1, -1]
+    assert fields.decode_slot.tolist() == [4, 4] and fields.decode_count.tolist() == [0, 0]
     assert fields.tile_slot.tolist() == [4] and fields.tile_len.tolist() == [0]
 
 
 def test_a_plan_with_rows_and_chunks() -> None:
     a, b, c = sequence(3), sequence(17), sequence(2)
     plan = Plan(
-        (DecodeRow(a, 2, 3, 9),),
+        (DecodeRow(a, 2, 3, (9,)),),
         (Chunk(b, 0, 6, 9, (11, 12, 13), sample=False), Chunk(c, 1, 0, 2, (5,), sample=True)),
     )
     assert tiles_needed(plan, 6) == 3
@@ -42,11 +42,21 @@ def test_a_plan_with_rows_and_chunks() -> None:
     packed, rows = pack(plan, SHAPE, bucket)
     f = unpack(packed, SHAPE, bucket)
     assert rows == [0, -1, 2 + 2]
-    assert f.decode_slot.tolist() == [2, 4] and f.decode_position.tolist() == [3, -1]
-    assert f.decode_page.tolist() == [9, 0]
+    assert f.decode_slot.tolist() == [2, 4] and f.decode_position.tolist() == [3, 0]
+    assert f.decode_count.tolist() == [1, 0] and f.decode_pages.tolist() == [[9], [0]]
     assert f.tile_slot.tolist() == [0, 0, 1, 4] and f.tile_start.tolist() == [6, 12, 0, 0]
     assert f.tile_len.tolist() == [6, 3, 2, 0] and f.tile_sample.tolist() == [0, 0, 1, 0]
     # positions 6..11 lie in pages 1 and 2 of the sequence, 12..14 in page 3
     assert f.tile_pages.tolist() == [[11, 12, 0], [13, 0, 0], [5, 0, 0], [0, 0, 0]]
     assert f.tile_tokens[0].tolist() == list(range(106, 112))
     assert f.tile_tokens[1].tolist() == [112, 113, 114, 0, 0, 0]
+
+
+def test_rows_of_several_steps_bring_the_pages_they_grow_into() -> None:
+    a, b = sequence(3), sequence(7)
+    plan = Plan((DecodeRow(a, 2, 3, (9, 10), 4), DecodeRow(b, 0, 7, (6,), 1)), steps=6)
+    bucket = Bucket(4, 0, 6)
+    f = unpack(pack(plan, SHAPE, bucket)[0], SHAPE, bucket)
+    assert f.decode_position.tolist() == [3, 7, 0, 0] and f.decode_count.tolist() == [4, 1, 0, 0]
+    # positions 3..8 touch pages 0, 1 and 2: most that six positions can
+    assert f.decode_pages.tolist() == [[9, 10, 0], [6, 0, 0], [0, 0, 0], [0, 0, 0]]

@@ -15,6 +15,7 @@ from jqserve.errors import QueueFullError, RequestError
 from tests.engine.conftest import (
     CONTEXT,
     EOS,
+    STEPS,
     MakeCore,
     Outcome,
     assert_all_free,
@@ -46,13 +47,13 @@ def dense(model: Any, params: Any) -> Any:
     return generate
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(make_core: MakeCore) -> Any:
     """What each request gives in an engine of its own."""
 
     def run(requests: list[EngineRequest]) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
-        core = make_core(overlap=False)
+        core = make_core(overlap=False, prefix_cache=False)
         for one in requests:
             outcomes |= complete(core, [one])
         return outcomes
@@ -90,7 +91,7 @@ def test_greedy_equals_the_dense_path(make_core: MakeCore, dense: Any, overlap: 
         assert outcomes[one.rid].tokens == dense(one.prompt, 16), f"prompt of {len(one.prompt)}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(alone: Any) -> dict[int, Outcome]:
     return alone(mixed_requests())
 
@@ -104,6 +105,9 @@ def expected(alone: Any) -> dict[int, Outcome]:
         pytest.param({"slots": 3}, id="few slots"),
         pytest.param({"pages": 16}, id="preemption"),
         pytest.param({"pages": 16, "overlap": False}, id="preemption, no overlap"),
+        pytest.param({"steps": STEPS}, id="several steps"),
+        pytest.param({"pages": 16, "steps": STEPS}, id="preemption, several steps"),
+        pytest.param({"pages": 16, "prefix_cache": False}, id="preemption, no prefix cache"),
     ],
 )
 def test_company_changes_nothing(make_core: MakeCore, expected: Any, options: dict[str, Any]) -> None:
@@ -113,6 +117,91 @@ def test_company_changes_nothing(make_core: MakeCore, expected: Any, options: di
     if "pages" in options:
         assert core.stats().preemptions >= 3
     assert core.stats().compilations_after_warmup == 0
+
+
+FAMILY = prompt(37, seed=77)
+
+
+def alike_requests() -> list[EngineRequest]:
+    """Prompts that begin alike, for 0 to 37 tokens, and go on differently; every kind of sampling."""
+    kinds = [one.sampling for one in mixed_requests()[:6]]
+    requests = []
+    for i in range(12):
+        ids = FAMILY[: 37 - 3 * i] + prompt(4 + i, seed=i)
+        sampling = dataclasses.replace(kinds[i % 6], repetition_penalty=1.3 if i % 4 == 0 else 1.0)
+        requests.append(EngineRequest(i, ids, sampling))
+    return requests
+
+
+@pytest.fixture(scope="module")
+def expected_alike(alone: Any) -> dict[int, Outcome]:
+    return alone(alike_requests())
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("steps", [1, STEPS])
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_no_switch_changes_a_token(
+    make_core: MakeCore, expected_alike: Any, overlap: bool, steps: int, mixed: bool, prefix_cache: bool
+) -> None:
+    """Overlap, several steps a dispatch, prefill mixed with decode, prefix cache: each on and off, greedy and seeded."""
+    core = make_core(slots=3, overlap=overlap, steps=steps, mixed=mixed, prefix_cache=prefix_cache)
+    dispatched = spy(core)
+    assert_same(complete(core, alike_requests()), expected_alike)
+    assert any(plan.steps > 1 for plan in dispatched) == (steps > 1)
+    assert any(plan.decodes and plan.chunks for plan in dispatched) == mixed
+    assert (core.stats().cached_tokens > 100) == prefix_cache
+    assert core.stats().compilations_after_warmup == 0
+
+
+def spy(core: Any) -> list[Any]:
+    """The plans that the engine dispatches, as they come."""
+    plans, schedule = [], core.scheduler.schedule
+
+    def watched() -> Any:
+        plans.append(schedule())
+        return plans[-1]
+
+    core.scheduler.schedule = watched
+    return plans
+
+
+def test_cached_tokens_are_told_once_and_penalties_know_them(make_core: MakeCore, alone: Any) -> None:
+    """The second request finds all full pages of the first; its penalties still see the tokens that stand there."""
+    penalties = {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "ignore_eos": True, "max_new_tokens": 24}
+    first = request(0, FAMILY, **penalties)
+    core = make_core()
+    told = [event.cached_tokens for event in events_of(core, [first])]
+    assert set(told) == {0}
+    answer = complete(core, [request(1, FAMILY, **penalties)])[1].tokens
+    again = request(2, (*FAMILY, *answer[:10]), **penalties)
+    told = [event.cached_tokens for event in events_of(core, [again])]
+    assert told == [40, *[0] * 23]  # five pages of the 47 tokens
+    core = make_core()
+    complete(core, [first])
+    assert_same(complete(core, [again]), alone([again]))
+
+
+def events_of(core: Any, requests: list[EngineRequest]) -> list[Any]:
+    for one in requests:
+        core.add(one)
+    events = []
+    while core.has_work():
+        events += core.step()
+    return events
+
+
+def test_a_preempted_sequence_finds_its_own_pages(make_core: MakeCore) -> None:
+    requests = [request(i, 6 + i, max_new_tokens=50, ignore_eos=True) for i in range(4)]
+    computed = {}
+    for prefix_cache in (True, False):
+        core = make_core(pages=20, prefix_cache=prefix_cache)
+        plans = spy(core)
+        complete(core, requests)
+        assert core.stats().preemptions > 0
+        computed[prefix_cache] = sum(chunk.length for plan in plans for chunk in plan.chunks)
+    assert computed[True] < computed[False]
 
 
 def test_penalties_count_every_token_once(make_core: MakeCore) -> None:
@@ -292,8 +381,8 @@ def test_nan_logits_end_that_request_only(make_core: MakeCore, runner: Any, expe
     def poisoned(launched: Any) -> Any:
         result = read(launched)
         at = [s.rid for s in launched.plan.sequences]
-        if 3 in at and result.tokens[at.index(3)] is not None:
-            result.tokens[at.index(3)] = -1
+        if 3 in at and result.tokens[at.index(3)]:
+            result.tokens[at.index(3)] = [-1]
         return result
 
     runner.read = poisoned
@@ -330,4 +419,4 @@ def test_stats(make_core: MakeCore) -> None:
     assert stats.running == 6 and 6 <= stats.pages_used <= 12 and stats.pages_total == 256
     drain(core)
     assert core.stats().generated_tokens == 48 and core.stats().mean_batch > 4
-    assert set(core.host_seconds) == {"schedule", "launch", "wait", "emit"}
+    assert set(core.stats().host_seconds) == {"receive", "schedule", "launch", "wait", "emit", "send"}

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from jqserve.engine.pages import PagePool
+from jqserve.engine.plan import Plan
 from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams
-from jqserve.engine.scheduler import Plan, Scheduler
+from jqserve.engine.scheduler import Scheduler
 from jqserve.engine.sequence import Sequence
 
 PAGE, TILE = 4, 8
 
 
-def scheduler(pages: int = 100, slots: int = 4, tiles: int = 2) -> Scheduler:
-    return Scheduler(PagePool(pages), page_size=PAGE, slots=slots, tile_size=TILE, tiles=tiles)
+def scheduler(pages: int = 100, slots: int = 4, tiles: int = 2, **options: Any) -> Scheduler:
+    return Scheduler(PagePool(pages), page_size=PAGE, slots=slots, tile_size=TILE, tiles=tiles, **options)
 
 
-def sequence(rid: int, prompt: int, new: int = 8) -> Sequence:
-    request = EngineRequest(rid, tuple(range(prompt)), SamplingParams(max_new_tokens=new))
-    return Sequence(request, rid, prompt + new, list(request.prompt), frozenset())
+def sequence(rid: int, prompt: int | tuple[int, ...], new: int = 8, priority: int = 0) -> Sequence:
+    ids = tuple(1000 * rid + i for i in range(prompt)) if isinstance(prompt, int) else prompt
+    request = EngineRequest(rid, ids, SamplingParams(max_new_tokens=new), priority)
+    return Sequence(request, rid, len(ids) + new, list(ids), frozenset())
 
 
 def resolve(plan: Plan, sched: Scheduler) -> None:
     """What the engine does with a step's tokens (all 7)."""
-    sampled = [row.sequence for row in plan.decodes] + [c.sequence for c in plan.chunks if c.sample]
-    for seq in sampled:
-        if seq.finish is None:
-            seq.pending -= 1
-            seq.tokens.append(7)
+    for seq, count in zip(plan.sequences, plan.sampled):
+        if seq.finish is None and count:
+            seq.pending -= count
+            seq.tokens += [7] * count
+            sched.publish(seq)
             if len(seq.tokens) >= seq.limit:
                 seq.finish = FinishReason.LENGTH
                 sched.remove(seq)
@@ -121,43 +125,181 @@ def test_suspects_run_alone_until_they_have_passed() -> None:
     assert len(s.schedule().decodes) == 3
 
 
+def test_priorities_go_first_and_are_preempted_last() -> None:
+    s = scheduler(pages=6, slots=2, tiles=1)
+    low, higher = sequence(0, 7, new=12), sequence(2, 7, priority=2)
+    s.add(low)
+    resolve(s.schedule(), s)
+    s.add(high := sequence(1, 7, new=12, priority=1))
+    s.add(higher)
+    assert [q.rid for q in s.waiting] == [2, 1]
+    for _ in range(40):
+        resolve(s.schedule(), s)
+        if low.finish is not None:
+            break
+    assert low.preemptions >= 1 and high.preemptions == higher.preemptions == 0
+    assert higher.finish and high.finish and low.finish
+
+
+def test_several_steps_only_when_nobody_waits_and_somebody_can_use_them() -> None:
+    s = scheduler(slots=2, tiles=1, steps=4)
+    s.add(sequence(0, 3, new=20))
+    assert s.schedule().steps == 1  # its prompt
+    plan = s.schedule()
+    assert plan.steps == 4 and [(r.position, r.count, len(r.pages)) for r in plan.decodes] == [(3, 4, 2)]
+    s.add(sequence(1, 20, new=3))
+    assert s.schedule().steps == s.schedule().steps == s.schedule().steps == 1  # the other's prompt
+    plan = s.schedule()
+    assert plan.steps == 4 and [r.count for r in plan.decodes] == [4, 2]
+    s.add(sequence(2, 3))
+    assert s.schedule().steps == 1  # somebody waits for a slot
+
+
+def test_few_steps_left_or_few_pages_are_done_one_by_one() -> None:
+    s = scheduler(pages=3, slots=1, steps=4)
+    s.add(sequence(0, 3, new=4))
+    assert [s.schedule().steps for _ in range(2)] == [1, 4] and not s.schedule()
+    s = scheduler(pages=2, slots=1, steps=4)
+    s.add(sequence(0, 6, new=4))
+    assert [s.schedule().steps for _ in range(4)] == [1, 1, 1, 1]  # the sequence may grow to 10, and 8 fit
+
+
+def test_fewer_tiles_while_somebody_decodes() -> None:
+    s = scheduler(tiles=4, decode_tiles=1)
+    s.add(sequence(0, 30, new=30))
+    assert [c.length for c in s.schedule().chunks] == [30]
+    s.add(sequence(1, 30))
+    assert [[c.length for c in s.schedule().chunks] for _ in range(4)] == [[8], [8], [8], [6]]
+
+
+def finish(s: Scheduler, q: Sequence) -> Sequence:
+    s.add(q)
+    for _ in range(100):
+        if q.finish is not None:
+            return q
+        resolve(s.schedule(), s)
+    raise AssertionError("it never ends")
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    s = scheduler()
+    first = finish(s, sequence(0, tuple(range(10)), new=4))  # 14 tokens, of which 13 were computed: three full pages
+    assert s.pool.used == 0 and s.pool.cached == 3 and first.cached_tokens == 0
+    s.add(q := sequence(1, (*range(10), 7, 7, 5), new=4))
+    plan = s.schedule()
+    assert [(c.start, c.length) for c in plan.chunks] == [(12, 1)] and q.first_cached == 12
+    assert [(a.tokens, len(a.pages), a.slot) for a in plan.adopted] == [(12, 3, q.slot)]
+    s.add(other := sequence(2, (*range(4), 99, 98, 97), new=4))
+    plan = s.schedule()
+    assert other.first_cached == 4 and s.pool.references(q.pages[0]) == 2 and other.pages[0] == q.pages[0]
+    assert (s.cached_tokens, s.admitted_tokens) == (16, 10 + 13 + 7)
+
+
+def test_the_last_token_is_always_computed() -> None:
+    s = scheduler()
+    finish(s, sequence(0, tuple(range(12)), new=1))
+    s.add(sequence(1, tuple(range(12)), new=1))
+    assert [(c.start, c.length) for c in s.schedule().chunks] == [(8, 4)]
+
+
+def test_without_the_prefix_cache_nothing_is_kept() -> None:
+    s = scheduler(prefix_cache=False)
+    finish(s, sequence(0, tuple(range(12))))
+    assert s.pool.cached == 0
+    s.add(sequence(1, tuple(range(12))))
+    assert [c.start for c in s.schedule().chunks] == [0]
+
+
+def test_a_failure_forgets_every_prefix_and_an_error_its_own() -> None:
+    s = scheduler()
+    finish(s, sequence(0, 12))
+    s.add(sequence(1, 12))
+    s.requeue(s.schedule().sequences)
+    assert s.pool.cached == s.pool.used == 0 and s.pool.free == s.pool.total
+    s = scheduler()
+    finish(s, sequence(0, 12))
+    s.add(bad := sequence(1, 12))
+    s.schedule()
+    bad.finish = FinishReason.ERROR
+    s.remove(bad)
+    assert s.pool.cached == 4  # of the first: 12 + 8 tokens, 19 computed
+
+
+def test_admission_by_forecast_leaves_room_to_grow() -> None:
+    """Ten requests of 4 + 36 tokens (10 pages each) in 50 pages: by the forecast that learned their length, at most
+    five run at once and nobody is preempted; without it all are admitted, and most are thrown out again."""
+
+    def run(conservativeness: float) -> tuple[int, int]:
+        s = scheduler(pages=52, slots=10, tiles=10, conservativeness=conservativeness, prefix_cache=False)
+        s.forecast.share = 1.0
+        todo = [sequence(i, 4, new=36) for i in range(10)]
+        for q in todo:
+            s.add(q)
+        most = 0
+        for _ in range(1000):
+            resolve(s.schedule(), s)
+            most = max(most, len(s.running))
+            if all(q.finish for q in todo):
+                return most, s.preemptions
+        raise AssertionError("it never ends")
+
+    most, preemptions = run(1.0)
+    assert 4 <= most <= 6 and preemptions == 0
+    most, preemptions = run(0.0)
+    assert most == 10 and preemptions >= 5
+
+
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_traffic_on_a_simulated_device(seed: int, overlap: bool) -> None:
-    """Every KV position that a row reads was written, by this sequence, into a page that it still holds."""
+    """Every position that a row reads holds what its sequence's tokens up to there give, in a page that it holds.
+
+    Prompts begin alike, tokens come one or several at a time, sequences are aborted, and now and then a step fails.
+    """
     random = np.random.default_rng(seed)
     pages, slots, tiles = int(random.integers(12, 30)), int(random.integers(2, 9)), int(random.integers(1, 5))
-    s = scheduler(pages, slots, tiles)
+    options = {"steps": int(random.integers(1, 7)), "prefix_cache": seed % 4 != 3}
+    s = scheduler(pages, slots, tiles, **options, conservativeness=float(seed % 3 == 2) / 4)
     longest = pages * PAGE
-    written: dict[int, tuple[int, int]] = {}  # page * PAGE + offset -> (rid, position)
+    written: dict[int, int] = {}  # page * PAGE + offset -> hash of the tokens up to that position
     live: dict[int, Sequence] = {}
     in_flight: list[Plan] = []
-    todo = [
-        sequence(i, int(random.integers(1, longest // 2)), int(random.integers(1, longest // 2))) for i in range(60)
-    ]
-    todo.reverse()
+    todo = []
+    for i in range(60):
+        length, same = int(random.integers(1, longest // 2)), int(random.integers(0, longest // 2))
+        ids = tuple(range(length)) if length <= same else (*range(same), *range(1000 * i, 1000 * i + length - same))
+        todo.append(sequence(i, ids, int(random.integers(1, longest // 2)), priority=int(random.integers(0, 2))))
     for _ in range(5000):
         if not (todo or live or in_flight):
             break
         while todo and random.random() < 0.5:
-            q = todo.pop()
+            q = todo.pop(0)
             live[q.rid] = q
             s.add(q)
         plan = s.schedule()
         assert sum(-(-c.length // TILE) for c in plan.chunks) <= tiles and len(plan.decodes) <= slots
         check_pages(s)
         for row in plan.decodes:
-            written[row.page * PAGE + row.position % PAGE] = (row.sequence.rid, row.position)
-            check_reads(written, row.sequence, row.position + 1)
+            assert 1 <= row.count <= plan.steps
+            for i in range(row.count):
+                at = row.position + i
+                page = row.pages[at // PAGE - row.position // PAGE]
+                written[page * PAGE + at % PAGE] = content(row.sequence, at)
+            check_reads(written, row.sequence, row.position + row.count)
         for c in plan.chunks:
             for position in range(c.start, c.start + c.length):
                 page = c.pages[position // PAGE - c.start // PAGE]
-                written[page * PAGE + position % PAGE] = (c.sequence.rid, position)
+                written[page * PAGE + position % PAGE] = content(c.sequence, position)
             check_reads(written, c.sequence, c.start + c.length)
         in_flight.append(plan)
+        if random.random() < 0.01:  # the step fails, and with it what is on the device
+            s.requeue([q for failed in in_flight for q in failed.sequences])
+            in_flight, written = [], {}
+            continue
         while len(in_flight) > overlap or (in_flight and not plan):
             done = in_flight.pop(0)
-            for q in done.sequences:
+            for q, reached in zip(done.sequences, done.reached):
+                s.passed(q, reached)
                 if q.finish is None and random.random() < 0.02:  # aborted while under way
                     q.finish = FinishReason.ABORT
                     s.remove(q)
@@ -166,16 +308,25 @@ def test_random_traffic_on_a_simulated_device(seed: int, overlap: bool) -> None:
     else:
         raise AssertionError("it never ends")
     assert s.pool.used == 0 and len(s.free_slots) == slots and s.preemptions > 0
+    assert (s.cached_tokens > 0) == options["prefix_cache"]
 
 
 def check_pages(s: Scheduler) -> None:
     held = [page for q in s.running for page in q.pages]
-    assert len(held) == len(set(held)) == s.pool.used
+    assert len(set(held)) == s.pool.used and all(s.pool.references(page) == held.count(page) for page in set(held))
+    assert all(len(q.pages) == len(set(q.pages)) for q in s.running)
     taken = [q.slot for q in s.running]
     assert None not in taken and len(set(taken) | set(s.free_slots)) == len(taken) + len(s.free_slots)
-    assert [q.arrival for q in s.waiting] == sorted(q.arrival for q in s.waiting)
+    for queue in (s.waiting, s.running):
+        order = [(-q.request.priority, q.arrival) for q in queue]
+        assert order == sorted(order)
 
 
-def check_reads(written: dict[int, tuple[int, int]], q: Sequence, length: int) -> None:
+def content(q: Sequence, position: int) -> int:
+    """What the key of a position depends on: the tokens up to it (those not read yet are 7, as all are)."""
+    return hash((*q.tokens, *[7] * (position + 1 - len(q.tokens)))[: position + 1])
+
+
+def check_reads(written: dict[int, int], q: Sequence, length: int) -> None:
     for position in range(length):
-        assert written[q.pages[position // PAGE] * PAGE + position % PAGE] == (q.rid, position)
+        assert written[q.pages[position // PAGE] * PAGE + position % PAGE] == content(q, position)

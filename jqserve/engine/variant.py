@@ -1,0 +1,51 @@
+"""How much a step's sampler does: a program of its own for each kind, so that nobody pays for what nobody asked.
+
+A conditional inside one program would do on a CPU, but on a GPU its predicate is read back by the host, which stalls
+the loop that is meant to run ahead of the device.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+from jqserve.engine.sequence import Sequence
+
+
+class Variant(enum.StrEnum):
+    """In rising order of cost; each does all that the ones before it do."""
+
+    GREEDY = "greedy"  # argmax of the plain logits
+    SAMPLE = "sample"  # penalties, biases, temperature, top-k, top-p, min-p, the sampled token's logprob
+    SCORED = "scored"  # the most likely tokens with their logprobs as well
+
+
+ORDER = tuple(Variant)
+
+
+def needed(sequence: Sequence) -> Variant:
+    """The least that gives this sequence all it asks."""
+    s = sequence.sampling
+    if s.logprobs:
+        return Variant.SCORED
+    if (
+        s.temperature > 0
+        or s.repetition_penalty != 1
+        or s.presence_penalty
+        or s.frequency_penalty
+        or s.logit_bias
+        or s.min_new_tokens
+        or s.logprobs is not None
+    ):
+        return Variant.SAMPLE
+    return Variant.GREEDY
+
+
+def counts_tokens(sequence: Sequence) -> bool:
+    """Whether its sampling looks at the tokens that it has seen (`SlotState.generated` and `prompted`)."""
+    s = sequence.sampling
+    return s.repetition_penalty != 1 or bool(s.presence_penalty) or bool(s.frequency_penalty)
+
+
+def needed_by(sequences: Iterable[Sequence]) -> Variant:
+    return max((needed(s) for s in sequences), key=ORDER.index, default=Variant.GREEDY)
