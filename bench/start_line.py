@@ -30,28 +30,11 @@ QUICK = dict(num_hidden_layers=2, hidden_size=256, intermediate_size=512, num_at
 QUICK |= dict(num_key_value_heads=2, head_dim=64, bos_token_id=0, eos_token_id=1)
 
 
-def read_bandwidth() -> float | None:
-    """Bytes per second of a sum over 2 GiB on the GPU, the best of ten; None on a CPU."""
-    import jax
-    import jax.numpy as jnp
-
-    if jax.default_backend() == "cpu":
-        return None
-    x = jnp.ones((2**29,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(x).block_until_ready()
-    times = []
-    for _ in range(10):
-        began = time.perf_counter()
-        total(x).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return x.nbytes / min(times)
-
-
 def measure(case: str, batches: list[int], prompt: int, new: int, quick: bool = False) -> dict[str, Any]:
     """One case in this process; returns its row."""
     import jax
 
+    from bench.bandwidth import read_bandwidth
     from bench.llama8b import make_checkpoint
     from jqserve.engine.buckets import Bucket, Buckets
     from jqserve.engine.config import EngineConfig
@@ -77,7 +60,7 @@ def measure(case: str, batches: list[int], prompt: int, new: int, quick: bool = 
     mixed = Bucket(max(batches), runner.buckets.mixed[-1].tiles)
     runner.buckets = Buckets(tuple(batches), (mixed,))
     compiling = time.perf_counter()
-    runner.warm_up(programs=[(bucket, runner.variants[-1]) for bucket in runner.buckets.all()], runs=3)
+    runner.warm_up(programs=[runner.cheapest(bucket) for bucket in runner.buckets.all()], runs=3)
     compile_seconds = time.perf_counter() - compiling
     info = engine.model_info()
     row: dict[str, Any] = {

@@ -83,8 +83,8 @@ def choose_budget(engine: EngineCore) -> dict[str, float]:
     """After the warm-up: sets the tiles of a step in which others decode. Returns the seconds by step, measured."""
     runner, scheduler = engine.runner, engine.scheduler
     rows = runner.buckets.decode[-1]
-    measured = {tiles: runner.idle_run(runner.for_tiles(tiles), 2) for tiles in runner.buckets.tile_counts(rows)}
-    decode = runner.idle_run(runner.for_tiles(0), 2)
+    measured = {tiles: runner.idle_run(runner.full_step(tiles), 2) for tiles in runner.buckets.tile_counts(rows)}
+    decode = runner.idle_run(runner.full_step(0), 2)
     scheduler.decode_tiles = min(scheduler.tiles, decode_tiles(measured, decode))
     log.info("a decode step takes %.1f ms; %d prefill tiles beside it", decode * 1e3, scheduler.decode_tiles)
     return {f"{rows}+{tiles}": round(seconds, 6) for tiles, seconds in {0: decode, **measured}.items()}

@@ -102,11 +102,14 @@ class Runner:
         )
         return bucket, variant
 
-    def for_tiles(self, tiles: int) -> Program:
-        """The program of a full step with so many tiles, of the cheapest variant."""
-        cheapest = self.variants[0] if not tiles or len(self.variants) == 1 else Variant.SAMPLE
-        rows = self.buckets.decode[-1]
-        return self.buckets.choose(rows, tiles, self.shape.tile_size), cheapest
+    def cheapest(self, bucket: Bucket) -> Program:
+        """The program of a bucket in the variant that does least."""
+        least = Variant.SAMPLE if bucket.tiles else Variant.GREEDY
+        return bucket, least if least in self.variants else self.variants[-1]
+
+    def full_step(self, tiles: int) -> Program:
+        """The cheapest program in which everybody decodes beside so many tiles."""
+        return self.cheapest(self.buckets.choose(self.buckets.decode[-1], tiles, self.shape.tile_size))
 
     def program(self, program: Program) -> Any:
         """The compiled program; compiles it when warm-up has not (and counts that)."""
