@@ -8,7 +8,7 @@ One row per scheme, point (running sequences x context) and K, the decode steps 
     step_ms     wall clock of a step of the overlapped loop, the median of five windows; tokens_per_second from it
     host_ms     of one step, by phase of the loop: schedule, launch, emit; wait is what is left for the device
     kernel_ms   sum of the CUPTI durations of a step's kernels (`kernels`: how many), and step_ms / kernel_ms
-    bound_ms    weights (without the embedding) and KV bytes of a step / the bandwidth measured first; share = bound / step
+    bound_ms    weights (without the embedding) and KV bytes of a step / the bandwidth measured first; share of step_ms
     vllm        vLLM 0.25.1's tokens/s on an H200 (KERNELS.md part B), where there is a figure
 
 Prompts are not computed: their pages are declared to be in the prefix cache, whatever they hold, and only the last few

@@ -69,8 +69,8 @@ def _set_pages(table: jax.Array, slots: jax.Array, pages: jax.Array) -> jax.Arra
 
 
 def _count(counts: tuple[jax.Array, jax.Array], tokens: jax.Array, facts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """generated, prompted [S+1, V]; tokens int32 [TOKENS] (V: none); facts: slot, tokens that are of the prompt, whether
-    to begin at zero."""
+    """generated, prompted [S+1, V]; tokens int32 [TOKENS] (V: none); facts: slot, how many tokens are of the prompt,
+    whether to begin at zero."""
     generated, prompted = counts
     slot, of_prompt, clear = facts
     is_prompt = jnp.arange(tokens.shape[0]) < of_prompt

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from jqserve.engine.batch import StepShape
-from jqserve.engine.budget import decode_tiles
 from jqserve.engine.buckets import Buckets, make_buckets
+from jqserve.engine.budget import decode_tiles
 from jqserve.engine.cache import CacheShape, cache_shape, pages_that_fit
 from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.engine import EngineCore

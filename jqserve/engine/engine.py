@@ -2,8 +2,9 @@
 
 With overlap (the default) step n+1 is dispatched before step n has been read: its decode rows take their tokens from
 the device. A sequence that step n turns out to end has then a row too many in step n+1; that row is dropped, and
-nothing of it is ever emitted, nor of what a dispatch of several steps gives behind the end. When a step raises, the pages and the slots' state are made anew, everything that ran
-waits to be recomputed, and the sequences of that step run one at a time until the one at fault is found.
+nothing of it is ever emitted, nor of what a dispatch of several steps gives behind the end. When a step raises, the
+pages and the slots' state are made anew, everything that ran waits to be recomputed, and the sequences of that step run
+one at a time until the one at fault is found.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ class Launched:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What a dispatch gave, on the host: for each of plan.sequences its tokens (none where its prompt goes on) and, where
-    asked for, their logprobs."""
+    """What a dispatch gave, on the host: for each of plan.sequences its tokens (none: its prompt goes on) and logprobs,
+    where asked for."""
 
     tokens: list[list[int]]
     logprobs: list[list[TokenLogprobs]]

@@ -27,6 +27,7 @@ from jqserve.ops.device import current_device
 MAX_TOP_LOGPROBS = 20
 _HIGH_BIT = np.uint32(0x80000000)
 _GPU_BITS = 4  # bits of a threshold found per pass over the row: 8 passes of 15 candidates each
+_PART = 256  # columns whose weights are summed first
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +61,8 @@ class RowParams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """tokens int32 [R] (-1: the logits held NaN); logprob float32 [R], None in the greedy variant; top_ids int32 and top
-    float32 [R, 20], None but in the scored one. A program of K > 1 steps puts an axis [K] before each."""
+    """tokens int32 [R] (-1: the logits held NaN); logprob float32 [R], None in the greedy variant; top_ids int32 and
+    top float32 [R, 20], None but in the scored one. A program of K > 1 steps puts an axis [K] before each."""
 
     tokens: jax.Array
     logprob: jax.Array | None = None
@@ -158,7 +159,7 @@ def kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
 
     def by_count() -> jax.Array:
         k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
-        return order >= _threshold(order, jnp.ones(order.shape, jnp.int32), k)
+        return order >= _threshold(order, 1, k)
 
     keep = _if_any(top_k > 0, by_count, lambda: jnp.ones(scaled.shape, bool))
 
@@ -178,26 +179,30 @@ def _sortable(x: jax.Array) -> jax.Array:
     return jnp.where(bits >= _HIGH_BIT, ~bits, bits | _HIGH_BIT)
 
 
-def _threshold(order: jax.Array, weight: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The greatest t per row for which the weights [R, V] of `order >= t` still sum to `wanted` [R]; uint32 [R, 1].
+def _threshold(order: jax.Array, weight: jax.Array | int, wanted: jax.Array) -> jax.Array:
+    """The greatest t per row for which the weights ([R, V] or all 1) of `order >= t` still sum to `wanted` [R]; [R, 1].
 
-    A CPU finds one bit a pass. A GPU, where a pass costs a launch and 0.5 MB of traffic a row, finds `_GPU_BITS`: the
-    sums for all candidates of a pass come out of one kernel, and the passes are unrolled.
+    A CPU finds one bit a pass. A GPU, where a pass costs its launches and 0.5 MB of traffic a row, finds `_GPU_BITS`:
+    the sums for all candidates of a pass come out of one reading of the row. They are taken in two stages written out
+    here, for XLA would split a sum over 128k columns itself, and then finish each candidate in a kernel of its own. The
+    loop's trip count is static, so that the host does not wait for it; unrolled, it compiles for a minute.
     """
     bits = 1 if current_device().platform == "cpu" else _GPU_BITS
+    rows, vocabulary = order.shape
+    fill = ((0, 0), (0, -vocabulary % _PART))
+    parts = (rows, -1, _PART)
+    order = jnp.pad(order, fill).reshape(parts)
+    if not isinstance(weight, int):
+        weight = jnp.pad(weight, fill).reshape(parts)
+    values = jnp.arange(1, 2**bits, dtype=jnp.uint32)
 
-    def digit(i: jax.Array | int, t: jax.Array) -> jax.Array:
-        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * jnp.asarray(i, jnp.uint32)
-        best = t
-        for value in range(1, 2**bits):
-            candidate = t | (jnp.uint32(value) << shift)
-            total = jnp.sum(jnp.where(order >= candidate, weight, 0), axis=-1)
-            best = jnp.where((total >= wanted)[:, None], candidate, best)
-        return best
+    def digit(i: jax.Array, t: jax.Array) -> jax.Array:
+        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * i.astype(jnp.uint32)
+        sums = [
+            jnp.sum(jnp.where(order >= (t | (jnp.uint32(value) << shift))[:, :, None], weight, 0), axis=-1)
+            for value in range(1, 2**bits)
+        ]
+        enough = jnp.sum(jnp.stack(sums, axis=1), axis=-1) >= wanted[:, None]
+        return t | (jnp.max(jnp.where(enough, values, 0), axis=-1, keepdims=True) << shift)
 
-    t = jnp.zeros((order.shape[0], 1), jnp.uint32)
-    if bits == 1:
-        return lax.fori_loop(0, 32, digit, t)
-    for i in range(32 // bits):
-        t = digit(i, t)
-    return t
+    return lax.fori_loop(0, 32 // bits, digit, jnp.zeros((rows, 1), jnp.uint32))

@@ -17,7 +17,7 @@ class Sequence:
     on_device  the newest token is in the device's `last_token[slot]`: the next step may be a decode row
     pages      KV pages in the order of positions; slot: row of the device's per-slot state, None while waiting
     limit      the length (prompt and answer) at which it ends
-    names      of its first full pages (`engine/prefix`), as far as they were needed; `named_pages`: pages that have them
+    names      of its first full pages (`engine/prefix`), as far as they were needed; named_pages: pages that have them
     cached_tokens  positions that were found in the prefix cache when it got its slot; first_cached: the first time
     probation  it was in a step that failed: it runs alone until that many positions have been computed (0: no)
     """

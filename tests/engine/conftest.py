@@ -80,7 +80,10 @@ def params(model: ModelConfig) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def runner(model: ModelConfig, params: dict[str, Any]) -> Any:
-    """Three programs (16 rows, 1 and 5 steps; 16 rows and 2 tiles), compiled once a session; room for 16 sequences of 128 tokens."""
+    """Three programs (16 rows, 1 and 5 steps; 16 rows and 2 tiles), compiled once a session.
+
+    Room for 16 sequences of 128 tokens.
+    """
     from jqserve.engine.batch import StepShape
     from jqserve.engine.buckets import Bucket, Buckets
     from jqserve.engine.cache import cache_shape

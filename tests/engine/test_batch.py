@@ -5,8 +5,8 @@ import pytest
 
 from jqserve.engine.batch import StepShape, pack, packed_size, padding, tiles_needed, unpack
 from jqserve.engine.buckets import Bucket
-from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.plan import Chunk, DecodeRow, Plan
+from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.sequence import Sequence
 
 SHAPE = StepShape(slots=4, page_size=4, pages_per_sequence=8, tile_size=6, vocab_size=50)

@@ -145,7 +145,7 @@ def expected_alike(alone: Any) -> dict[int, Outcome]:
 def test_no_switch_changes_a_token(
     make_core: MakeCore, expected_alike: Any, overlap: bool, steps: int, mixed: bool, prefix_cache: bool
 ) -> None:
-    """Overlap, several steps a dispatch, prefill mixed with decode, prefix cache: each on and off, greedy and seeded."""
+    """Overlap, several steps a dispatch, prefill mixed with decode, prefix cache: on and off, greedy and seeded."""
     core = make_core(slots=3, overlap=overlap, steps=steps, mixed=mixed, prefix_cache=prefix_cache)
     dispatched = spy(core)
     assert_same(complete(core, alike_requests()), expected_alike)

@@ -13,11 +13,20 @@ from jqserve.engine import sampler
 from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.sequence import Sequence
 from jqserve.engine.slots import SlotTable
+from jqserve.ops.device import use_device
+from pallas_kernels.dispatch import KNOWN_DEVICES
 
 VOCAB = 37
 ROWS = 256  # everything is padded to it, so that one program serves all tests
 jitted = jax.jit(sampler.sample)
 kept = jax.jit(sampler.kept)
+
+
+@jax.jit
+def kept_as_on_a_gpu(*args: Any) -> Any:
+    """Several bits of the threshold a pass, and no conditionals."""
+    with use_device(KNOWN_DEVICES["h200"]):
+        return sampler.kept(*args)
 
 
 def sample(x: np.ndarray, params: sampler.RowParams) -> sampler.Sampled:
@@ -57,7 +66,7 @@ def row_params(
 def reference_kept(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
     """Hugging Face's order: top-k, then top-p of what is left, then min-p."""
     order = np.argsort(-scaled, kind="stable")
-    keep = np.ones(VOCAB, bool)
+    keep = np.ones(len(scaled), bool)
     if top_k:
         keep[order[top_k:]] = False
     weight = np.where(keep, np.exp(scaled.astype(np.float64) - scaled.max()), 0)
@@ -67,18 +76,29 @@ def reference_kept(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -
     return keep & (np.exp(scaled.astype(np.float64) - scaled.max()) >= min_p)
 
 
+@pytest.mark.parametrize("keep", [kept, kept_as_on_a_gpu])
 @pytest.mark.parametrize("seed", range(4))
-def test_kept_tokens_equal_those_of_a_sort(seed: int) -> None:
+def test_kept_tokens_equal_those_of_a_sort(seed: int, keep: Any) -> None:
     cases = [
         (0, 1.0, 0.0), (1, 1.0, 0.0), (5, 1.0, 0.0), (36, 1.0, 0.0), (37, 1.0, 0.0), (1000, 1.0, 0.0), (0, 0.9, 0.0),
         (0, 0.5, 0.0), (0, 0.01, 0.0), (0, 0.999, 0.0), (0, 1.0, 0.1), (0, 1.0, 1.0), (7, 0.8, 0.0), (20, 0.95, 0.05),
     ]  # fmt: skip
     x = logits(len(cases), seed)
     k, p, m = (np.array(column) for column in zip(*cases))
-    got = np.asarray(kept(x, k.astype(np.int32), p.astype(np.float32), m.astype(np.float32)))
+    got = np.asarray(keep(x, k.astype(np.int32), p.astype(np.float32), m.astype(np.float32)))
     for i, case in enumerate(cases):
         expected = reference_kept(x[i], int(case[0]), case[1], case[2])
         assert (got[i] == expected).all(), (case, got[i].sum(), expected.sum())
+
+
+def test_a_large_vocabulary() -> None:
+    """Many columns, their tail not a whole part, both ways; the sort decides."""
+    x = (np.random.default_rng(3).normal(size=(4, 5000)) * 3).astype(np.float32)
+    k, p = np.array([0, 40, 0, 3000], np.int32), np.array([0.9, 1.0, 0.5, 0.95], np.float32)
+    a, b = (np.asarray(f(x, k, p, np.zeros(4, np.float32))) for f in (kept, kept_as_on_a_gpu))
+    for i in range(4):
+        expected = reference_kept(x[i], int(k[i]), float(p[i]), 0.0)
+        assert (a[i] == expected).all() and (b[i] == expected).all()
 
 
 def test_ties_at_the_threshold_are_all_kept() -> None:

@@ -22,7 +22,8 @@ from jqserve.client import AsyncClient, Client, Result, ServerError
 pytestmark = pytest.mark.slow
 
 #: 28 pages of 16 tokens for up to 16 sequences of up to 120 tokens: preemption is certain
-SMALL = "--max-running-requests 16 --chunked-prefill-size 64 --context-length 384 --num-pages 28 --schedule-conservativeness 0".split()  # noqa: SIM905
+SMALL = "--max-running-requests 16 --chunked-prefill-size 64 --context-length 384 --num-pages 28".split()  # noqa: SIM905
+SMALL += ["--schedule-conservativeness", "0"]
 ASKED = {
     "What is 463 + 88?": "551",
     "Which is larger, 679 or 26?": "679",
