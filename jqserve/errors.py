@@ -45,3 +45,15 @@ class ModelNotFoundError(JqserveError):
 
 class EngineFailedError(JqserveError):
     """The engine broke under a running request: our fault, not the request's."""
+
+
+class RequestTimeoutError(JqserveError):
+    """A request took longer than the server allows."""
+
+
+class UnreadStreamError(JqserveError):
+    """A caller does not read its stream."""
+
+
+class PreconditionError(JqserveError):
+    """Something cannot be done in the present state: stop a profiler that does not run, for instance."""

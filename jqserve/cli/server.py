@@ -43,6 +43,25 @@ ENGINE_FLAGS = (
     "disable_warmup",
     "compilation_cache_dir",
     "log_level",
+    "profile_dir",
+)
+
+#: flags that are the front end's alone, under `ServerConfig`'s names
+SERVING_FLAGS = (
+    "grpc_compat",
+    "admin",
+    "unix_socket",
+    "tls_cert",
+    "tls_key",
+    "tls_client_ca",
+    "max_message_bytes",
+    "max_prompt_bytes",
+    "max_concurrent_rpcs",
+    "max_request_seconds",
+    "unread_seconds",
+    "metrics_port",
+    "metrics_host",
+    "otlp_traces_endpoint",
 )
 
 #: the same, but their zero means something
@@ -105,9 +124,80 @@ def parser() -> argparse.ArgumentParser:
         "--drain-timeout", type=float, default=300.0, metavar="S", help="for running requests at SIGTERM"
     )
     serving.add_argument("--ready-file", metavar="FILE", help="written when ready: JSON {host, port, pid, engine_pid}")
+    serving.add_argument(
+        "--grpc-compat",
+        choices=("vllm", "sglang", "none"),
+        default="vllm",
+        help="the engine protocol that gateways (smg) drive, beside the native service",
+    )
+    serving.add_argument("--admin", action="store_true", help="serve FlushCache and the profiler's start and stop")
+    serving.add_argument("--profile-dir", metavar="DIR", default=None, help="where --admin's traces go")
     serving.add_argument("--log-requests", action="store_true", help="one line per request (sizes and times, no text)")
     serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add_security(parser)
+    add_observability(parser)
     return parser
+
+
+def add_security(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("security and limits")
+    add = functools.partial(group.add_argument, default=None)
+    add("--api-key-file", metavar="FILE", help="bearer tokens, one a line: every RPC but health needs one of them")
+    add("--api-key", metavar="TOKEN", help="the same on the command line, where other users of the machine can see it")
+    add("--tls-cert", metavar="PEM", help="the server's certificate chain")
+    add("--tls-key", metavar="PEM", help="its private key")
+    add("--tls-client-ca", metavar="PEM", help="clients must show a certificate that this authority signed (mTLS)")
+    add("--unix-socket", metavar="PATH", help="listen here, for this user only, and not on --host and --port")
+    group.add_argument(
+        "--max-message-bytes", type=positive, default=16 * 2**20, metavar="N", help="of one request message"
+    )
+    group.add_argument(
+        "--max-prompt-bytes", type=count, default=0, metavar="N", help="of a text or chat; 0: 32 a context token"
+    )
+    group.add_argument(
+        "--max-concurrent-rpcs", type=positive, default=4096, metavar="N", help="more are refused: RESOURCE_EXHAUSTED"
+    )
+    group.add_argument(
+        "--max-request-seconds", type=seconds, default=0.0, metavar="S", help="then DEADLINE_EXCEEDED; 0: no limit"
+    )
+    group.add_argument(
+        "--unread-seconds", type=seconds, default=60.0, metavar="S", help="cancel a stream unread for so long; 0: never"
+    )
+
+
+def add_observability(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("metrics and traces")
+    group.add_argument(
+        "--metrics-port", type=port, default=None, metavar="PORT", help="Prometheus metrics; 0: a free one"
+    )
+    group.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="where --metrics-port listens")
+    group.add_argument(
+        "--otlp-traces-endpoint", default=None, metavar="URL", help="an OTLP/gRPC collector, http://host:4317"
+    )
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds (0: no limit)")
+    return value
+
+
+def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """Raises `UnsupportedError` for a file that cannot be read, or holds no token."""
+    keys = [args.api_key] if args.api_key else []
+    if args.api_key_file:
+        try:
+            lines = Path(args.api_key_file).expanduser().read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnsupportedError(f"--api-key-file {args.api_key_file}: {error}") from None
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise UnsupportedError(f"--api-key-file {args.api_key_file} holds no token")
+        keys += found
+    if args.api_key == "":
+        raise UnsupportedError("--api-key is empty")
+    return tuple(keys)
 
 
 def count(text: str) -> int:
@@ -164,9 +254,11 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         log_requests=args.log_requests,
         drain_timeout=args.drain_timeout,
         ready_file=args.ready_file,
+        **{name: values[name] for name in SERVING_FLAGS},
+        api_keys=api_keys(args),
         ids_only=ids_only,
-        engine=engine,
-        arguments={name: value for name, value in values.items() if value is not None},
+        engine=engine | {"tokenizer_path": None if ids_only else args.tokenizer_path},
+        arguments={name: value for name, value in values.items() if value is not None and name != "api_key"},
     )
 
 

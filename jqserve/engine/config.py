@@ -32,6 +32,8 @@ class EngineConfig:
     disable_radix_cache    do not look for the beginnings of prompts in pages that are still there
     disable_warmup         compile each shape when it first comes (tests, offline use), not before serving
     log_level              of the engine process: debug | info | warning | error
+    tokenizer_path         where the tokenizer is, if not with the model; grammars need it
+    profile_dir            where the profiler's traces go; None: a new folder under the system's temporary one
     compilation_cache_dir  JAX's persistent cache, an owner-only directory; None: not set
     """
 
@@ -59,6 +61,8 @@ class EngineConfig:
     disable_mixed_chunk: bool = False
     disable_warmup: bool = False
     compilation_cache_dir: str | None = None
+    tokenizer_path: str | None = None
+    profile_dir: str | None = None
     log_level: str = "info"
 
     def __post_init__(self) -> None:

@@ -22,7 +22,10 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. Penalties follow OpenAI (presence, frequency:
     subtracted, over generated tokens) and Hugging Face (repetition: divided or multiplied, over prompt and generated
     tokens). `seed` None draws one. `logprobs`: None, or the number (0..20) of top logprobs beside the sampled token's.
-    `stop` strings are matched by the front end, `stop_token_ids` and EOS by the engine.
+    `stop` strings are matched by the front end, `stop_token_ids` and EOS by the engine. `constraint`: None, or what the
+    answer is held to: (kind, source), kind "json_schema" | "regex" | "lark" | "choice" (source: a JSON list of texts).
+    `prompt_logprobs`: None, or the number of top logprobs at each token of the prompt from token `prompt_from` on; only
+    then may max_new_tokens be 0.
     """
 
     max_new_tokens: int | None = None  # None: up to the context length
@@ -41,6 +44,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    constraint: tuple[str, str] | None = None
+    prompt_logprobs: int | None = None
+    prompt_from: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,7 @@ class EngineRequest:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural logs under the distribution after penalties, before temperature and truncation."""
+    """Natural logs under the distribution after penalties and constraint, before temperature and truncation."""
 
     token: float
     top_ids: tuple[int, ...] = ()
@@ -76,6 +82,7 @@ class StepEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: str = ""
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # once, with the first event: of prompt[prompt_from:]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,16 +3,18 @@
 A frame is `<u32 body length> <u8 kind> <body>`, little-endian. Control messages carry JSON. `Add` carries a small JSON
 header and the prompt as packed uint32. `Step`, the one message on the hot path, packs a whole step as arrays:
 
-    <u32 events> <u32 tokens> <u32 logprobs> <u32 tops> <u32 errors' length> <u32 stats' length>
+    <u32 events> <u32 tokens> <u32 logprobs> <u32 tops> <u32 extras' length> <u32 stats' length>
     rid u64[events]   count u32[events]   finish u8[events]   has_logprobs u8[events]   matched i64[events]   (-1: none)
     cached u32[events]
     token u32[tokens]
     logprob f32[logprobs]   k u16[logprobs]   top_id u32[tops]   top f32[tops]
-    errors JSON {event index: text}   stats JSON
+    extras JSON {event index: {"error": text, "prompt": [[logprob], [[id]], [[logprob]]]}}
+    stats JSON
 
 The order of a session: the front end sends `Configure` once; the engine answers with any number of `Progress` and then
-one `Ready` (or `Failed` and the end of the stream); from then on `Add` and `Abort` go down, `Step` and `Rejected` come
-up. End of stream in either direction means that the other side is gone: the engine exits, the front end fails what ran.
+one `Ready` (or `Failed` and the end of the stream); from then on `Add`, `Abort` and `Ask` go down, `Step`, `Rejected`
+and `Answer` come up. End of stream in either direction means that the other side is gone: the engine exits, the front
+end fails what ran.
 """
 
 from __future__ import annotations
@@ -97,7 +99,24 @@ class Step:
     stats: EngineStats | None = None
 
 
-Message = Configure | Add | Abort | Progress | Ready | Failed | Rejected | Step
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """Front end -> engine: do this for an operator. `verb`: "flush_cache" | "start_profile" | "stop_profile"."""
+
+    number: int
+    verb: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Engine -> front end: what `Ask` number `number` gave (JSON), or why not, in words."""
+
+    number: int
+    result: dict[str, Any] = dataclasses.field(default_factory=dict)
+    error: str = ""
+
+
+Message = Configure | Add | Abort | Progress | Ready | Failed | Rejected | Step | Ask | Answer
 
 
 def encode(message: Message) -> bytes:
@@ -131,7 +150,7 @@ class Decoder:
             at += length
             try:
                 messages.append(_UNPACK[kind](body))
-            except (struct.error, ValueError, KeyError, TypeError, IndexError) as error:
+            except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise WireError(f"bad {_NAME[kind]} of {length} bytes: {error}") from error
         if at:
             del buffer[:at]
@@ -150,6 +169,9 @@ def sampling_to_json(sampling: SamplingParams) -> dict[str, Any]:
 def sampling_from_json(fields: dict[str, Any]) -> SamplingParams:
     """The inverse of `sampling_to_json`; lists become tuples again. Raises TypeError for an unknown field."""
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    if "constraint" in fields:
+        kind, source = fields["constraint"]
+        fields["constraint"] = (str(kind), str(source))
     if "logit_bias" in fields:
         fields["logit_bias"] = tuple((int(token), float(bias)) for token, bias in fields["logit_bias"])
     return SamplingParams(**fields)
@@ -195,12 +217,12 @@ def _pack_step(message: Step) -> bytes:
     for event in events:
         if event.logprobs and len(event.logprobs) != len(event.token_ids):
             raise ValueError(f"request {event.rid}: {len(event.logprobs)} logprobs for {len(event.token_ids)} tokens")
-    errors = _json({i: event.error for i, event in enumerate(events) if event.error}) if events else b"{}"
+    extras = _json({i: extra for i, event in enumerate(events) if (extra := _extra(event))}) if events else b"{}"
     stats = _json(dataclasses.asdict(message.stats)) if message.stats else b""
     n = len(events)
     return b"".join(
         (
-            STEP.pack(n, len(tokens), len(logprobs), len(tops), len(errors), len(stats)),
+            STEP.pack(n, len(tokens), len(logprobs), len(tops), len(extras), len(stats)),
             struct.pack(f"<{n}Q", *[event.rid for event in events]),
             struct.pack(f"<{n}I", *[len(event.token_ids) for event in events]),
             bytes([event.finish or 0 for event in events]),
@@ -212,10 +234,22 @@ def _pack_step(message: Step) -> bytes:
             struct.pack(f"<{len(logprobs)}H", *[len(entry.top) for entry in logprobs]),
             struct.pack(f"<{len(top_ids)}I", *top_ids),
             struct.pack(f"<{len(tops)}f", *tops),
-            errors,
+            extras,
             stats,
         )
     )
+
+
+def _extra(event: StepEvent) -> dict[str, Any]:
+    """What few events have."""
+    extra: dict[str, Any] = {"error": event.error} if event.error else {}
+    if entries := event.prompt_logprobs:
+        extra["prompt"] = [[e.token for e in entries], [e.top_ids for e in entries], [e.top for e in entries]]
+    return extra
+
+
+def _prompt_logprobs(columns: Any) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token, tuple(ids), tuple(top)) for token, ids, top in zip(*columns, strict=True))
 
 
 class _Cursor:
@@ -235,14 +269,14 @@ class _Cursor:
 
 
 def _unpack_step(body: bytes) -> Step:
-    n, n_tokens, n_logprobs, n_tops, n_errors, n_stats = STEP.unpack_from(body)
+    n, n_tokens, n_logprobs, n_tops, n_extras, n_stats = STEP.unpack_from(body)
     cursor = _Cursor(body, STEP.size)
     rids, counts, finishes = cursor.take(n, "Q"), cursor.take(n, "I"), cursor.take(n, "B")
     has_logprobs, matched, cached = cursor.take(n, "B"), cursor.take(n, "q"), cursor.take(n, "I")
     tokens = cursor.take(n_tokens, "I")
     values, ks = cursor.take(n_logprobs, "f"), cursor.take(n_logprobs, "H")
     top_ids, tops = cursor.take(n_tops, "I"), cursor.take(n_tops, "f")
-    errors = cursor.json(n_errors)
+    extras = cursor.json(n_extras)
     stats = EngineStats(**cursor.json(n_stats)) if n_stats else None
     if cursor.at != len(body) or sum(counts) != n_tokens or sum(ks) != n_tops:
         raise ValueError("the counts of a step contradict each other")
@@ -253,6 +287,7 @@ def _unpack_step(body: bytes) -> Step:
     events, token_at, logprob_at = [], 0, 0
     for i in range(n):
         count, scored = counts[i], counts[i] if has_logprobs[i] else 0
+        extra = extras.get(str(i), {}) if extras else {}
         events.append(
             StepEvent(
                 rid=rids[i],
@@ -260,8 +295,9 @@ def _unpack_step(body: bytes) -> Step:
                 finish=FinishReason(finishes[i]) if finishes[i] else None,
                 matched_stop=None if matched[i] < 0 else matched[i],
                 logprobs=tuple(logprobs[logprob_at : logprob_at + scored]),
-                error=errors.get(str(i), "") if errors else "",
+                error=extra.get("error", ""),
                 cached_tokens=cached[i],
+                prompt_logprobs=_prompt_logprobs(extra.get("prompt", ((), (), ()))),
             )
         )
         token_at += count
@@ -285,6 +321,8 @@ _CODEC: dict[type, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {
     Failed: _jsoned(Failed),
     Rejected: _jsoned(Rejected),
     Step: (_pack_step, _unpack_step),
+    Ask: _jsoned(Ask),
+    Answer: _jsoned(Answer),
 }
 KIND: dict[type, int] = {cls: number for number, cls in enumerate(_CODEC, start=1)}
 _NAME = {number: cls.__name__ for cls, number in KIND.items()}

@@ -19,19 +19,26 @@ from grpc_reflection.v1alpha import reflection
 
 from jqserve.engine import wire
 from jqserve.errors import EngineUnavailableError, JqserveError, UnsupportedError
+from jqserve.server import admin
+from jqserve.server.admin import AdminServicer
+from jqserve.server.compat import sglang, vllm
 from jqserve.server.config import ServerConfig
 from jqserve.server.frontend import Frontend, State
+from jqserve.server.guard import Guard
 from jqserve.server.launch import Launch, RunningEngine
-from jqserve.server.pb import jqserve_pb2, jqserve_pb2_grpc
+from jqserve.server.metrics import serve_metrics
+from jqserve.server.pb import jqserve_pb2, jqserve_pb2_grpc, sglang_scheduler_pb2_grpc, vllm_engine_pb2_grpc
 from jqserve.server.servicer import InferenceServicer
 from jqserve.server.tokenizer import load_tokenizer
+from jqserve.server.tracing import Tracer
+from jqserve.server.transport import address, listen
 
 log = logging.getLogger("jqserve.server")
 
 SERVICE = jqserve_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 OPTIONS = (
-    ("grpc.max_receive_message_length", 64 * 2**20),  # a 128k-token prompt of ids is under 0.5 MB
     ("grpc.max_send_message_length", 64 * 2**20),
+    ("grpc.max_metadata_size", 16 * 2**10),
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server beside the first
     # Gateways ping idle connections every 30 s; the C core's own limit of 300 s would close them.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -56,6 +63,8 @@ class Server:
         """`announce` shows the plan and the address; `on_ready` is called with the port when requests are served."""
         self.config = config
         self.port = 0
+        self.metrics_port = 0
+        self.services: tuple[str, ...] = ()
         self._launch = launch
         self._announce, self._on_ready = announce, on_ready
         self._drain = asyncio.Event()
@@ -70,33 +79,86 @@ class Server:
 
     async def run(self, *, handle_signals: bool = True) -> int:
         """Returns the exit status: 0 after a drain, 1 when the engine died, 2 when the user has to change something."""
-        self.frontend = Frontend(self.config)
-        server = grpc.aio.server(options=OPTIONS)
-        self.health = health.aio.HealthServicer()
-        jqserve_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self.frontend), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            self.port = server.add_insecure_port(address(self.config.host, self.config.port))
+            self.frontend = Frontend(self.config)
+            if endpoint := self.config.otlp_traces_endpoint:
+                self.frontend.tracer = Tracer("jqserve", endpoint)
+            server = self._make_server()
+            self.port = listen(server, self.config)
+            stop_metrics = self._serve_metrics()
+        except JqserveError as error:
+            log.error("%s", error)
+            return 2
         except RuntimeError as error:
             log.debug("%s", error)
             log.error("cannot listen on %s; is the port in use? --port 0 picks a free one", self._address())
             return 2
         await self._set_health("", serving=True)
-        await self._set_health(SERVICE, serving=False)
+        for service in self.services:
+            await self._set_health(service, serving=False)
         await server.start()
         if handle_signals:
             for number in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(number, self.drain)
         log.info("bound to %s; loading %s", self._address(), self.config.model_path)
         engine = await self._launch(self._progress)
+        watch = asyncio.ensure_future(self.frontend.watch())
         try:
             code = await self._serve(engine)
             await asyncio.sleep(LINGER)
             await server.stop(LAST_WORDS)
         finally:
+            watch.cancel()
             await engine.stop()
+            stop_metrics()
+            self.frontend.close()
         return code
+
+    def _make_server(self) -> grpc.aio.Server:
+        """With every service that this server has; `services` names them."""
+        config, frontend = self.config, self.frontend
+        servicers: dict[str, tuple[Any, Any]] = {
+            SERVICE: (jqserve_pb2_grpc.add_InferenceServicer_to_server, InferenceServicer(frontend))
+        }
+        if config.admin:
+            servicers[admin.SERVICE] = (jqserve_pb2_grpc.add_AdminServicer_to_server, AdminServicer(frontend))
+        if config.grpc_compat == "vllm":
+            adding = vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server
+            servicers[vllm.SERVICE] = (adding, vllm.VllmServicer(frontend))
+        elif config.grpc_compat == "sglang":
+            adding = sglang_scheduler_pb2_grpc.add_SglangSchedulerServicer_to_server
+            servicers[sglang.SERVICE] = (adding, sglang.SglangServicer(frontend))
+        self.services = tuple(servicers)
+
+        def refused(method: str) -> None:
+            frontend.metrics.rpc(method.rsplit("/", 1)[-1] if method.startswith(ours) else "other", "UNAUTHENTICATED")
+
+        ours = tuple(f"/{service}/" for service in self.services)
+        server = grpc.aio.server(
+            options=(*OPTIONS, ("grpc.max_receive_message_length", config.max_message_bytes)),
+            interceptors=(Guard(config.api_keys, self.services, refused),),
+            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
+        )
+        for adding, servicer in servicers.values():
+            adding(servicer, server)
+        self.health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection.enable_server_reflection((*self.services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _serve_metrics(self) -> Callable[[], None]:
+        """Starts what --metrics-port asks for; what stops it. Raises `UnsupportedError`."""
+        config = self.config
+        if config.metrics_port is None:
+            return lambda: None
+        try:
+            self.metrics_port, stop = serve_metrics(self.frontend.metrics, config.metrics_host, config.metrics_port)
+        except OSError as error:
+            raise UnsupportedError(
+                f"--metrics-port {config.metrics_port} on {config.metrics_host}: {error.strerror or error}"
+            ) from None
+        log.info("metrics on http://%s/metrics", address(config.metrics_host, self.metrics_port))
+        return stop
 
     async def _serve(self, engine: RunningEngine) -> int:
         frontend = self.frontend
@@ -135,7 +197,8 @@ class Server:
         elif config.chat_template:
             raise UnsupportedError("--chat-template needs a tokenizer; give --tokenizer-path")
         frontend.ready(await engine.link.ready)
-        await self._set_health(SERVICE, serving=True)
+        for service in self.services:
+            await self._set_health(service, serving=True)
         self._announce(f"listening on {self._address()}")
         self._write_ready_file()
         self._on_ready(self.port)
@@ -181,17 +244,15 @@ class Server:
         await self.health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
 
     def _address(self) -> str:
+        if self.config.unix_socket:
+            return f"unix:{self.config.unix_socket}"
         return address(self.config.host, self.port or self.config.port)
 
     def _write_ready_file(self) -> None:
         if self.config.ready_file:
             path = Path(self.config.ready_file)
             scratch = path.with_name(f".{path.name}.{os.getpid()}")
-            facts = {"host": self.config.host, "port": self.port, "pid": os.getpid()}
-            scratch.write_text(json.dumps({**facts, "engine_pid": self.frontend.engine_pid}))
+            facts = {"host": self.config.host, "port": self.port, "pid": os.getpid(), "target": self._address()}
+            more = {"engine_pid": self.frontend.engine_pid, "metrics_port": self.metrics_port}
+            scratch.write_text(json.dumps({**facts, **more}))
             scratch.replace(path)  # a reader never sees half of it
-
-
-def address(host: str, port: int) -> str:
-    """IPv6 hosts need brackets."""
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

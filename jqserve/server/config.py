@@ -22,6 +22,21 @@ class ServerConfig:
     log_requests: bool = False
     drain_timeout: float = 300.0  # seconds that running requests have to finish after SIGTERM
     ready_file: str | None = None  # written when the server is ready: JSON {host, port, pid, engine_pid}
+    grpc_compat: Literal["vllm", "sglang", "none"] = "vllm"  # the gateway protocol beside the native service
+    unix_socket: str | None = None  # listen here instead of on host and port
+    tls_cert: str | None = None  # PEM files; a client CA asks clients for certificates (mTLS)
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # any of them opens; none: no token is asked
+    max_message_bytes: int = 16 * 2**20  # of one request; a 128k-token prompt of ids is under 0.5 MB
+    max_prompt_bytes: int = 0  # of a text or chat; 0: 32 a token of the context length
+    max_concurrent_rpcs: int = 4096
+    max_request_seconds: float = 0.0  # 0: as long as it takes
+    unread_seconds: float = 60.0  # a stream whose reader takes nothing for so long is cancelled; 0: never
+    metrics_port: int | None = None  # None: no metrics; 0: a free one
+    metrics_host: str = "127.0.0.1"
+    otlp_traces_endpoint: str | None = None
+    admin: bool = False
     ids_only: bool = False  # there is no tokenizer: token ids in and out
     engine: dict[str, Any] = dataclasses.field(default_factory=dict)  # `wire.Configure.config`
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # the command line, for GetServerInfo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import enum
 import itertools
@@ -10,22 +11,42 @@ import logging
 import random
 import time
 import uuid
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from grpc.aio import ServicerContext
+
 from jqserve.engine import wire
-from jqserve.engine.request import EngineRequest, SamplingParams
-from jqserve.errors import EngineUnavailableError, JqserveError, ModelNotFoundError, QueueFullError, RequestError
+from jqserve.engine.request import EngineRequest, EngineStats, SamplingParams
+from jqserve.errors import (
+    EngineUnavailableError,
+    JqserveError,
+    ModelNotFoundError,
+    QueueFullError,
+    RequestError,
+    UnsupportedError,
+)
+from jqserve.server.bundle import make_bundle
 from jqserve.server.config import ServerConfig
 from jqserve.server.detokenize import Detokenizer
 from jqserve.server.generation import FLUSH_SECONDS, FLUSH_TOKENS, Generation
 from jqserve.server.link import EngineLink
+from jqserve.server.metrics import Metrics
+from jqserve.server.serving import Serving
+from jqserve.server.throughput import Throughput
 from jqserve.server.tokenizer import Tokenizer
+from jqserve.server.tracing import Tracer
 
 log = logging.getLogger("jqserve.server")
 
 MAX_N = 128
 MAX_REQUEST_ID = 256  # bytes
 LONG_TEXT = 4096  # characters; a longer one is tokenized on a thread, which takes more than a millisecond
+TOKENIZER_THREADS = 4  # a crowd of long prompts waits here and not in the engine's or the loop's way
+CHECK_SECONDS = 0.25  # how often running calls are held against the limits
+BYTES_PER_TOKEN = 32  # of a prompt; English has 4 to 5, and the longest tokens are runs of spaces
+LEAST_PROMPT_BYTES = 2**16
 
 
 class State(enum.IntEnum):
@@ -53,10 +74,16 @@ class Frontend:
     def __post_init__(self) -> None:
         self.began = time.monotonic()
         self.generations: dict[str, Generation] = {}
+        self.servings: set[Serving] = set()
+        self.metrics = Metrics(self)
+        self.tracer: Tracer | None = None
+        self._throughput = Throughput()
+        self._threads = concurrent.futures.ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.idle = asyncio.Event()
         self.idle.set()
         self._rids = itertools.count(1)
         seed = self.config.random_seed
+        self._bundle: tuple[bytes, str] | None = None
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
 
     def ready(self, info: dict[str, Any]) -> None:
@@ -65,6 +92,45 @@ class Frontend:
         self.defaults = wire.sampling_from_json(info.get("sampling_defaults") or {})
         if self.state is State.STARTING:
             self.state, self.status_text = State.READY, "ready"
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's newest."""
+        return self.link.stats if self.link is not None else EngineStats()
+
+    @property
+    def throughput(self) -> float:
+        """Generated tokens per second over the last seconds."""
+        return self._throughput.rate
+
+    @property
+    def cache_hit_rate(self) -> float:
+        stats = self.stats
+        return stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0
+
+    @property
+    def page_size(self) -> int:
+        return int((self.info.get("kv") or {}).get("page_size") or 0)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is State.READY and self.link is not None and self.link.up
+
+    async def watch(self) -> None:
+        """Holds running calls against the limits, for ever."""
+        config = self.config
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            now = time.monotonic()
+            self._throughput.sample(now, self.stats.generated_tokens)
+            for serving in list(self.servings):
+                serving.check(now, config.max_request_seconds, config.unread_seconds)
+
+    def close(self) -> None:
+        """The server's end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.tracer is not None:
+            self.tracer.close()
 
     def need_ready(self) -> EngineLink:
         """Raises `EngineUnavailableError` unless requests are served now."""
@@ -89,11 +155,33 @@ class Frontend:
         if name and name != self.config.name:
             raise ModelNotFoundError(f"model: {name!r} is not served here; this server has {self.config.name!r}")
 
+    def check_size(self, field: str, size: int) -> None:
+        """Raises `RequestError` for a text that is too long to be worth parsing: `size` in bytes (or characters)."""
+        context = self.info.get("context_length") or 0
+        limit = self.config.max_prompt_bytes or max(LEAST_PROMPT_BYTES, BYTES_PER_TOKEN * context)
+        if size > limit:
+            raise RequestError(field, f"has {size} bytes; this server takes {limit} at most (--max-prompt-bytes)")
+
     async def encode(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
         tokenizer = self.need_tokenizer(field)
+        self.check_size(field, len(text))
         if len(text) <= LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        return await self.on_thread(tokenizer.encode, text, add_special_tokens)
+
+    async def on_thread[*A, R](self, function: Callable[[*A], R], *arguments: *A) -> R:
+        """Runs what takes long beside the event loop, a few at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def tokenizer_bundle(self) -> tuple[bytes, str]:
+        """(zip of the tokenizer's files, its sha256). Raises `UnsupportedError` when the server has none."""
+        if self.tokenizer is None or self.tokenizer.folder is None:
+            self.need_ready()
+            raise UnsupportedError("this server has no tokenizer files to give")
+        if self._bundle is None:
+            folder, template = Path(self.tokenizer.folder), self.tokenizer.chat_override
+            self._bundle = await self.on_thread(make_bundle, folder, template)
+        return self._bundle
 
     def submit(
         self,
@@ -106,7 +194,7 @@ class Frontend:
         flush_tokens: int = FLUSH_TOKENS,
         flush_seconds: float = FLUSH_SECONDS,
     ) -> Generation:
-        """Starts n sequences. The caller iterates the result and then calls `finish` with it, whatever happens.
+        """Starts n sequences. The caller iterates the result within `serving`, which ends it, whatever happens.
 
         Raises `RequestError`, `QueueFullError`, `EngineUnavailableError`. What only the engine can judge is raised by
         the iteration, before its first item.
@@ -125,23 +213,24 @@ class Frontend:
         skip = sampling.skip_special_tokens
         generation = Generation(
             request_id,
-            [
-                EngineRequest(
-                    next(self._rids), tuple(prompt), dataclasses.replace(sampling, seed=copy_seed(sampling, i))
-                )
-                for i in range(n)
-            ],
+            [EngineRequest(next(self._rids), tuple(prompt), copy_sampling(sampling, i)) for i in range(n)],
             link,
             lambda: (
                 Detokenizer(lambda ids: self.need_tokenizer("text").decode(ids, skip), prompt) if with_text else None
             ),
             flush_tokens=flush_tokens,
             flush_seconds=flush_seconds,
+            observe=self.metrics.flushed,
         )
         generation.start()
         self.generations[request_id] = generation
         self.idle.clear()
+        self.metrics.started(generation)
         return generation
+
+    def serving(self, generation: Generation, context: ServicerContext) -> Serving:
+        """What a servicer holds while it answers: a context manager that calls `finish`."""
+        return Serving(self, generation, context)
 
     def finish(self, generation: Generation) -> None:
         """Ends the generation's life here; frees its slots if it still runs."""
@@ -183,6 +272,11 @@ class Frontend:
                 "prompt",
                 f"has {len(prompt)} tokens; the context length is {context}, and the answer needs at least one",
             )
+        if sampling.constraint is not None and sampling.constraint[0] not in self.info.get("constraints", ()):
+            why = self.info.get("no_constraints") or "this engine holds no answer to a grammar"
+            raise UnsupportedError(f"constraint: {why}")
+        if sampling.prompt_logprobs is not None and not self.info.get("scores"):
+            raise UnsupportedError("prompt_logprobs: this engine does not score prompts")
         if any(not stop for stop in sampling.stop):
             raise RequestError("sampling.stop", "holds an empty string")
         if sampling.stop and self.config.ids_only:
@@ -192,6 +286,12 @@ class Frontend:
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=self._seeds.getrandbits(31))
         return sampling
+
+
+def copy_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Copy `index` of a request: its own seed, and the prompt's logprobs only once."""
+    seed = copy_seed(sampling, index)
+    return dataclasses.replace(sampling, seed=seed, prompt_logprobs=None if index else sampling.prompt_logprobs)
 
 
 def copy_seed(sampling: SamplingParams, index: int) -> int:

@@ -28,7 +28,9 @@ class Generation:
         *,
         flush_tokens: int = FLUSH_TOKENS,
         flush_seconds: float = FLUSH_SECONDS,
+        observe: Callable[[int, float | None], None] = lambda tokens, seconds: None,
     ) -> None:
+        """`observe` is told of every flush: its tokens, and the seconds since the one before it (None: the first)."""
         self.request_id = request_id
         self.prompt_tokens = len(requests[0].prompt)
         self._link = link
@@ -45,6 +47,7 @@ class Generation:
                 wake=self._wake,
                 wait=self._start_timer,
                 stop=lambda sequence: link.abort((sequence.request.rid,)),
+                observe=observe,
             )
             for index, request in enumerate(requests)
         ]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from jqserve.engine import wire
 from jqserve.engine.request import EngineRequest, EngineStats, SamplingParams, StepEvent
-from jqserve.errors import EngineUnavailableError, JqserveError, QueueFullError, RequestError, UnsupportedError
+from jqserve.errors import (
+    EngineUnavailableError,
+    JqserveError,
+    PreconditionError,
+    QueueFullError,
+    RequestError,
+    UnsupportedError,
+)
 
 SAMPLING_FIELDS = SamplingParams.__dataclass_fields__.keys()
 
@@ -39,6 +47,8 @@ class EngineLink(asyncio.Protocol):
         self.stats = EngineStats()
         self._on_progress = on_progress
         self._sinks: dict[int, Sink] = {}
+        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._questions = itertools.count()
         self._decoder = wire.Decoder()
         self._transport: asyncio.WriteTransport | None = None
         self._reason = ""
@@ -69,6 +79,18 @@ class EngineLink(asyncio.Protocol):
         if live and self.up:
             self._send(wire.Abort(live))
 
+    async def ask(self, verb: str) -> dict[str, Any]:
+        """What the engine does for an operator (`wire.Ask`). Raises `PreconditionError`, `EngineUnavailableError`."""
+        if not self.up:
+            raise EngineUnavailableError(f"the engine is gone: {self._reason}")
+        number = next(self._questions)
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        self._send(wire.Ask(number, verb))
+        try:
+            return await answer
+        finally:
+            self._asked.pop(number, None)
+
     def close(self) -> None:
         """Ends the session; the engine exits."""
         if self._transport is not None:
@@ -97,6 +119,9 @@ class EngineLink(asyncio.Protocol):
         if not self.ready.done():
             self.ready.set_exception(EngineUnavailableError(reason))
             self.ready.exception()  # whoever waits sees it; nobody has to
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(EngineUnavailableError(f"the engine is gone: {reason}"))
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.fail(None)
@@ -118,6 +143,13 @@ class EngineLink(asyncio.Protocol):
             sink = self._sinks.pop(message.rid, None)
             if sink is not None:
                 sink.fail(rejection(message))
+        elif isinstance(message, wire.Answer):
+            answer = self._asked.get(message.number)
+            if answer is not None and not answer.done():
+                if message.error:
+                    answer.set_exception(PreconditionError(message.error))
+                else:
+                    answer.set_result(message.result)
         elif isinstance(message, wire.Progress):
             self._on_progress(message)
         elif isinstance(message, wire.Ready):

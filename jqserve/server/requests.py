@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jqserve.engine.request import SamplingParams
-from jqserve.errors import RequestError, UnsupportedError
+from jqserve.errors import RequestError
 from jqserve.server.chat import ChatTemplate
 from jqserve.server.pb import jqserve_pb2 as pb
 
@@ -33,6 +33,10 @@ SCALARS = (
 )
 
 
+#: the proto's constraints -> SamplingParams.constraint's kinds
+KINDS = {"json_schema": "json_schema", "regex": "regex", "ebnf": "lark"}
+
+
 def refuse_unknown_fields(message: Message, name: str) -> None:
     """A newer client's field is refused, not dropped: its sender believes that it has an effect."""
     for field in cast(Iterable[Any], UnknownFieldSet(message)):  # the stub lacks __iter__
@@ -42,11 +46,9 @@ def refuse_unknown_fields(message: Message, name: str) -> None:
 
 
 def check(request: pb.GenerateRequest) -> None:
-    """What this version does not know or does not do. Raises `RequestError`, `UnsupportedError`."""
+    """What this version does not know or does not do. Raises `RequestError`."""
     refuse_unknown_fields(request, "GenerateRequest")
     refuse_unknown_fields(request.sampling, "SamplingParams")
-    if constraint := request.WhichOneof("constraint"):
-        raise UnsupportedError(f"{constraint}: constrained output is not supported by this version")
     if request.output not in pb.Output.values():
         raise RequestError("output", f"{request.output} is not an Output")
 
@@ -63,6 +65,16 @@ def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> Sam
     if message.stop_token_ids:
         fields["stop_token_ids"] = tuple(message.stop_token_ids)
     return dataclasses.replace(defaults, **fields)
+
+
+def constraint(request: pb.GenerateRequest) -> tuple[str, str] | None:
+    """As `SamplingParams.constraint`."""
+    kind = request.WhichOneof("constraint")
+    if kind is None:
+        return None
+    if kind == "choice":
+        return "choice", json.dumps(list(request.choice.options))
+    return KINDS[kind], getattr(request, kind)
 
 
 def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:

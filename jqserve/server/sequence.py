@@ -53,6 +53,7 @@ class Sequence:
         wake: Callable[[Sequence], None],
         wait: Callable[[], None],
         stop: Callable[[Sequence], None],
+        observe: Callable[[int, float | None], None] = lambda tokens, seconds: None,
     ) -> None:
         """`detokenizer` None: ids only, no text."""
         self.index = index
@@ -62,11 +63,15 @@ class Sequence:
         self.finish: FinishReason | None = None
         self.error: JqserveError | None = None
         self.over = False  # `Finished` has been taken
+        self.cached_tokens = 0  # of the prompt, found in the prefix cache
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt[sampling.prompt_from:], when asked for
+        self.first_seconds = 0.0
         self._detokenizer = detokenizer
         self._stops = StopStrings(request.sampling.stop) if request.sampling.stop else None
         self._flush_tokens = flush_tokens
-        self._wake, self._wait, self._stop = wake, wait, stop
-        self._first_seconds = self._total_seconds = 0.0
+        self._wake, self._wait, self._stop, self._observe = wake, wait, stop, observe
+        self._total_seconds = 0.0
+        self._last_flush: float | None = None
         self._matched_stop: str | None = None
         self._matched_token: int | None = None
         self._ids: list[int] = []  # not yet sent
@@ -84,7 +89,11 @@ class Sequence:
             return
         first = not self.tokens
         if first and event.token_ids:
-            self._first_seconds = time.monotonic() - self.began
+            self.first_seconds = time.monotonic() - self.began
+        if event.prompt_logprobs:
+            self.prompt_logprobs = event.prompt_logprobs
+        if event.cached_tokens:
+            self.cached_tokens = event.cached_tokens
         if self._stops is not None:
             self._push_watching(event)
         else:
@@ -118,6 +127,9 @@ class Sequence:
         if not text and not self._ids:
             return None
         delta = Delta(self.index, text, tuple(self._ids), tuple(self._logprobs))
+        if self._ids:
+            last, self._last_flush = self._last_flush, time.monotonic()
+            self._observe(len(self._ids), None if last is None else self._last_flush - last)
         self._ids, self._logprobs, self._text = [], [], []
         return delta
 
@@ -130,7 +142,7 @@ class Sequence:
             self.finish,
             self.tokens,
             self.request.sampling.seed or 0,
-            self._first_seconds,
+            self.first_seconds,
             self._total_seconds,
             self._matched_stop,
             self._matched_token,

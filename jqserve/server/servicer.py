@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
+import dataclasses
 
 from grpc.aio import ServicerContext
 
@@ -12,13 +10,12 @@ from jqserve.engine.request import FinishReason, TokenLogprobs
 from jqserve.errors import RequestError
 from jqserve.server import info, requests
 from jqserve.server.frontend import LONG_TEXT, Frontend
-from jqserve.server.generation import FLUSH_SECONDS, FLUSH_TOKENS, Generation
+from jqserve.server.generation import FLUSH_SECONDS, FLUSH_TOKENS
 from jqserve.server.pb import jqserve_pb2 as pb
 from jqserve.server.pb import jqserve_pb2_grpc
 from jqserve.server.sequence import Delta, Finished
+from jqserve.server.serving import Serving
 from jqserve.server.status import with_status
-
-log = logging.getLogger("jqserve.requests")
 
 REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -40,7 +37,7 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
         requests.check(request)
         frontend.check_model(request.model)
         sampling = requests.sampling_params(request.sampling, frontend.defaults)
-        began = time.monotonic()
+        sampling = dataclasses.replace(sampling, constraint=requests.constraint(request))
         prompt = await self._prompt(request)
         generation = frontend.submit(
             prompt,
@@ -51,34 +48,22 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
             flush_tokens=flush_tokens(request),
             flush_seconds=request.flush_ms / 1000 if request.HasField("flush_ms") else FLUSH_SECONDS,
         )
-        outcome = "cancelled"
-        try:
-            outcome = await self._stream(request, context, generation)
-        except Exception as error:
-            outcome = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            frontend.finish(generation)
-            if frontend.config.log_requests:
-                tokens = sum(sequence.tokens for sequence in generation.sequences)
-                log.info(
-                    "%s: %d + %d tokens in %.3f s, %s",
-                    generation.request_id, len(prompt), tokens, time.monotonic() - began, outcome,
-                )  # fmt: skip
+        with frontend.serving(generation, context) as serving:
+            await self._stream(request, serving)
 
-    async def _stream(self, request: pb.GenerateRequest, context: ServicerContext, generation: Generation) -> str:
-        """Writes the events; returns how it ended, for the log."""
-        started = False
-        reasons = []
+    async def _stream(self, request: pb.GenerateRequest, serving: Serving) -> None:
+        """Writes the events."""
+        started, generation = False, serving.generation
         want_text, want_ids = request.output != pb.OUTPUT_TOKEN_IDS, request.output != pb.OUTPUT_TEXT
         async for item in generation:
             if not started:
                 started = True
-                await context.write(
-                    pb.GenerateResponse(
-                        started=pb.Started(request_id=generation.request_id, prompt_tokens=generation.prompt_tokens)
-                    )
+                begun = pb.Started(
+                    request_id=generation.request_id,
+                    prompt_tokens=generation.prompt_tokens,
+                    cached_tokens=generation.sequences[0].cached_tokens,
                 )
+                await serving.write(pb.GenerateResponse(started=begun))
             if isinstance(item, Delta):
                 delta = pb.Delta(
                     index=item.index,
@@ -87,11 +72,11 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
                     logprobs=map_logprobs(item.token_ids, item.logprobs),
                 )
                 if delta.text or delta.token_ids or delta.logprobs:
-                    await context.write(pb.GenerateResponse(delta=delta))
+                    await serving.write(pb.GenerateResponse(delta=delta))
             else:
-                reasons.append(item.reason.name.lower())
-                await context.write(pb.GenerateResponse(finished=finished(item, generation.prompt_tokens)))
-        return ", ".join(reasons)
+                serving.finished(item)
+                cached = generation.sequences[item.index].cached_tokens
+                await serving.write(pb.GenerateResponse(finished=finished(item, generation.prompt_tokens, cached)))
 
     async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
         kind = request.WhichOneof("prompt")
@@ -104,6 +89,7 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
         raise RequestError("prompt", "is missing; give text, token_ids or chat")
 
     def _render(self, chat: pb.Chat) -> str:
+        self.frontend.check_size("chat", chat.ByteSize())
         return requests.render_chat(self.frontend.need_tokenizer("chat").need_chat(), chat)
 
     @with_status
@@ -132,7 +118,7 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
         if len(ids) <= LONG_TEXT:
             text = tokenizer.decode(ids, request.skip_special_tokens)
         else:
-            text = await asyncio.to_thread(tokenizer.decode, ids, request.skip_special_tokens)
+            text = await self.frontend.on_thread(tokenizer.decode, ids, request.skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
 
     @with_status
@@ -165,11 +151,13 @@ def map_logprobs(ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> l
     ]
 
 
-def finished(item: Finished, prompt_tokens: int) -> pb.Finished:
+def finished(item: Finished, prompt_tokens: int, cached_tokens: int) -> pb.Finished:
     message = pb.Finished(
         index=item.index,
         reason=REASONS[item.reason],
-        usage=pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=item.completion_tokens),
+        usage=pb.Usage(
+            prompt_tokens=prompt_tokens, cached_tokens=cached_tokens, completion_tokens=item.completion_tokens
+        ),
         timings=pb.Timings(first_token=item.first_token_seconds, total=item.total_seconds),
         seed=item.seed,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import functools
 import logging
 import uuid
@@ -16,8 +19,11 @@ from jqserve.errors import (
     EngineUnavailableError,
     JqserveError,
     ModelNotFoundError,
+    PreconditionError,
     QueueFullError,
     RequestError,
+    RequestTimeoutError,
+    UnreadStreamError,
     UnsupportedError,
 )
 
@@ -30,8 +36,13 @@ STATUS: dict[type[JqserveError], grpc.StatusCode] = {
     EngineUnavailableError: grpc.StatusCode.UNAVAILABLE,
     UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     EngineFailedError: grpc.StatusCode.INTERNAL,
+    RequestTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UnreadStreamError: grpc.StatusCode.CANCELLED,
+    PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
 }
 FIELD_METADATA = "jqserve-field"  # trailing metadata of an INVALID_ARGUMENT: the request field at fault
+
+GIVE_UP = 2.0  # seconds for a status to get out; a caller that does not read does not get it
 
 Handler = Callable[[Any, Any, ServicerContext], Awaitable[Any]]
 
@@ -41,24 +52,48 @@ def status_of(error: JqserveError) -> grpc.StatusCode:
     return next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), grpc.StatusCode.INTERNAL)
 
 
+@dataclasses.dataclass(frozen=True)
+class Malformed:
+    """Stands for a request that could not be parsed (see `jqserve.server.guard`)."""
+
+    reason: str
+
+
 def with_status(handler: Handler) -> Handler:
     """Ends the RPC with the table's status; anything unforeseen is logged under a number that the caller sees too.
 
-    Left to itself, grpc.aio would answer UNKNOWN, which gateways retry. Cancellation passes through.
+    Left to itself, grpc.aio would answer UNKNOWN, which gateways retry. Cancellation passes through. Every end is
+    counted in `self.frontend.metrics`.
     """
 
     @functools.wraps(handler)
     async def wrapped(self: Any, request: Any, context: ServicerContext) -> Any:
+        code, trailing = grpc.StatusCode.OK, ()
         try:
+            if isinstance(request, Malformed):
+                raise RequestError("request", f"is not what this RPC takes: {request.reason}")
             return await handler(self, request, context)
         except JqserveError as error:
+            code, text = status_of(error), str(error)
             trailing = ((FIELD_METADATA, error.field),) if isinstance(error, RequestError) else ()
-            await context.abort(status_of(error), str(error), trailing)
         except grpc.aio.AbortError:
+            raise
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
             raise
         except Exception:
             number = uuid.uuid4().hex[:8]
             log.exception("%s failed (%s)", handler.__name__, number)
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log says more")
+            code, text = grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log says more"
+        finally:
+            self.frontend.metrics.rpc(handler.__name__, code.name)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GIVE_UP):
+                await context.abort(code, printable(text), trailing)
 
     return wrapped
+
+
+def printable(text: str) -> str:
+    """At most 2,000 characters, none of which breaks the status on its way."""
+    return text[:2000].encode("utf-8", "replace").decode()

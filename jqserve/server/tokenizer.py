@@ -18,6 +18,8 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         """`tokenizer` is transformers'; `chat_template` (source text) replaces its own."""
         self._slow = tokenizer
+        self.folder: str | None = None  # where its files are
+        self.chat_override = chat_template
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         source = chat_template if chat_template is not None else getattr(tokenizer, "chat_template", None)
         self.chat = ChatTemplate(source, special_tokens(tokenizer)) if source else None
@@ -80,7 +82,20 @@ def load_tokenizer(path: str, revision: str | None = None, chat_template: str | 
             "Expected tokenizer.json (or tokenizer.model) and tokenizer_config.json there; --tokenizer-path names "
             "another place. Tokenizers that need code from the checkpoint (trust_remote_code) are not supported."
         ) from error
-    return Tokenizer(tokenizer, template)
+    loaded = Tokenizer(tokenizer, template)
+    loaded.folder = str(Path(path).expanduser()) if local else cached_folder(path, revision)
+    return loaded
+
+
+def cached_folder(hub_id: str, revision: str | None) -> str | None:
+    """Where the Hub's cache keeps the files that were just loaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        found = try_to_load_from_cache(hub_id, name, revision=revision or "main")
+        if isinstance(found, str):
+            return str(Path(found).parent)
+    return None
 
 
 def has_tokenizer(path: str) -> bool:

@@ -19,6 +19,8 @@ SAMPLING = SamplingParams(
     logit_bias=((5, -1.5), (9, 2.0)),
     seed=2**62,
     stop=("END", "ü"),
+    constraint=("json_schema", '{"type": "object"}'),
+    prompt_logprobs=2,
     stop_token_ids=(3,),
 )
 MESSAGES: list[wire.Message] = [
@@ -39,10 +41,16 @@ MESSAGES: list[wire.Message] = [
             StepEvent(
                 3, (6,), FinishReason.STOP, matched_stop=2, logprobs=(TokenLogprobs(-0.5, (6, 7), (-0.5, -2.0)),)
             ),
+            StepEvent(
+                5, (1,), prompt_logprobs=(TokenLogprobs(-0.5), TokenLogprobs(-0.1, (3,), (-0.25,))), cached_tokens=7
+            ),
             StepEvent(4, (8, 9), logprobs=(TokenLogprobs(-1.0), TokenLogprobs(-0.25, (9,), (-0.25,)))),
         ),
         EngineStats(running=3, mean_batch=2.5),
     ),
+    wire.Ask(3, "flush_cache"),
+    wire.Answer(3, {"pages": 5}),
+    wire.Answer(4, error="no profiler runs"),
 ]
 
 
@@ -64,7 +72,7 @@ def test_pieces_of_any_size(seed: int) -> None:
 
 def test_a_broken_stream_raises_wire_error() -> None:
     rng = random.Random(0)
-    stream = wire.encode(MESSAGES[-1])
+    stream = wire.encode(next(m for m in reversed(MESSAGES) if isinstance(m, wire.Step)))
     for _ in range(300):
         damaged = bytearray(stream)
         for _ in range(rng.randint(1, 4)):

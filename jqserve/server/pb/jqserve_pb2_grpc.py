@@ -64,6 +64,11 @@ class InferenceStub:
                 request_serializer=jqserve_dot_v1_dot_jqserve__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=jqserve_dot_v1_dot_jqserve__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/jqserve.v1.Inference/Score',
+                request_serializer=jqserve_dot_v1_dot_jqserve__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=jqserve_dot_v1_dot_jqserve__pb2.ScoreResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -110,6 +115,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """The log-probability of every token of given sequences: perplexity, comparing engines, multiple-choice tasks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -142,6 +154,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=jqserve_dot_v1_dot_jqserve__pb2.GetServerInfoRequest.FromString,
                     response_serializer=jqserve_dot_v1_dot_jqserve__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=jqserve_dot_v1_dot_jqserve__pb2.ScoreRequest.FromString,
+                    response_serializer=jqserve_dot_v1_dot_jqserve__pb2.ScoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -306,6 +323,197 @@ class Inference:
             '/jqserve.v1.Inference/GetServerInfo',
             jqserve_dot_v1_dot_jqserve__pb2.GetServerInfoRequest.SerializeToString,
             jqserve_dot_v1_dot_jqserve__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jqserve.v1.Inference/Score',
+            jqserve_dot_v1_dot_jqserve__pb2.ScoreRequest.SerializeToString,
+            jqserve_dot_v1_dot_jqserve__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminStub:
+    """For operators; served only with --admin.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.FlushCache = channel.unary_unary(
+                '/jqserve.v1.Admin/FlushCache',
+                request_serializer=jqserve_dot_v1_dot_jqserve__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=jqserve_dot_v1_dot_jqserve__pb2.FlushCacheResponse.FromString,
+                _registered_method=True)
+        self.StartProfile = channel.unary_unary(
+                '/jqserve.v1.Admin/StartProfile',
+                request_serializer=jqserve_dot_v1_dot_jqserve__pb2.StartProfileRequest.SerializeToString,
+                response_deserializer=jqserve_dot_v1_dot_jqserve__pb2.StartProfileResponse.FromString,
+                _registered_method=True)
+        self.StopProfile = channel.unary_unary(
+                '/jqserve.v1.Admin/StopProfile',
+                request_serializer=jqserve_dot_v1_dot_jqserve__pb2.StopProfileRequest.SerializeToString,
+                response_deserializer=jqserve_dot_v1_dot_jqserve__pb2.StopProfileResponse.FromString,
+                _registered_method=True)
+
+
+class AdminServicer:
+    """For operators; served only with --admin.
+    """
+
+    def FlushCache(self, request, context):
+        """Forgets cached prefixes. Running requests keep theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartProfile(self, request, context):
+        """Starts JAX's profiler in the engine. FAILED_PRECONDITION when one runs already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopProfile(self, request, context):
+        """Stops it and writes the trace. FAILED_PRECONDITION when none runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=jqserve_dot_v1_dot_jqserve__pb2.FlushCacheRequest.FromString,
+                    response_serializer=jqserve_dot_v1_dot_jqserve__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'StartProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartProfile,
+                    request_deserializer=jqserve_dot_v1_dot_jqserve__pb2.StartProfileRequest.FromString,
+                    response_serializer=jqserve_dot_v1_dot_jqserve__pb2.StartProfileResponse.SerializeToString,
+            ),
+            'StopProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopProfile,
+                    request_deserializer=jqserve_dot_v1_dot_jqserve__pb2.StopProfileRequest.FromString,
+                    response_serializer=jqserve_dot_v1_dot_jqserve__pb2.StopProfileResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'jqserve.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('jqserve.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin:
+    """For operators; served only with --admin.
+    """
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jqserve.v1.Admin/FlushCache',
+            jqserve_dot_v1_dot_jqserve__pb2.FlushCacheRequest.SerializeToString,
+            jqserve_dot_v1_dot_jqserve__pb2.FlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jqserve.v1.Admin/StartProfile',
+            jqserve_dot_v1_dot_jqserve__pb2.StartProfileRequest.SerializeToString,
+            jqserve_dot_v1_dot_jqserve__pb2.StartProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jqserve.v1.Admin/StopProfile',
+            jqserve_dot_v1_dot_jqserve__pb2.StopProfileRequest.SerializeToString,
+            jqserve_dot_v1_dot_jqserve__pb2.StopProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,
