@@ -38,6 +38,7 @@ GAUGES: dict[str, tuple[str, Callable[[Frontend], float]]] = {
     "gen_throughput": ("Generated tokens per second, lately.", lambda f: f.throughput),
     "cache_hit_rate": ("Share of prompt tokens found in the prefix cache.", lambda f: f.cache_hit_rate),
     "free_pages": ("KV pages that nobody uses.", lambda f: f.stats.pages_total - f.stats.pages_used),
+    "cached_pages": ("Free KV pages that still hold a prefix.", lambda f: f.stats.pages_cached),
     "mean_batch": ("Sequences in a step, on average since the start.", lambda f: f.stats.mean_batch),
     "streams": ("Generate calls that are being answered.", lambda f: len(f.generations)),
     "ready": ("1 while requests are served.", lambda f: float(f.is_ready)),
@@ -47,9 +48,9 @@ COUNTERS: dict[str, tuple[str, Callable[[Frontend], float]]] = {
     "preemptions": ("Sequences that gave their pages back to be recomputed.", lambda f: f.stats.preemptions),
     "recompilations": ("Programs compiled after the warm-up: a fault.", lambda f: f.stats.compilations_after_warmup),
     "steps": ("Steps of the engine.", lambda f: f.stats.steps),
+    "evictions": ("Pages of cached prefixes that were taken for something else.", lambda f: f.stats.evictions),
     "cached_tokens": ("Prompt tokens found in the prefix cache.", lambda f: f.stats.cached_tokens),
 }
-PHASES = ("schedule", "launch", "wait", "emit", "mask")
 
 
 class Metrics:
@@ -121,7 +122,7 @@ class Metrics:
         yield counter("finished_sequences", "Sequences by how they ended.", finishes, "reason")
         rpcs = [([method, code], float(n)) for (method, code), n in sorted(self._rpcs.items())]
         yield counter("grpc_requests", "RPCs by their status.", rpcs, "method", "code")
-        phases = [([phase], getattr(frontend.stats, f"{phase}_seconds", 0.0)) for phase in PHASES]
+        phases = [([phase], seconds) for phase, seconds in sorted(frontend.stats.host_seconds.items())]
         yield counter("host_seconds", "Seconds of the engine's host thread by phase.", phases, "phase")
         for histogram in (self.first_token, self.between, self.whole, self.prompts, self.answers, self.flushes):
             yield histogram.family(labels, values)

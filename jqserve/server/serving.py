@@ -66,7 +66,7 @@ class Serving:
         self._frontend.servings.add(self)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         frontend, generation = self._frontend, self.generation
         frontend.servings.discard(self)
         frontend.finish(generation)
@@ -87,4 +87,3 @@ class Serving:
             if self._task is not None:
                 self._task.uncancel()
             raise self._error
-        return False

@@ -9,7 +9,7 @@ import functools
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from grpc.aio import ServicerContext
@@ -68,7 +68,7 @@ def with_status(handler: Handler) -> Handler:
 
     @functools.wraps(handler)
     async def wrapped(self: Any, request: Any, context: ServicerContext) -> Any:
-        code, trailing = grpc.StatusCode.OK, ()
+        code, trailing = grpc.StatusCode.OK, cast(tuple[tuple[str, str], ...], ())
         try:
             if isinstance(request, Malformed):
                 raise RequestError("request", f"is not what this RPC takes: {request.reason}")

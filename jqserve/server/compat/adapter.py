@@ -123,9 +123,12 @@ class Adapter:
 
     @with_status
     async def HealthCheck(self, request: Any, context: ServicerContext) -> Any:
+        """UNAVAILABLE while starting: smg registers a worker that answers at all, and would register one that cannot
+        say yet which model it serves as model "unknown"."""
         frontend = self.frontend
-        healthy = frontend.state is State.READY and frontend.link is not None and frontend.link.up
-        return self.messages.HealthCheckResponse(healthy=healthy, message=frontend.status_text)
+        if frontend.state is State.STARTING:
+            frontend.need_ready()
+        return self.messages.HealthCheckResponse(healthy=frontend.is_ready, message=frontend.status_text)
 
     def model_fields(self) -> dict[str, Any]:
         """GetModelInfo. No tokenizer_path: gateways elsewhere cannot read it, and ask GetTokenizer instead."""
