@@ -2,7 +2,7 @@
 
 `seed` steers it: SLOW takes 10 ms a token instead of nothing, STUCK never answers, BROKEN fails after three tokens,
 REFUSED is rejected. Run as a program (`fake_engine.py --fd N`) it is the engine process of the tests of the two deaths.
-`Configure.config`: {"fail": text} fails to load, {"load_seconds": s} takes its time, {"die": true} exits while loading.
+`Configure.config`: {"token_seconds": s} takes so long a token for everybody, {"fail": text} fails to load, {"load_seconds": s} takes its time, {"die": true} exits while loading.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ INFO = {
 
 
 class Running:
-    def __init__(self, request: EngineRequest) -> None:
+    def __init__(self, request: EngineRequest, delay: float = 0.0) -> None:
         self.request, self.tokens, self.last = request, 0, 0.0
+        self.delay = 0.01 if request.sampling.seed == SLOW else delay
 
     def step(self) -> StepEvent | None:
         """The next token, or None when it is not time yet."""
         request, sampling = self.request, self.request.sampling
-        if sampling.seed == STUCK or (sampling.seed == SLOW and time.monotonic() - self.last < 0.01):
+        if sampling.seed == STUCK or time.monotonic() - self.last < self.delay:
             return None
         self.last = time.monotonic()
         if sampling.seed == BROKEN and self.tokens == 3:
@@ -78,6 +79,7 @@ def serve(channel: Channel) -> None:
     if "fail" in config:
         channel.send(wire.Failed(config["fail"], user=True))
         return
+    delay = config.get("token_seconds", 0.0)  # of every request
     channel.send(wire.Ready({**INFO, **config.get("info", {})}))
     running: dict[int, Running] = {}
     changed, steps = False, 0
@@ -88,7 +90,7 @@ def serve(channel: Channel) -> None:
                 if message.request.sampling.seed == REFUSED:
                     channel.send(wire.Rejected(message.request.rid, "request", "temperature: is bad", "temperature"))
                     continue
-                running[message.request.rid] = Running(message.request)
+                running[message.request.rid] = Running(message.request, delay)
             elif isinstance(message, wire.Abort):
                 for rid in message.rids:
                     running.pop(rid, None)

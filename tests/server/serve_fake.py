@@ -1,6 +1,6 @@
 """A whole server as a program of its own, its engine the fake one in a child process. Prints what the server announces.
 
-Usage: serve_fake.py READY_FILE [ENGINE_JSON]
+Usage: serve_fake.py READY_FILE [ENGINE_JSON [CONFIG_JSON]]     CONFIG_JSON: fields of ServerConfig to set
 """
 
 import asyncio
@@ -18,13 +18,14 @@ HERE = Path(__file__).resolve().parent
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO")
-    config = ServerConfig(
-        "/models/echo",
-        port=0,
-        ids_only=True,  # no tokenizer: starts without transformers, at once
-        ready_file=sys.argv[1],
-        engine=json.loads(sys.argv[2]) if len(sys.argv) > 2 else {},
-        drain_timeout=10,
-    )
+    settings = {
+        "model_path": "/models/echo",
+        "port": 0,
+        "ids_only": True,  # no tokenizer: starts without transformers, at once
+        "ready_file": sys.argv[1],
+        "engine": json.loads(sys.argv[2]) if len(sys.argv) > 2 else {},
+        "drain_timeout": 10,
+    }
+    config = ServerConfig(**settings | (json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}))
     launch = functools.partial(launch_process, command=(sys.executable, str(HERE / "fake_engine.py"), "--fd"))
     sys.exit(asyncio.run(Server(config, launch).run()))

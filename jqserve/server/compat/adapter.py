@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from jqserve.engine.request import FinishReason, TokenLogprobs
+from jqserve.errors import RequestError, UnsupportedError
 from jqserve.server.admin import Admin
 from jqserve.server.compat.call import Call, default_sampling
 from jqserve.server.frontend import Frontend, State
@@ -47,6 +48,13 @@ class Adapter:
 
     @with_status
     async def Generate(self, request: Any, context: ServicerContext) -> None:
+        try:
+            await self._generate(request, context)
+        except UnsupportedError as error:
+            # Gateways make 500 of UNIMPLEMENTED and count it against the worker; for the caller it is a bad request.
+            raise RequestError("request", str(error)) from error
+
+    async def _generate(self, request: Any, context: ServicerContext) -> None:
         frontend = self.frontend
         frontend.need_ready()
         self.last_received = time.time()
