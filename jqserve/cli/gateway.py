@@ -106,7 +106,9 @@ def find_smg(given: str | None) -> str:
     beside = Path(sys.executable).parent / "smg"
     found = shutil.which(given) if given else (str(beside) if beside.exists() else shutil.which("smg"))
     if not found:
-        raise UnsupportedError(f"{given or 'smg'} is not installed; pip install 'jqserve[gateway]', or name it with --smg")
+        raise UnsupportedError(
+            f"{given or 'smg'} is not installed; pip install 'jqserve[gateway]', or name it with --smg"
+        )
     return found
 
 
@@ -135,7 +137,9 @@ def gpus_for(count: int) -> list[str | None]:
     if count <= 1 or not devices:
         return [None] * count
     if len(devices) < count:
-        raise UnsupportedError(f"--workers {count}: this machine has {len(devices)} GPUs, and a worker takes a whole one")
+        raise UnsupportedError(
+            f"--workers {count}: this machine has {len(devices)} GPUs, and a worker takes a whole one"
+        )
     return list(devices[:count])
 
 

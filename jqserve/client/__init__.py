@@ -10,8 +10,9 @@
 """
 
 from jqserve.client.aio import AsyncClient, AsyncStream
+from jqserve.client.connection import Tls
 from jqserve.client.errors import ServerError
 from jqserve.client.result import Choice, Event, Result
 from jqserve.client.sync import Client, Stream
 
-__all__ = ["AsyncClient", "AsyncStream", "Choice", "Client", "Event", "Result", "ServerError", "Stream"]
+__all__ = ["AsyncClient", "AsyncStream", "Choice", "Client", "Event", "Result", "ServerError", "Stream", "Tls"]

@@ -45,6 +45,11 @@ class Options(TypedDict, total=False):
     output: str  # "both" | "text" | "token_ids"
     flush_tokens: int
     flush_ms: int
+    # what the answer is held to; at most one of them
+    json_schema: str | Mapping[str, Any]
+    regex: str
+    ebnf: str
+    choice: Sequence[str]
     # the chat template, when the prompt is messages
     tools: Sequence[Any]
     template_kwargs: Mapping[str, Any]
@@ -52,6 +57,7 @@ class Options(TypedDict, total=False):
 
 
 REQUEST_FIELDS = ("request_id", "model", "flush_tokens", "flush_ms")
+CONSTRAINTS = ("json_schema", "regex", "ebnf", "choice")
 CHAT_FIELDS = ("tools", "template_kwargs", "add_generation_prompt")
 
 
@@ -62,6 +68,7 @@ def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateR
     if (output := values.pop("output", "both")) not in OUTPUTS:
         raise ValueError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}")
     request.output = OUTPUTS[output]
+    set_constraint(request, {name: values.pop(name) for name in CONSTRAINTS if name in values})
     chat_values = {name: values.pop(name) for name in CHAT_FIELDS if name in values}
     if isinstance(prompt, str):
         request.text = prompt
@@ -79,6 +86,34 @@ def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateR
     if unknown:
         raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
     request.sampling.CopyFrom(pb.SamplingParams(**values))
+    return request
+
+
+def set_constraint(request: pb.GenerateRequest, given: Mapping[str, Any]) -> None:
+    """A schema may be a mapping. Raises TypeError for several constraints."""
+    if len(given) > 1:
+        raise TypeError(f"{', '.join(given)}: give at most one")
+    for name, value in given.items():
+        if name == "choice":
+            request.choice.options.extend(value)
+            request.choice.SetInParent()
+        else:
+            setattr(request, name, json.dumps(value) if isinstance(value, Mapping) else value)
+
+
+def score_request(
+    inputs: Sequence[str | Sequence[int]], context: int | Sequence[int] = 1, top_logprobs: int = 0
+) -> pb.ScoreRequest:
+    """`context`: for all inputs, or one for each."""
+    each = [context] * len(inputs) if isinstance(context, int) else list(context)
+    if len(each) != len(inputs):
+        raise ValueError(f"{len(each)} contexts for {len(inputs)} inputs; give one, or one for each")
+    request = pb.ScoreRequest(top_logprobs=top_logprobs)
+    for value, count in zip(inputs, each):
+        if isinstance(value, str):
+            request.inputs.add(text=value, context=count)
+        else:
+            request.inputs.add(token_ids=pb.TokenIds(ids=value), context=count)
     return request
 
 

@@ -8,8 +8,17 @@ from typing import Any, Unpack
 
 import grpc
 
+from jqserve.client.connection import Tls, metadata
 from jqserve.client.errors import from_rpc
-from jqserve.client.requests import CHANNEL_OPTIONS, Messages, Options, Prompt, generate_request, tokenize_request
+from jqserve.client.requests import (
+    CHANNEL_OPTIONS,
+    Messages,
+    Options,
+    Prompt,
+    generate_request,
+    score_request,
+    tokenize_request,
+)
 from jqserve.client.result import Event, Result
 from jqserve.server.pb import jqserve_pb2 as pb
 from jqserve.server.pb import jqserve_pb2_grpc
@@ -57,13 +66,24 @@ class Stream:
 class Client:
     """A connection to `target` ("host:port" or "unix:/path"). Errors of the server are `ServerError`."""
 
-    def __init__(self, target: str = "127.0.0.1:30000", *, channel: grpc.Channel | None = None) -> None:
+    def __init__(
+        self,
+        target: str = "127.0.0.1:30000",
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        channel: grpc.Channel | None = None,
+    ) -> None:
+        """`token`: what the server's --api-key-file holds; `tls`: for a server with --tls-cert."""
+        if channel is None and tls is not None:
+            channel = grpc.secure_channel(target, tls.credentials(), options=tls.options())
         self._channel = channel or grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._metadata = metadata(token)
         self.stub = jqserve_pb2_grpc.InferenceStub(self._channel)
 
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[Options]) -> Stream:
         """Starts a request: `prompt` is a text, chat messages, or token ids. `timeout` (seconds) is its deadline."""
-        return Stream(self.stub.Generate(generate_request(prompt, **options), timeout=timeout))
+        return Stream(self.stub.Generate(generate_request(prompt, **options), timeout=timeout, metadata=self._metadata))
 
     def abort(self, request_id: str, *, timeout: float | None = 30.0) -> bool:
         """Ends a request, whoever started it. False: none with this id runs."""
@@ -82,6 +102,18 @@ class Client:
         request = pb.DetokenizeRequest(token_ids=token_ids, skip_special_tokens=skip_special_tokens)
         return str(self._unary(self.stub.Detokenize, request, timeout).text)
 
+    def score(
+        self,
+        inputs: Sequence[str | Sequence[int]],
+        *,
+        context: int | Sequence[int] = 1,
+        top_logprobs: int = 0,
+        timeout: float | None = 300.0,
+    ) -> list[pb.Scored]:
+        """The logprob of every token of texts or token ids, but for the first `context` of each."""
+        request = score_request(inputs, context, top_logprobs)
+        return list(self._unary(self.stub.Score, request, timeout).results)
+
     def model_info(self, *, timeout: float | None = 30.0) -> pb.GetModelInfoResponse:
         response: pb.GetModelInfoResponse = self._unary(self.stub.GetModelInfo, pb.GetModelInfoRequest(), timeout)
         return response
@@ -99,9 +131,8 @@ class Client:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    @staticmethod
-    def _unary(method: Any, request: Any, timeout: float | None) -> Any:
+    def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
         try:
-            return method(request, timeout=timeout)
+            return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise from_rpc(error) from error

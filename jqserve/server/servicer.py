@@ -7,12 +7,13 @@ import dataclasses
 from grpc.aio import ServicerContext
 
 from jqserve.engine.request import FinishReason, TokenLogprobs
-from jqserve.errors import RequestError
+from jqserve.errors import JqserveError, RequestError
 from jqserve.server import info, requests
 from jqserve.server.frontend import LONG_TEXT, Frontend
 from jqserve.server.generation import FLUSH_SECONDS, FLUSH_TOKENS
 from jqserve.server.pb import jqserve_pb2 as pb
 from jqserve.server.pb import jqserve_pb2_grpc
+from jqserve.server.score import first, score
 from jqserve.server.sequence import Delta, Finished
 from jqserve.server.serving import Serving
 from jqserve.server.status import with_status
@@ -120,6 +121,13 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
         else:
             text = await self.frontend.on_thread(tokenizer.decode, ids, request.skip_special_tokens)
         return pb.DetokenizeResponse(text=text)
+
+    @with_status
+    async def Score(self, request: pb.ScoreRequest, context: ServicerContext) -> pb.ScoreResponse:
+        try:
+            return await score(self.frontend, request, context)
+        except* JqserveError as errors:
+            raise first(errors) from None
 
     @with_status
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: ServicerContext) -> pb.GetModelInfoResponse:

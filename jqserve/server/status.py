@@ -78,6 +78,9 @@ def with_status(handler: Handler) -> Handler:
             trailing = ((FIELD_METADATA, error.field),) if isinstance(error, RequestError) else ()
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError:  # a write to a caller who is gone
+            code = grpc.StatusCode.CANCELLED
+            raise
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise

@@ -23,7 +23,7 @@ DEMO = Path(__file__).resolve().parents[2] / "jqserve" / "demo" / "model"
 
 
 def program() -> str:
-    """JQSERVE_TEST_SMG, or the one beside this Python, or on the path. Skips the test, saying so, when there is none."""
+    """JQSERVE_TEST_SMG, or the one beside this Python, or on the path. Skips the test when there is none."""
     beside = Path(sys.executable).parent / "smg"
     found = os.environ.get("JQSERVE_TEST_SMG") or (str(beside) if beside.exists() else shutil.which("smg"))
     if not found:

@@ -2,7 +2,8 @@
 
 `seed` steers it: SLOW takes 10 ms a token instead of nothing, STUCK never answers, BROKEN fails after three tokens,
 REFUSED is rejected. Run as a program (`fake_engine.py --fd N`) it is the engine process of the tests of the two deaths.
-`Configure.config`: {"token_seconds": s} takes so long a token for everybody, {"fail": text} fails to load, {"load_seconds": s} takes its time, {"die": true} exits while loading.
+`Configure.config`: {"token_seconds": s} takes so long a token for everybody, {"fail": text} fails to load,
+{"load_seconds": s} takes its time, {"die": true} exits while loading.
 """
 
 from __future__ import annotations

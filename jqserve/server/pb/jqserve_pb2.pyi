@@ -462,7 +462,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., status_text: _Optional[str] = ..., arguments: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., sampling_defaults: _Optional[_Union[SamplingParams, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., uptime_seconds: _Optional[float] = ..., frontend_pid: _Optional[int] = ..., engine_pid: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., engine: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "pages_used", "pages_total", "preemptions", "compilations_after_warmup", "steps", "generated_tokens", "mean_batch")
+    __slots__ = ("running", "waiting", "pages_used", "pages_total", "preemptions", "compilations_after_warmup", "steps", "generated_tokens", "mean_batch", "prompt_tokens", "cached_tokens", "pages_cached")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
@@ -472,6 +472,9 @@ class Load(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MEAN_BATCH_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     pages_used: int
@@ -481,4 +484,7 @@ class Load(_message.Message):
     steps: int
     generated_tokens: int
     mean_batch: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., compilations_after_warmup: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., mean_batch: _Optional[float] = ...) -> None: ...
+    prompt_tokens: int
+    cached_tokens: int
+    pages_cached: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., compilations_after_warmup: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., mean_batch: _Optional[float] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., pages_cached: _Optional[int] = ...) -> None: ...
