@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 P = "jqserve:"
+PLAN = 'jqserve:kernel_plan_bytes{model_name=~"$model"}'
 WHERE = '{model_name=~"$model"}'
 
 
@@ -39,13 +40,15 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ("KV pages in use", "percentunit", [("{{instance}}", f"{P}token_usage{WHERE}")]),
     ("Prefix cache hits", "percentunit", [("{{instance}}", f"{P}cache_hit_rate{WHERE}")]),
     ("Free and cached pages", "short", [("free", total("free_pages")), ("cached", total("cached_pages"))]),
-    ("Preemptions and evictions", "short", [("preempted", rate("preemptions_total")), ("evicted", rate("evictions_total"))]),
+    ("Preemptions", "short", [("{{instance}}", f"rate({P}preemptions_total{WHERE}[1m])")]),
+    ("Evictions", "short", [("{{instance}}", f"rate({P}evictions_total{WHERE}[1m])")]),
     ("Recompilations (should stay 0)", "short", [("{{instance}}", f"{P}recompilations_total{WHERE}")]),
     ("Engine's host thread by phase", "percentunit", [("{{phase}}", rate("host_seconds_total", "phase"))]),
     ("Sequences in a step", "short", [("{{instance}}", f"{P}mean_batch{WHERE}")]),
     ("Tokens a message", "short", quantiles("stream_flush_tokens")),
-    ("Lengths", "short", [("prompt", quantile(0.5, "prompt_tokens_histogram")), ("answer", quantile(0.5, "generation_tokens_histogram"))]),
-    ("Weights by kernel", "bytes", [("{{scheme}}: {{kernel}}", f"sum by (scheme, kernel) ({P}kernel_plan_bytes{WHERE})")]),
+    ("Prompt lengths", "short", quantiles("prompt_tokens_histogram")),
+    ("Answer lengths", "short", quantiles("generation_tokens_histogram")),
+    ("Weights by kernel", "bytes", [("{{scheme}}: {{kernel}}", f"sum by (scheme, kernel) ({PLAN})")]),
 ]  # fmt: skip
 
 
