@@ -18,8 +18,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tuning
 from pallas_kernels.quantize import exact
-from pallas_kernels.quantize.reference import FP8_MAX
+from pallas_kernels.quantize.reference import FP8_MAX, divide
 
 _MOST_PER_THREAD = 64  # elements of a row in one thread's registers
 
@@ -43,17 +44,27 @@ class Split:
         )
 
 
-def split(m: int, k: int) -> Split:
-    """Many warpgroups a row (short latency) for few rows, else as few as leave at most 32 elements a thread."""
+def splits(k: int) -> list[Split]:
+    """All ways to hold a row of k elements, by warpgroups."""
     runs = 2 if k % 1024 == 0 else 1
     unit = 512 * runs
-    options = [w for w in range(1, 9) if k % (unit * w) == 0 and k // (128 * w) <= _MOST_PER_THREAD]
+    return [
+        Split(w, runs, k // (unit * w))
+        for w in range(1, 9)
+        if k % (unit * w) == 0 and k // (128 * w) <= _MOST_PER_THREAD
+    ]
+
+
+def split(m: int, k: int) -> Split:
+    """Many warpgroups a row (short latency) for few rows, else as few as leave at most 32 elements a thread."""
+    options = splits(k)
     if not options:
         raise NotImplementedError(
             f"rows must be a multiple of 512 that 8 warpgroups share, {_MOST_PER_THREAD} elements a thread: got {k}"
         )
-    wgs = options[-1] if m <= 256 else next((w for w in options if k // (128 * w) <= 32), options[-1])
-    return Split(wgs, runs, k // (unit * wgs))
+    if m <= 256:
+        return options[-1]
+    return next((s for s in options if k // (128 * s.wgs) <= 32), options[-1])
 
 
 def _kernel(
@@ -123,7 +134,7 @@ def _kernel(
         scale = static_gmem[0, 0]
     else:
         if interpretable:
-            scale = magnitude / divisor
+            scale = divide(magnitude, jnp.broadcast_to(jnp.float32(divisor), magnitude.shape))
         else:
             scale = exact.divide_by(magnitude, divisor, layout.reduce((3,)) if block else exact.SCALAR)
         scale = jnp.where(scale == 0.0, 1.0, scale)
@@ -136,7 +147,7 @@ def _kernel(
                 scale_gmem[row, 0] = scale
 
     if interpretable:
-        y = y / spread(scale, axes)
+        y = divide(y, spread(scale, axes))
     else:
         lift = exact.lift(scale)
         y = exact.divide(y * spread(lift, axes), spread(scale * lift, axes), layout)
@@ -157,7 +168,12 @@ def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divis
         raise NotImplementedError(f"takes block None or 128, got {block}")
     if m == 0:
         raise NotImplementedError("M = 0: nothing to compute")
-    s = config or split(m, k)
+    s = config or tuning.choose(
+        f"quantize_{op}",
+        tuning.key(m=tuning.bucket(m), k=k, dtype=jnp.dtype(qdtype).name, block=block),
+        heuristic=lambda: split(m, k),
+        space=lambda: splits(k),
+    )
     parts = (s.wgs, 4, s.repeats, s.runs, 128)
     operands = [x.reshape((m, 2, *parts) if op == "silu" else (m, *parts))]
     if weight is not None:

@@ -15,11 +15,11 @@ def row_scale(y: jax.Array, block: int | None, divisor: float) -> jax.Array:
     blocks = -(-k // block)
     magnitude = jnp.pad(jnp.abs(y), ((0, 0), (0, blocks * block - k))).reshape(m, blocks, block)
     absmax = jnp.max(magnitude, axis=-1, initial=0.0)
-    scale = _divide(absmax, jnp.broadcast_to(jnp.float32(divisor), absmax.shape))
+    scale = divide(absmax, jnp.broadcast_to(jnp.float32(divisor), absmax.shape))
     return jnp.where(scale == 0, 1.0, scale)
 
 
-def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
+def divide(a: jax.Array, b: jax.Array) -> jax.Array:
     """a / b, rounded once; a and b of one shape, 0 / b = 0.
 
     XLA turns a division by a constant or by a broadcast into a multiplication by its rounded inverse. For int8 with
@@ -31,7 +31,7 @@ def _divide(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def cast_scaled(y: jax.Array, scale: jax.Array, qdtype: jax.typing.DTypeLike) -> jax.Array:
     """clamp(y / scale) in qdtype; y float32 [M, K], scale [M or 1, 1] or [M, ceil(K/block)] already expanded to K."""
-    y = _divide(y, jnp.broadcast_to(scale, y.shape))
+    y = divide(y, jnp.broadcast_to(scale, y.shape))
     if jnp.dtype(qdtype) == jnp.int8:
         return jnp.clip(jnp.round(y), -128, 127).astype(jnp.int8)
     return jnp.clip(y, -FP8_MAX, FP8_MAX).astype(qdtype)

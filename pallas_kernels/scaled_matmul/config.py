@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 SMEM_BYTES = 227 * 1024  # per thread block on Hopper
 SCALE_CHUNK = 4  # K blocks whose x scales travel in one copy: 16 bytes, the least that TMA moves
@@ -48,6 +49,8 @@ class Config:
     @property
     def registers(self) -> int:
         """Registers of a consumer thread once the producer has given up all but 40 of its own (setmaxnreg)."""
+        if self.consumers == 1:  # nobody gives or takes any
+            return 255
         at_launch = 65536 // (128 * (self.consumers + 1)) // 8 * 8
         return min(240, (at_launch * (self.consumers + 1) - 40) // self.consumers // 8 * 8)
 
@@ -148,30 +151,30 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
     return config if k >= config.tile_k else dataclasses.replace(config, tile_k=_round_up(k, 128))
 
 
-def search_space(m: int, n: int, k: int, *, block: bool, out_bytes: int = 2) -> Iterator[Config]:
-    """Legal configs worth timing for one shape."""
-    small = m <= 64
-    for wg_n, wgs_m, wgs_n, m_groups, tile_k, cluster, axis in itertools.product(
-        (16, 32, 48, 64, 96, 112, 128, 192, 224, 256), (1, 2), (1, 2), (1, 2), (128, 256, 512), (1, 2, 4), "mn"
-    ):
-        config = Config(
-            wg_n,
-            wgs_m,
-            wgs_n,
-            m_groups=m_groups,
-            tile_k=tile_k,
-            promote=small,
-            epilogue_n=_epilogue(wg_n, n, 64 if small else 32),
-            cluster=cluster,
-            cluster_axis=axis,
-        )
-        registers = wg_n // 2 * m_groups * (2 if block or small else 1)
-        if config.tile_m > max(64, _round_up(m, 64)) or registers > 200 // max(1, config.consumers - 1):
+def search_space(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Iterator[Config]:
+    """Legal configs worth timing for one shape, some 20 to 40: the heuristic's width and its neighbours."""
+    first = heuristic(m, n, k, block=block, sms=sms)
+    widths = {w for w in (first.tile_n - 16, first.tile_n, first.tile_n + 16, 2 * first.tile_n, 128) if 16 <= w <= 256}
+    grids: list[dict[str, Any]]
+    if m <= 64:
+        grids = [
+            dict(wgs_n=wgs_n, wgs_k=wgs_k, tile_k=tile_k, promote=True)
+            for wgs_n, wgs_k in ((1, 1), (2, 1), (1, 2))
+            for tile_k in (128, 256, 512)
+        ]
+    else:
+        shared: list[dict[str, Any]] = [{}, dict(cluster=2), dict(cluster=2, cluster_axis="n")]
+        grids = [dict(wgs_m=2, tile_k=tile_k, stripe=16, **more) for tile_k in (128, 256) for more in shared]
+        grids += [dict(wgs_m=2, m_groups=2, stripe=16), dict(wgs_m=2, wgs_k=2, stripe=16), dict(wgs_m=2, stripe=4)]
+    for width, grid in itertools.product(sorted(widths), grids):
+        shape: dict[str, Any] = dict(grid)
+        wgs_n = shape.get("wgs_n", 1)
+        if width % (16 * wgs_n):
             continue
-        if (small and axis == "m" and cluster > 1) or (cluster == 1 and axis == "n"):
+        wg_n = width // wgs_n
+        config = fill_stages(Config(wg_n, **shape, epilogue_n=_epilogue(wg_n, n)), m, k, 2, block)
+        sums = 2 if block or config.promote else 1  # accumulators that a consumer holds
+        if wg_n // 2 * config.m_groups * sums > config.registers - 40 or (block and wg_n > 128):
             continue
-        if block and wg_n > 128:
-            continue
-        config = fill_stages(config, m, k, out_bytes, block)
-        if config.smem_bytes(m, k, out_bytes, block) <= SMEM_BYTES:
+        if config.smem_bytes(m, k, 2, block) <= SMEM_BYTES and -(-k // config.tile_k) % config.wgs_k == 0:
             yield config

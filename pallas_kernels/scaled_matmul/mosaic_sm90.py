@@ -20,8 +20,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
-from pallas_kernels.scaled_matmul.config import SCALE_CHUNK, SMEM_BYTES, Config, fill_stages, heuristic
+from pallas_kernels.scaled_matmul.config import SCALE_CHUNK, SMEM_BYTES, Config, fill_stages, heuristic, search_space
 
 _L = plgpu.Layout.WGMMA
 _ROW, _COL = _L.reduce(1), _L.reduce(0)
@@ -417,7 +418,15 @@ def scaled_matmul(
     sms = current_device().core_count or 132
     c = config
     if c is None:
-        c = fill_stages(heuristic(m, n, k, block=block, sms=sms), m, k, out_dtype.itemsize, block)
+        scales = "block" if block else "row"
+        c = tuning.choose(
+            "scaled_matmul",
+            tuning.key(m=tuning.bucket(m), n=n, k=k, dtype=xq.dtype.name, scales=scales),
+            heuristic=lambda: fill_stages(heuristic(m, n, k, block=block, sms=sms), m, k, 2, block),
+            space=lambda: search_space(m, n, k, block=block, sms=sms),
+        )
+        if c.smem_bytes(m, k, out_dtype.itemsize, block) > SMEM_BYTES:  # float32 output stages more
+            c = fill_stages(c, m, k, out_dtype.itemsize, block)
     accumulator = jnp.int32 if xq.dtype == jnp.int8 and not block else jnp.float32
     if block and c.wg_n > 128:
         raise NotImplementedError(f"a warpgroup's columns may touch two scale blocks, wg_n {c.wg_n} touches more")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import quantize_rows, rms_norm_quantize, silu_mul_quantize
-from pallas_kernels.quantize.cases import CASES, Case
+from pallas_kernels.dispatch import KNOWN_DEVICES, explain, use_device
+from pallas_kernels.quantize import mosaic_sm90, reference
+from pallas_kernels.quantize.cases import CASES, OPS, Case
+from tests.pallas_kernels.aot import compile_for_h200
 
 IMPLEMENTATIONS = ["xla"]
 
@@ -103,3 +110,120 @@ def test_wrong_arguments_are_named():
         rms_norm_quantize(x, jnp.ones(4), eps=1e-5, qdtype="int8", divisor=127)
     with pytest.raises(ValueError, match="2F"):
         silu_mul_quantize(jnp.ones((2, 7)), qdtype="int8", divisor=127)
+
+
+# --- the Hopper kernels: numbers in interpret mode, machine code without a device ---
+
+
+def hopper(case: Case, module, *, seed: int = 0, divisor: float | None = None, **options):
+    """What `module` (mosaic_sm90 or reference) makes of the case: (xq, scale, ...) as numpy."""
+    common = dict(block=case.block, divisor=divisor or case.divisor, **options)
+    rng = np.random.default_rng(seed)
+    x, residual, weight = make(case, seed), make(case, seed + 1), jnp.asarray(rng.normal(size=case.k) + 1, case.dtype)
+    if case.op == "quantize_rows":
+        out = module.quantize_rows(x, case.qdtype, **common)
+    elif case.op == "silu_mul_quantize":
+        out = module.silu_mul_quantize(x, qdtype=case.qdtype, **common)
+    else:
+        residual = residual if case.op == "residual_rms_norm_quantize" else None
+        out = module.rms_norm_quantize(x, weight, residual, eps=1e-5, qdtype=case.qdtype, **common)
+    return [np.asarray(o).astype(np.float32) for o in out]
+
+
+HOPPER_CASES = (
+    *(Case(op, 3, 1024, qdtype, block) for op in OPS for qdtype, block in (("int8", None), ("float8_e4m3fn", 128))),
+    Case("quantize_rows", 2, 1536, "float8_e4m3fn", 128),  # runs of 4 elements a lane
+    Case("residual_rms_norm_quantize", 2, 3584),  # seven warpgroups
+    Case("quantize_rows", 2, 1024, "int8", dtype="float32"),
+)
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
+def test_hopper_kernel_interpreted(case):
+    """Against the XLA reference, which the tests above hold against float64."""
+    divisor = 127.5 if case.qdtype == "int8" else None  # the divisor of vLLM's; it needs the clamp
+    with use_device(KNOWN_DEVICES["h200"]), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        got = hopper(case, mosaic_sm90, divisor=divisor, interpretable=True)
+    want = hopper(case, reference, divisor=divisor)
+    assert [g.shape for g in got] == [w.shape for w in want]
+    if case.op == "quantize_rows":
+        for g, w in zip(got, want):
+            np.testing.assert_array_equal(g, w)
+        return
+    # A sum in another order moves a value by an ulp, and a quotient over the edge between two codes now and then.
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-6)
+    differs = got[0] != want[0]
+    assert differs.mean() < 2e-3 and (np.abs(got[0] - want[0]) <= np.maximum(1, np.abs(want[0]) / 8)).all()
+    for g, w in zip(got[2:], want[2:]):
+        np.testing.assert_array_equal(g, w)
+
+
+COMPILED = (
+    *((op, 4096, 4096, block) for op in OPS for block in (None, 128)),
+    ("residual_rms_norm_quantize", 1, 4096, None),
+    ("silu_mul_quantize", 4096, 14336, None),
+)
+
+
+@pytest.mark.parametrize("op, m, k, block", COMPILED)
+def test_hopper_kernel_compiles(op, m, k, block):
+    S = jax.ShapeDtypeStruct
+    common = dict(qdtype=jnp.float8_e4m3fn, block=block, divisor=448.0)
+    x, weight = S((m, 2 * k if op == "silu_mul_quantize" else k), jnp.bfloat16), S((k,), jnp.bfloat16)
+    norm = functools.partial(mosaic_sm90.rms_norm_quantize, eps=1e-5, **common)
+    compiled = {
+        "quantize_rows": lambda: compile_for_h200(lambda x: mosaic_sm90.quantize_rows(x, **common), x),
+        "silu_mul_quantize": lambda: compile_for_h200(lambda x: mosaic_sm90.silu_mul_quantize(x, **common), x),
+        "rms_norm_quantize": lambda: compile_for_h200(lambda x, w: norm(x, w)[:2], x, weight),
+        "residual_rms_norm_quantize": lambda: compile_for_h200(norm, x, weight, x),
+    }[op]()
+    # 96 registers let five warpgroups share a multiprocessor: loads in flight hide the memory's latency.
+    assert compiled.spill_bytes == 0 and compiled.registers <= 96
+    assert "div." not in compiled.ptx  # neither the inexact division nor a slow one
+    assert compiled.hlo.count("custom-call(") == 1  # one pass: nothing before or behind the kernel
+    assert "fusion(" not in compiled.hlo
+
+
+def fused(a, b, c):
+    """fma in float32: the product is exact in float64."""
+    return np.float32(a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64))
+
+
+def divide_as_kernel(y, scale, error):
+    """`exact.divide` in numpy; `error`: of the hardware's reciprocal, in ulp (documented: at most 1)."""
+    lift = np.where(scale < 2.0**-100, np.float32(2.0**64), np.float32(1))
+    y, scale = y * lift, scale * lift
+    rough = np.float32(1) / scale
+    rough = rough + np.spacing(rough) * np.float32(error)
+    r = fused(fused(-scale, rough, np.ones_like(scale)), rough, rough)
+    first = y * r
+    return fused(fused(-scale, first, y), r, first)
+
+
+@pytest.mark.parametrize("error", [-1, 0, 1])
+def test_quotient_is_rounded_once(error):
+    rng = np.random.default_rng(0)
+    count = 200_000
+    magnitude = (rng.uniform(1, 2, count) * 2.0 ** rng.integers(-126, 100, count)).astype(np.float32)
+    for divisor in (127.0, 127.5, 448.0):
+        constant = np.full_like(magnitude, divisor)
+        scale = divide_as_kernel(magnitude, constant, error)
+        normal = magnitude > 1e-35  # the quotient itself is a normal number
+        np.testing.assert_array_equal(scale[normal], (magnitude / constant)[normal])
+        scale = (magnitude / constant)[normal]
+        y = magnitude[normal] * rng.uniform(-1, 1, scale.size).astype(np.float32)
+        np.testing.assert_array_equal(divide_as_kernel(y, scale, error), y / scale)
+        # a row's extreme is where the codes' edge is: -127.5 rounds to -128, one ulp less to -127
+        np.testing.assert_array_equal(divide_as_kernel(-magnitude[normal], scale, error), -magnitude[normal] / scale)
+
+
+def test_refusals_give_the_reason():
+    S = jax.ShapeDtypeStruct
+    h200 = KNOWN_DEVICES["h200"]
+    for shape, block, reason in (((4, 896), None, "512"), ((0, 1024), None, "M = 0"), ((4, 1024), 64, "block")):
+        choice = explain(
+            "quantize_rows", S(shape, jnp.bfloat16), qdtype=jnp.int8, block=block, divisor=127.0, device=h200
+        )
+        assert choice.chosen == "xla" and reason in dict(choice.refused)["mosaic_sm90"]
+    choice = explain("silu_mul_quantize", S((7, 28672), jnp.bfloat16), qdtype=jnp.int8, divisor=127.0, device=h200)
+    assert choice.chosen == "mosaic_sm90"
