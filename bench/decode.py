@@ -38,9 +38,6 @@ AIM = {
     ("bf16", 64, 1024): 8800, ("fp8", 64, 1024): 12000, ("w4a16", 64, 1024): 11400,
     ("bf16", 256, 1024): 15000, ("fp8", 256, 1024): 18500, ("w4a16", 256, 1024): 16500,
 }  # fmt: skip
-#: changes to the 8B shape under --quick
-QUICK = dict(num_hidden_layers=2, hidden_size=256, intermediate_size=512, num_attention_heads=4, vocab_size=512)
-QUICK |= dict(num_key_value_heads=2, head_dim=64, bos_token_id=0, eos_token_id=1, max_position_embeddings=4096)
 WINDOWS = 5
 TILES = 16  # of the one prefill program
 
@@ -49,7 +46,7 @@ Point = tuple[int, int]  # running sequences, context
 
 def load(scheme: str, points: list[Point], decode_steps: list[int], room: int, args: argparse.Namespace) -> Any:
     """An engine with one prefill program and, for each batch and K, one decode program; its start by phase."""
-    from bench.llama8b import make_checkpoint
+    from bench.llama8b import QUICK, make_checkpoint
     from jqserve.engine.buckets import Bucket, Buckets
     from jqserve.engine.config import EngineConfig
     from jqserve.engine.load import load_engine

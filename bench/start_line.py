@@ -25,17 +25,12 @@ DEMO = Path(__file__).parent.parent / "jqserve" / "demo" / "model"
 PAGES = 1088  # of 64 tokens on a GPU: 64 sequences of up to 1,024 tokens, 8.5 GiB of bf16 KV at the 8B shape
 
 
-#: changes to the 8B shape under --quick
-QUICK = dict(num_hidden_layers=2, hidden_size=256, intermediate_size=512, num_attention_heads=4, vocab_size=512)
-QUICK |= dict(num_key_value_heads=2, head_dim=64, bos_token_id=0, eos_token_id=1)
-
-
 def measure(case: str, batches: list[int], prompt: int, new: int, quick: bool = False) -> dict[str, Any]:
     """One case in this process; returns its row."""
     import jax
 
     from bench.bandwidth import read_bandwidth
-    from bench.llama8b import make_checkpoint
+    from bench.llama8b import QUICK, make_checkpoint
     from jqserve.engine.buckets import Bucket, Buckets
     from jqserve.engine.config import EngineConfig
     from jqserve.engine.load import load_engine

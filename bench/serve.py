@@ -1,0 +1,265 @@
+"""Serving under load: throughput and latency over gRPC, and beside it on the bare engine.
+
+    python -m bench.serve [--scheme fp8] [--workload random:1000/1000] [--concurrency 1,8,64,256,512 | --rate 2,4,8]
+                          [--mode grpc,engine] [--requests-per-slot 4] [--budget SECONDS] [--quick] [--out DIR]
+                          [-- FLAGS OF jqserve-server]
+
+Workloads, with EOS ignored: `random:IN/OUT` (SGLang's random; --range-ratio 1 fixes the lengths) and
+`shared:GROUPSxQUESTIONS:PREFIX+QUESTION/OUT` (its generated-shared-prefix). Modes: `grpc` starts jqserve-server and
+loads it from --clients processes; `engine` runs the same requests in process. A row per mode and level:
+
+    output_tokens_per_second, ...   from the first request sent to the last one ended
+    ttft_ms, tpot_ms, itl_ms        mean, P50, P99 as the client sees them (over gRPC tokens come in small groups, so
+                                    its ITL is mostly 0; the engine mode's is on the engine's own clock)
+    server_ttft_ms, server_tpot_ms  by the server's clock
+    grpc_cost                       1 - throughput over gRPC / on the engine, where both modes ran
+
+Without --model-path the model has Llama-3.1-8B's shape and random weights in `--scheme`. Writes serve.json, serve.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.latency import summarize
+from bench.svg import chart
+from bench.workload import Item, random_items, shared_prefix_items
+
+#: vLLM 0.25.1's output tokens/s on an H200 at saturating concurrency, and TensorRT-LLM's published ones (KERNELS.md B)
+PEERS = {
+    ("fp8", "random:1000/1000"): {"vllm": 11634, "trtllm_fp8_kv": 17744},
+    ("bf16", "random:1000/1000"): {"vllm": 9680},
+    ("w4a16", "random:1000/1000"): {"vllm": 9043},
+    ("fp8", "random:128/128"): {"vllm": 25167},
+    ("fp8", "random:128/2048"): {"trtllm_fp8_kv": 26221},
+    ("fp8", "random:2048/128"): {"trtllm_fp8_kv": 3538},
+    ("fp8", "random:2048/2048"): {"trtllm_fp8_kv": 12194},
+}
+QUICK_FLAGS = [
+    "--max-running-requests",
+    "4",
+    "--context-length",
+    "128",
+    "--disable-warmup",
+    "--chunked-prefill-size",
+    "32",
+]
+
+
+def items_of(workload: str, count: int, vocabulary: int, ratio: float, seed: int) -> list[Item]:
+    """Raises SystemExit for a name that is none."""
+    kind, _, rest = workload.partition(":")
+    try:
+        if kind == "random":
+            input_len, output_len = (int(n) for n in rest.split("/"))
+            return random_items(count, input_len, output_len, vocabulary=vocabulary, ratio=ratio, seed=seed)
+        if kind == "shared":
+            shape, lengths = rest.split(":")
+            groups, questions = (int(n) for n in shape.split("x"))
+            inputs, output_len = lengths.split("/")
+            prefix, question = (int(n) for n in inputs.split("+"))
+            return shared_prefix_items(
+                groups, questions, prefix, question, int(output_len), vocabulary=vocabulary, seed=seed
+            )
+    except ValueError:
+        pass
+    raise SystemExit(f"--workload {workload}: expected random:IN/OUT or shared:GROUPSxQUESTIONS:PREFIX+QUESTION/OUT")
+
+
+class Served:
+    """jqserve-server in a process of its own."""
+
+    def __init__(self, model: str, flags: list[str], folder: Path) -> None:
+        ready = folder / "ready.json"
+        command = [sys.executable, "-m", "jqserve.cli.server", "--model-path", model, "--port", "0"]
+        command += ["--ready-file", str(ready), *flags]
+        began = time.monotonic()
+        self.log = (folder / "server.log").open("w+")
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        while not ready.exists():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended while starting:\n{Path(self.log.name).read_text()[-3000:]}")
+            time.sleep(0.05)
+        self.start_seconds = round(time.monotonic() - began, 2)
+        self.target = "127.0.0.1:{port}".format(**json.loads(ready.read_text()))
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+def levels(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.rate:
+        return [{"rate": float(rate), "concurrency": None} for rate in args.rate.split(",")]
+    return [{"rate": None, "concurrency": int(n)} for n in args.concurrency.split(",")]
+
+
+def requests_for(level: dict[str, Any], args: argparse.Namespace) -> int:
+    if args.requests:
+        return args.requests
+    if level["rate"] is not None:
+        return max(16, round(level["rate"] * args.seconds))
+    return max(args.least_requests, level["concurrency"] * args.requests_per_slot)
+
+
+def sweep(drive: Any, vocabulary: int, args: argparse.Namespace, mode: str, deadline: float) -> list[dict[str, Any]]:
+    rows = []
+    warm = items_of(args.workload, 4, vocabulary, args.range_ratio, 999)[:4]
+    drive([Item(item.prompt, min(4, item.output)) for item in warm], concurrency=4, rate=None)
+    for i, level in enumerate(levels(args)):
+        facts = {"mode": mode, "workload": args.workload, **{k: v for k, v in level.items() if v is not None}}
+        if time.monotonic() > deadline:
+            rows.append(facts | {"skipped": "budget"})
+            continue
+        items = items_of(args.workload, requests_for(level, args), vocabulary, args.range_ratio, i)
+        rows.append(facts | summarize(drive(items, **level)))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def over_grpc(model: str, flags: list[str], args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    from bench.load_client import drive
+    from jqserve.client import Client
+
+    with tempfile.TemporaryDirectory() as folder:
+        served = Served(model, flags, Path(folder))
+        try:
+            with Client(served.target) as client:
+                vocabulary = client.model_info().vocab_size
+
+            def run(items: list[Item], **level: Any) -> Any:
+                return drive(served.target, items, processes=args.clients, **level)
+
+            rows = sweep(run, vocabulary, args, "grpc", deadline)
+            return [row | {"start_seconds": served.start_seconds} for row in rows]
+        finally:
+            served.stop()
+
+
+def in_process(model: str, flags: list[str], args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    """In this process, which must not have touched jax before: the GPU's memory share is set here."""
+    from jqserve.cli.server import parser, server_config
+    from jqserve.engine.config import EngineConfig
+    from jqserve.engine.process import xla_fraction
+
+    config = EngineConfig.from_json(server_config(parser().parse_args(["--model-path", model, *flags])).engine)
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{xla_fraction(config.mem_fraction_static):.4f}"
+
+    from bench.load_inprocess import drive
+    from jqserve.engine.load import load_engine
+
+    engine = load_engine(config)
+
+    def run(items: list[Item], **level: Any) -> Any:
+        before, began = engine.stats(), time.perf_counter()
+        records = drive(engine, items, **level)
+        after, seconds = engine.stats(), time.perf_counter() - began
+        host = {k: (after.host_seconds[k] - before.host_seconds[k]) / seconds for k in after.host_seconds}
+        print(json.dumps({"host_share": {k: round(v, 4) for k, v in host.items()}}), file=sys.stderr)
+        return records
+
+    return sweep(run, engine.limits.vocab_size, args, "engine", deadline)
+
+
+def with_costs(rows: list[dict[str, Any]]) -> None:
+    """What gRPC costs, level by level."""
+    bare = {(r.get("concurrency"), r.get("rate")): r for r in rows if r["mode"] == "engine"}
+    for row in rows:
+        other = bare.get((row.get("concurrency"), row.get("rate")))
+        if row["mode"] == "grpc" and other and {"output_tokens_per_second"} <= row.keys() & other.keys():
+            share = row["output_tokens_per_second"] / other["output_tokens_per_second"]
+            row["grpc_cost"] = round(1 - share, 4)
+
+
+def picture(rows: list[dict[str, Any]], title: str) -> str:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get("tpot_ms"):
+            series.setdefault(row["mode"], []).append((row["tpot_ms"]["p50"], row["output_tokens_per_second"]))
+    return chart(title, "time per output token, P50 (ms)", "output tokens/s", series)
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    own, flags = sys.argv[1:], []
+    if "--" in own:
+        own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scheme", default="fp8", help="a key of bench.llama8b.SCHEMES, for random weights")
+    parser.add_argument("--model-path", help="a real checkpoint instead")
+    parser.add_argument("--workload", default="random:1000/1000")
+    parser.add_argument("--range-ratio", type=float, default=1.0, help="of random: lengths from ratio * length up")
+    parser.add_argument("--concurrency", default="1,2,4,8,16,32,64,128,256,512", help="closed loop: levels")
+    parser.add_argument("--rate", help="open loop instead: requests per second, several")
+    parser.add_argument("--seconds", type=float, default=30, help="of an open-loop level")
+    parser.add_argument("--requests", type=int, help="of a level; default: requests-per-slot times the concurrency")
+    parser.add_argument("--requests-per-slot", type=int, default=4)
+    parser.add_argument("--least-requests", type=int, default=8)
+    parser.add_argument("--mode", default="grpc,engine")
+    parser.add_argument("--clients", type=int, default=4, help="processes that send")
+    parser.add_argument("--budget", type=float, default=600, help="seconds after which levels are skipped")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and two levels: checks the script")
+    parser.add_argument("--name", default="serve", help="of the result files")
+    parser.add_argument("--out", help="folder of the result files (default bench/results)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(own)
+    if args.quick:
+        args.workload = "random:24/8" if args.workload == parser.get_default("workload") else args.workload
+        args.concurrency, args.least_requests, args.requests_per_slot, args.clients = "2", 4, 2, 1
+        flags = QUICK_FLAGS + flags
+    return args, flags
+
+
+def main() -> None:
+    start = time.monotonic()
+    args, flags = arguments()
+    if args.one:
+        print("ROWS " + json.dumps(in_process(args.one, flags, args, start + args.budget)))
+        return
+    from bench.llama8b import QUICK, make_checkpoint
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = args.model_path
+        if model is None:
+            model = str(make_checkpoint(Path(folder) / args.scheme, args.scheme, **(QUICK if args.quick else {})))
+            flags = ["--load-format", "dummy", *flags]
+        if "grpc" in args.mode:
+            rows += over_grpc(model, flags, args, start + args.budget * (0.5 if "engine" in args.mode else 1))
+        if "engine" in args.mode:
+            left = args.budget - (time.monotonic() - start)
+            own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+            command = [sys.executable, "-m", "bench.serve", *own, "--one", model, "--budget", f"{left:.0f}"]
+            command += ["--", *flags]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            for line in done.stdout.splitlines():
+                if line.startswith("ROWS "):
+                    rows += json.loads(line[5:])
+            if done.returncode:
+                rows.append({"mode": "engine", "failed": done.returncode})
+    with_costs(rows)
+    from bench.record import write
+
+    more = {"scheme": args.scheme, "model_path": args.model_path, "workload": args.workload, "server_flags": flags}
+    more["peers"] = PEERS.get((args.scheme, args.workload))
+    path = write(args.name, rows, args.out, **more)
+    path.with_suffix(".svg").write_text(picture(rows, f"{args.scheme}, {args.workload}"))
+    print(path)
+    if any("failed" in row and row["failed"] for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

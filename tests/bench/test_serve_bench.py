@@ -1,0 +1,134 @@
+"""The serving benchmark's arithmetic by hand, and the scripts themselves once, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from bench.latency import Record, percentile, spread, summarize
+from bench.profile import idle, table
+from bench.serve import items_of, picture, with_costs
+from bench.svg import ticks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_random_workload() -> None:
+    items = items_of("random:100/20", 50, 1000, 0.5, seed=1)
+    assert len(items) == 50 and items == items_of("random:100/20", 50, 1000, 0.5, seed=1)
+    assert all(50 <= len(i.prompt) <= 100 and 10 <= i.output <= 20 for i in items)
+    assert len({len(i.prompt) for i in items}) > 10 and len({i.prompt for i in items}) == 50
+    assert all(125 <= token < 875 for i in items for token in i.prompt)
+    fixed = items_of("random:100/20", 3, 1000, 1.0, seed=2)
+    assert {(len(i.prompt), i.output) for i in fixed} == {(100, 20)}
+
+
+def test_shared_prefix_workload() -> None:
+    items = items_of("shared:3x4:50+10/7", 99, 1000, 1.0, seed=0)
+    assert len(items) == 12 and {(len(i.prompt), i.output) for i in items} == {(60, 7)}
+    prefixes = [i.prompt[:50] for i in items]
+    assert sorted(prefixes.count(p) for p in set(prefixes)) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("name", ["random:5", "shared:3:50+10/7", "other:1/2"])
+def test_unknown_workloads_are_told(name: str) -> None:
+    with pytest.raises(SystemExit, match="expected random"):
+        items_of(name, 1, 100, 1.0, 0)
+
+
+def records() -> list[Record]:
+    one = Record(10, began=1.0, arrivals=[(1.5, 1), (1.7, 4), (2.1, 2)], ended=2.2, cached_tokens=5)
+    one.server_first, one.server_total = 0.4, 1.0
+    two = Record(30, began=2.0, arrivals=[(2.1, 1)], ended=3.0)
+    return [one, two, Record(5, began=0.0, error="RESOURCE_EXHAUSTED")]
+
+
+def test_a_record() -> None:
+    one, two, _ = records()
+    assert one.output_tokens == 7 and one.ttft == 0.5
+    assert one.tpot == pytest.approx(0.6 / 6) and two.tpot is None
+    assert one.gaps == pytest.approx([0.2, 0, 0, 0, 0.4, 0])
+    assert one.server_tpot == pytest.approx(0.1)
+
+
+def test_summary() -> None:
+    row = summarize(records())
+    assert (row["requests"], row["failed"], row["seconds"]) == (3, 1, 2.0)
+    assert (row["input_tokens_per_second"], row["output_tokens_per_second"]) == (20, 4)
+    assert row["mean_concurrency"] == 1.1 and row["cached_share"] == 0.125
+    assert row["ttft_ms"] == {"mean": 300.0, "p50": 100.0, "p99": 500.0}
+    assert row["itl_ms"]["mean"] == 100.0 and row["itl_ms"]["p50"] == 0 and row["itl_ms"]["p99"] == 400.0
+    assert summarize([records()[2]]) == {"requests": 1, "failed": 1, "error": "RESOURCE_EXHAUSTED"}
+
+
+def test_percentiles() -> None:
+    values = [float(i) for i in range(1, 101)]
+    assert (percentile(values, 0.5), percentile(values, 0.99), percentile([3.0], 0.99)) == (50, 99, 3)
+    assert spread([]) is None
+
+
+def test_what_grpc_costs() -> None:
+    rows: list[dict[str, Any]] = [
+        {"mode": "grpc", "concurrency": 8, "output_tokens_per_second": 97.0},
+        {"mode": "engine", "concurrency": 8, "output_tokens_per_second": 100.0},
+        {"mode": "grpc", "concurrency": 16, "output_tokens_per_second": 97.0},
+    ]
+    with_costs(rows)
+    assert rows[0]["grpc_cost"] == 0.03 and "grpc_cost" not in rows[2]
+
+
+def test_the_picture_is_xml_with_every_point() -> None:
+    rows = [
+        {"mode": mode, "tpot_ms": {"p50": n}, "output_tokens_per_second": 100.0 * n}
+        for mode in ("grpc", "<engine>")
+        for n in (1, 2, 3)
+    ]
+    tree = ElementTree.fromstring(picture(rows, "a & b"))
+    assert len(tree.findall(".//{*}circle")) == 6 and len(tree.findall(".//{*}polyline")) == 2
+    assert ticks(0, 95) == [0, 20, 40, 60, 80, 100] and ticks(0, 0.3)[-1] == pytest.approx(0.3)
+
+
+def test_kernel_table_and_gaps() -> None:
+    spans = [(0.0, 4.0, "a"), (5.0, 2.0, "b"), (6.0, 3.0, "a"), (9.0, 1.0, "b")]
+    assert table(spans, 2) == [
+        {"kernel": "a", "launches": 1.0, "us": 3.5, "share": 0.7},
+        {"kernel": "b", "launches": 1.0, "us": 1.5, "share": 0.3},
+    ]
+    assert idle(spans) == {"span_us": 10.0, "idle_us": 1.0, "idle_share": 0.1}
+
+
+def run(name: str, out: Path, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"bench.{name}", "--quick", "--out", str(out), *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((out / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+def test_decode_bench(tmp_path: Path) -> None:
+    rows = run("decode", tmp_path, "--schemes", "fp8", "--points", "2x40", "--decode-steps", "4")["rows"]
+    assert len(rows) == 1 and rows[0]["decode_steps"] == 4 and rows[0]["compilations_while_serving"] == 0
+    assert rows[0]["step_ms"] > 0 and set(rows[0]["host_ms"]) == {"schedule", "launch", "wait", "emit"}
+
+
+@pytest.mark.slow
+def test_profile_bench(tmp_path: Path) -> None:
+    result = run("profile", tmp_path, "--scheme", "bf16", "--steps", "2")
+    assert result["steps"] == 2 and result["versions"]["jax"]
+
+
+@pytest.mark.slow
+def test_serve_bench(tmp_path: Path) -> None:
+    result = run("serve", tmp_path, "--scheme", "bf16")
+    by_mode = {row["mode"]: row for row in result["rows"]}
+    assert set(by_mode) == {"grpc", "engine"} and "grpc_cost" in by_mode["grpc"]
+    assert all(row["requests"] == 4 and row["failed"] == 0 for row in result["rows"])
+    assert (tmp_path / "serve.svg").read_text().startswith("<svg")
