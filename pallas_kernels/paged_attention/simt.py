@@ -220,6 +220,12 @@ class Mlir:
     def store_shared4(self, address: Reg, x: Sequence[Reg]) -> None:
         self._ptx("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", address, *x, effects=True)
 
+    def load_shared_words(self, address: Reg) -> list[Reg]:
+        return self._ptx("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", address, out=[self.i32] * 4, effects=True)
+
+    def store_shared_words(self, address: Reg, x: Sequence[Reg]) -> None:
+        self._ptx("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", address, *x, effects=True)
+
     def peer_address(self, address: Reg, rank: Reg) -> Reg:
         return self._ptx("mapa.shared::cluster.u32 $0, $1, $2;", address, rank, out=self.i32)
 
@@ -233,6 +239,12 @@ class Mlir:
     def store_global2(self, name: str, offset: Reg, x: Reg, y: Reg) -> None:
         wide = Reg(arith.extui(self.i64, offset.value))
         self._ptx("st.global.v2.b32 [$0], {$1, $2};", self.base[name] + wide, x, y, effects=True)
+
+    def any_lane(self, x: Reg) -> Reg:
+        """Whether the condition `x` holds in some lane of the warp."""
+        text = "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.s32 $0, 1, 0, q; }"
+        flag = self._ptx(text, Reg(arith.extui(self.i32, x.value)), out=self.i32, effects=True, convergent=True)
+        return flag.equals(1)
 
     # control
     def barrier(self) -> None:
@@ -261,3 +273,7 @@ class Mlir:
             out = body(Reg(loop.induction_variable), [Reg(v) for v in loop.inner_iter_args])
             scf.YieldOp([r.value for r in out])
         return [Reg(v) for v in loop.results]
+
+
+def warpgroup_index() -> Reg:
+    return Reg(utils.warpgroup_idx(sync=True))

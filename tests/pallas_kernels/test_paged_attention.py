@@ -13,11 +13,14 @@ from pallas_kernels.paged_attention import (
     decode_warp,
     mosaic_decode_sm90,
     prefill_attention,
+    prefill_load,
     reference,
     write_kv,
 )
+from pallas_kernels.paged_attention import prefill_problem as prefill_walk
 from pallas_kernels.paged_attention.cases import DECODE_CASES, PREFILL_CASES, Case, dense_attention, make
-from pallas_kernels.paged_attention.config import DecodeConfig, decode_heuristic
+from pallas_kernels.paged_attention.config import DecodeConfig, PrefillConfig, decode_heuristic
+from pallas_kernels.paged_attention.prefill_problem import Problem
 from pallas_kernels.paged_attention.simt_numpy import Numpy, _lanes
 from tests.pallas_kernels.aot import compile_for_h200
 
@@ -260,26 +263,75 @@ def test_decode_heuristic_fits(items, row_bytes):
         assert config.stages >= 2 and config.split in (1, 2, 4, 8)
 
 
-# 240 registers a consumer thread (setmaxnreg); ptxas reports the launch's 168 for all three warpgroups. The spill is
-# one register of the producer, outside the loops (4 bytes, which the report names up to four times).
+# 240 registers a consumer thread (setmaxnreg); ptxas reports the launch's 168 for all three warpgroups. What spills are
+# registers of the list of items, outside the loops over blocks (the report names each up to four times).
 PREFILL_COMPILED = {
-    "head128": (dict(), dict()),
-    "head64": (dict(head_dim=64), dict()),
-    "window": (dict(), dict(window=96)),
+    "head128": (dict(), dict(), 64),
+    "head64": (dict(head_dim=64), dict(), 0),
+    "head96": (dict(head_dim=96), dict(), 0),
+    "head256": (dict(head_dim=256), dict(), 0),
+    "window": (dict(), dict(window=96), 128),
+    "fp8": (dict(kv=jnp.float8_e4m3fn), dict(k_scale=0.5, v_scale=0.5, soft_cap=30.0), 256),
 }
 
 
 @pytest.mark.parametrize("name", PREFILL_COMPILED)
 def test_prefill_compiles_for_h200(name):
-    shape, kwargs = PREFILL_COMPILED[name]
-    s = dict(tiles=4, heads=32, kv_heads=8, head_dim=128, page=16) | shape
+    shape, kwargs, spill = PREFILL_COMPILED[name]
+    s = dict(tiles=4, heads=32, kv_heads=8, head_dim=128, page=16, kv=jnp.bfloat16) | shape
     S = jax.ShapeDtypeStruct
-    pages = S((1000, s["kv_heads"], s["page"], s["head_dim"]), jnp.bfloat16)
+    pages = S((1000, s["kv_heads"], s["page"], s["head_dim"]), s["kv"])
     q = S((s["tiles"], 128, s["heads"], s["head_dim"]), jnp.bfloat16)
     ints = [S((s["tiles"], 64), jnp.int32), S((s["tiles"],), jnp.int32), S((s["tiles"],), jnp.int32)]
     op = lambda *a: prefill_attention(*a, sm_scale=0.1, implementation="mosaic_sm90", **kwargs)  # noqa: E731
     compiled = compile_for_h200(op, q, pages, pages, *ints)
-    assert compiled.registers <= 168 and compiled.spill_bytes <= 64
+    assert compiled.registers <= 168 and compiled.spill_bytes <= spill
     # first block: Q K^T; one or two loops: Q K^T and P V; last block: P V. 16 of the inner dimension each.
-    loops = 1 if "window" in kwargs else 2
-    assert compiled.count("wgmma.mma_async") == (loops + 1) * (s["head_dim"] // 16 + 128 // 16)
+    loops, block = 1 if "window" in kwargs else 2, 64 if s["head_dim"] > 128 else 128
+    assert compiled.count("wgmma.mma_async") == (loops + 1) * (s["head_dim"] // 16 + block // 16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_converted_fp8_pages_lie_where_wgmma_reads(head_dim):
+    """A block's 16-byte chunks of fp8, as the converting threads place their two halves, against the swizzle's rule."""
+    p = prefill_problem(head_dim)
+    block = 32
+    out = np.full(block * head_dim * 2, 255, np.uint8)
+    ops = Numpy({}, [out], 0)
+    for start in range(0, block * head_dim // 16, 32):
+        chunk = _lanes(np.arange(32) + start, np.int64)
+        first, second, swap = prefill_load.destination(ops, p, chunk)
+        for lane in range(32):
+            halves = [2 * chunk[lane], 2 * chunk[lane] + 1]  # numbered as 16-byte chunks of float16
+            for at, half in zip((first[lane], second[lane]), reversed(halves) if swap[lane] else halves):
+                out[at : at + 16] = np.frombuffer(np.int64(half).tobytes() * 2, np.uint8)
+        for eight in range(0, 32, 8):  # every eight threads hit 32 different banks
+            for at in (first, second):
+                assert len(set((at[eight : eight + 8] // 16 % 8).tolist())) == 8 or head_dim % 128
+    swizzled = out.view(np.int64)[::2].reshape(block // 8, head_dim // p.columns, 8, p.columns // 8)
+    for row in range(block):
+        for c in range(head_dim // 8):
+            within, tile = c % (p.columns // 8), c // (p.columns // 8)
+            mask = row % 8 if p.swizzle == 128 else row % 8 // 2
+            assert swizzled[row // 8, tile, row % 8, within ^ mask] == row * (head_dim // 8) + c
+
+
+def prefill_problem(head_dim: int, **changes) -> Problem:
+    given = dict(
+        tiles=3, queries=256, heads=8, kv_heads=2, head_dim=head_dim, pages=100, page_size=16, table_width=8,
+        sm_scale=1.0, window=None, soft_cap=None, k_scaled=False, v_scaled=False, fp8="e4m3", blocks=5,
+        config=PrefillConfig(),
+    )  # fmt: skip
+    return Problem(**(given | changes))
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 7, 16, 48])
+def test_every_item_has_one_cta(blocks, monkeypatch):
+    p = prefill_problem(128, blocks=blocks)
+    seen = []
+    for cta in range(blocks):
+        ops = Numpy({}, [np.zeros(1, np.uint8)], 0)
+        monkeypatch.setattr(ops, "special", lambda name, cta=cta: _lanes(cta, np.int64), raising=False)
+        for n in range(int(prefill_walk.items_of_cta(ops, p)[0])):
+            seen.append(tuple(int(x[0]) for x in prefill_walk.place(ops, p, _lanes(n, np.int64))))
+    assert sorted(seen) == [(t, q, h) for t in range(3) for q in (0, 128) for h in range(8)]
