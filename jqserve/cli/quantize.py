@@ -1,0 +1,128 @@
+"""`jqserve quantize`: a dense checkpoint in, a quantized one in a standard format out; layer by layer, resumable."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from jqserve.quantize.schemes import SCHEMES
+
+    width = max(map(len, SCHEMES))
+    table = [f"  {name:<{width}}  {row.summary}; --format {' | '.join(row.formats)}" for name, row in SCHEMES.items()]
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "schemes:\n" + "\n".join(table)
+    add = parser.add_argument
+    add("--model-path", required=True, metavar="DIR|HUB_ID", help="the unquantized checkpoint")
+    add("--revision", help="of a Hub id")
+    add("--out", required=True, metavar="DIR", help="the directory to write: new, or empty; it appears when all is done")
+    add("--scheme", required=True, metavar="S", help="what to make, see below")
+    add("--format", help="how to write it; default: the first one of the scheme")
+    add("--calibration", metavar="FILE|DIR", help=".txt, .jsonl (text, or messages), .npy of token ids, or a directory")
+    add("--samples", type=int, default=512, help="calibration rows (default 512)")
+    add("--seqlen", type=int, default=2048, help="tokens a calibration row (default 2048)")
+    add("--seed", type=int, help="draw the calibration rows instead of taking evenly spaced ones")
+    add("--ignore", action="append", default=[], metavar="PATTERN", help="leave a Linear dense: its name, or re:REGEX")
+    add("--bits", type=int, help="gptq: 4 or 8")
+    add("--group-size", type=int, help="values along the input that share a scale; -1: all")
+    signs = parser.add_mutually_exclusive_group()
+    signs.add_argument("--sym", dest="symmetric", action="store_true", default=None, help="without zero points")
+    signs.add_argument("--asym", dest="symmetric", action="store_false", help="with zero points")
+    add("--act-order", action="store_true", help="gptq: columns with large inputs first")
+    add("--static-groups", action="store_true", help="with --act-order: groups keep their columns, fast to serve")
+    add("--damp", type=float, default=0.01, help="gptq: share of the Hessian's mean added to its diagonal (0.01)")
+    add("--gptq", action="store_true", help="w8a8-int8: GPTQ instead of rounding to nearest")
+    add("--smoothquant", type=float, nargs="?", const=0.5, metavar="ALPHA", help="w8a8-int8: SmoothQuant (0.5)")
+    add("--no-clip", action="store_true", help="awq: without the search for clipped ranges")
+    add("--kv-cache", choices=("none", "fp8"), default="none", help="fp8: also calibrate scales of the KV cache")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of calibration activations")
+    add("--chunk-tokens", type=int, default=16384, help="tokens on the device at a time (16384)")
+    add("--restart", action="store_true", help="throw away an unfinished run with other options")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a line a layer, then what came out."""
+    from jqserve.quantize.options import Options
+
+    options = Options(
+        scheme=args.scheme,
+        format=args.format,
+        bits=args.bits,
+        group_size=args.group_size,
+        symmetric=args.symmetric,
+        act_order=args.act_order,
+        static_groups=args.static_groups,
+        damp=args.damp,
+        gptq=args.gptq,
+        smoothquant=args.smoothquant,
+        clip=not args.no_clip,
+        kv_cache=args.kv_cache,
+        ignore=tuple(args.ignore),
+    )
+    from jqserve.checkpoint.hub import resolve
+    from jqserve.quantize.job import quantize
+
+    source = resolve(args.model_path, args.revision)
+    samples = _samples(args, source) if options.calibrated and args.calibration else None
+    with _Screen() as screen:
+        rows = quantize(
+            source,
+            args.out,
+            options,
+            samples,
+            dtype=None if args.dtype == "auto" else args.dtype,
+            chunk_tokens=args.chunk_tokens,
+            restart=args.restart,
+            progress=screen.layer,
+        )
+    size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
+    print(f"{args.out}: {len(rows)} Linears quantized, {size / 2**20:,.1f} MiB of weights")
+    print(f"compare: jqserve eval --model-path {args.out} --base {args.model_path} --text FILE")
+    print(f"serve:   jqserve-server --model-path {args.out}")
+    return 0
+
+
+def _samples(args: argparse.Namespace, source: Any) -> Any:
+    from jqserve.checkpoint.hf import Checkpoint
+    from jqserve.checkpoint.opening import read_configs
+    from jqserve.quantize.calibration import read_calibration
+    from jqserve.server.tokenizer import load_tokenizer
+
+    with Checkpoint(source, weights=False) as checkpoint:
+        config, _ = read_configs(checkpoint, "auto")
+    end = config.eos_token_ids[0] if config.eos_token_ids else None
+    return read_calibration(
+        Path(args.calibration), args.samples, args.seqlen, config.vocab_size, lambda: load_tokenizer(str(source)), end,
+        args.seed,
+    )  # fmt: skip
+
+
+class _Screen:
+    """A line a layer on stdout, a bar on stderr where that is a terminal."""
+
+    def __enter__(self) -> _Screen:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar.start()
+        self._task = self._bar.add_task("", total=None)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def layer(self, done: int, total: int, rows: tuple[Any, ...], kept: bool) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+        cells = []
+        for row in rows:
+            decibels = row.weight_db if row.output_db is None else row.output_db
+            cells.append(f"{row.name.rpartition('.')[2].removesuffix('_proj')} {decibels:.1f}")
+        print(f"layer {done - 1}: signal to error in dB: {'  '.join(cells)}{'  (kept)' if kept else ''}", flush=True)
+        for row in rows:
+            if row.note:
+                print(f"  {row.name}: {row.note}", flush=True)

@@ -1,0 +1,91 @@
+"""One decoder layer as plain functions, cut where a Linear's input can be looked at.
+
+A layer is a dict of arrays: attn_norm, mlp_norm [D]; qkv, o, gate_up, down [N, K] with qkv_bias, ... [N] where there
+are any; q_norm, k_norm [Dh] (qwen3). The arithmetic is that of jqserve.models; tests compare the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jqserve.models.config import ModelConfig
+from jqserve.models.rope import rope_table, rotate
+from jqserve.ops.attention import full_attention
+from jqserve.ops.linear import linear
+
+Layer = dict[str, jax.Array]
+GROUPS = ("qkv", "o", "gate_up", "down")
+
+
+def norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """RMS norm over the last axis, float32 inside, rounded before the weight multiplies it (as Hugging Face does)."""
+    wide = x.astype(jnp.float32)
+    unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return unit.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def project(layer: Layer, group: str, x: jax.Array) -> jax.Array:
+    """The Linear(s) of one group: x [..., K] -> [..., N]"""
+    return linear(x, layer[group].astype(x.dtype), layer.get(f"{group}_bias"))
+
+
+def attend(config: ModelConfig, window: int | None, layer: Layer, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [B, S, D], normed -> (the input of o [B, S, H Dh], absmax of keys after rope and of values, float32 [2])."""
+    widths = config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim
+    q, k, v = (
+        part.reshape(*part.shape[:-1], -1, config.head_dim)
+        for part in jnp.split(project(layer, "qkv", x), widths, axis=-1)
+    )
+    if "q_norm" in layer:
+        q, k = norm(q, layer["q_norm"], config.norm_eps), norm(k, layer["k_norm"], config.norm_eps)
+    rope = rope_table(jnp.arange(x.shape[-2]), config.rope, config.head_dim)
+    q, k = rotate(q, *rope), rotate(k, *rope)
+    out = full_attention(q, k, v, sm_scale=config.head_dim**-0.5, window=window)
+    largest = jnp.stack([jnp.abs(k).max(), jnp.abs(v).max()]).astype(jnp.float32)
+    return out.reshape(*out.shape[:-2], -1), largest
+
+
+def gated(layer: Layer, x: jax.Array) -> jax.Array:
+    """x [..., D], normed -> the input of down [..., F]"""
+    gate, up = jnp.split(project(layer, "gate_up", x), 2, axis=-1)
+    return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attention_input(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
+    """h [B, S, D], the residual stream -> the input of q, k and v"""
+    return norm(h, layer["attn_norm"], config.norm_eps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attention_output(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> tuple[jax.Array, jax.Array]:
+    """h -> what `attend` gives"""
+    return attend(config, window, layer, norm(h, layer["attn_norm"], config.norm_eps))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def after_attention(config: ModelConfig, window: int | None, layer: Layer, h: Any, mixed: Any) -> jax.Array:
+    """h and the input of o -> the residual stream after attention"""
+    return h + project(layer, "o", mixed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def mlp_input(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
+    """The residual stream after attention -> the input of gate and up"""
+    return norm(h, layer["mlp_norm"], config.norm_eps)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def down_input(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
+    """The residual stream after attention -> the input of down"""
+    return gated(layer, norm(h, layer["mlp_norm"], config.norm_eps))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def after_mlp(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
+    """The residual stream after attention -> after the layer"""
+    return h + project(layer, "down", gated(layer, norm(h, layer["mlp_norm"], config.norm_eps)))

@@ -1,0 +1,64 @@
+"""What every writer is: a name, the tensors of one Linear, and the configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from jqserve.quantize.codes import Codes
+from jqserve.quantize.grid import Grid
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """How the scheme treats a Linear's input: none, dynamic (per token, or per 128 features), or a static scale."""
+
+    kind: str = "none"  # none | token | block | static
+    scale: np.ndarray | None = None  # static: a value of the model's dtype, shape [1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a configuration states about a whole checkpoint.
+
+    grid     of the quantized Linears; inputs: how their inputs are treated (kind alone)
+    ignored  Hugging Face names of the Linears of the layers that were left dense
+    layers   of the model
+    head     whether there is an lm_head of its own (never quantized)
+    act_order, static_groups, damp, algorithm: for the record, where a format has a place for them
+    kv_cache whether FP8 scales of the KV cache are stored
+    """
+
+    grid: Grid
+    inputs: str
+    ignored: tuple[str, ...]
+    layers: int
+    head: bool
+    algorithm: str
+    act_order: bool = False
+    static_groups: bool = False
+    damp: float = 0.0
+    kv_cache: bool = False
+
+
+class Format(Protocol):
+    """A writer. `dtype` is what dense tensors are stored in: "" for the model's own."""
+
+    name: str
+    dtype: str
+
+    def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
+        """Suffix -> array, of one Linear (its bias excepted)."""
+        ...
+
+    def config(self, facts: Facts) -> dict[str, Any]:
+        """The quantization_config of config.json. Raises UnsupportedError for what the format cannot say."""
+        ...
+
+    def files(self, facts: Facts) -> dict[str, dict[str, Any]]:
+        """Further JSON files, by name."""
+        ...

@@ -1,0 +1,32 @@
+"""DeepSeek's fp8: 128 x 128 blocks, `weight_scale_inv` float32, which multiplies (FORMATS.md section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jqserve.quantize.codes import Codes
+from jqserve.quantize.formats.format import Facts, Inputs, Tensors
+
+
+class BlockFp8:
+    """Activations are quantized per 128 features when the model runs."""
+
+    name = "fp8"
+    dtype = ""
+
+    def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
+        return {"weight": codes.values, "weight_scale_inv": codes.scale}
+
+    def config(self, facts: Facts) -> dict[str, Any]:
+        return {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "scale_fmt": "float",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": [*facts.ignored, "lm_head"],
+            "dequantize": False,
+        }
+
+    def files(self, facts: Facts) -> dict[str, dict[str, Any]]:
+        return {}

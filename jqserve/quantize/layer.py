@@ -1,0 +1,330 @@
+"""One layer, quantized: its Linears in the order in which they compute, each seeing what the quantized ones before it
+make of the calibration samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqserve.errors import CheckpointError, UnsupportedError
+from jqserve.models.config import ModelConfig
+from jqserve.quantize import awq, block, compensate, moments
+from jqserve.quantize.activations import Activations
+from jqserve.quantize.block import GROUPS, Layer
+from jqserve.quantize.codes import Codes, round_to_nearest
+from jqserve.quantize.fold import NORMS, fold
+from jqserve.quantize.formats.format import Inputs, Tensors
+from jqserve.quantize.grid import FP8_MAX, Grid, storage
+from jqserve.quantize.moments import Moments
+from jqserve.quantize.options import Options
+from jqserve.quantize.report import LinearReport, linear_report
+from jqserve.quantize.smooth import smooth_scale
+from jqserve.quantize.source import HostLayer, Part
+
+#: Tokens by which AWQ judges a scale at the output of attention and MLP.
+SAMPLE_TOKENS = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What became of a layer: its tensors under their full names, and a row for every Linear."""
+
+    tensors: Tensors
+    report: tuple[LinearReport, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerQuantizer:
+    """Quantizes the layers of one model. stored: dtype of dense tensors in the output."""
+
+    config: ModelConfig
+    options: Options
+    grid: Grid
+    stored: str
+
+    def run(self, host: HostLayer, window: int | None, activations: Activations | None) -> Done:
+        """activations: the residual stream before the layer; it is advanced past it (in place), through the quantized
+        layer. Raises CheckpointError naming the layer when activations are not finite."""
+        return _Run(self, host, window, activations).done()
+
+    def advance(
+        self, host: HostLayer, window: int | None, activations: Activations, weights: dict[str, np.ndarray]
+    ) -> None:
+        """Moves the activations past a layer that was finished before: weights float32 by tensor name, as read back."""
+        layer = {name: jnp.asarray(weights[tensor], jnp.float32) for name, (tensor, _) in host.norms.items()}
+        for group, parts in host.groups.items():
+            layer[group] = jnp.concatenate([jnp.asarray(weights[p.slot.name], jnp.float32) for p in parts])
+            if parts[0].bias is not None:
+                biases = [jnp.asarray(weights[f"{p.slot.name}.bias"], jnp.float32) for p in parts]
+                layer[f"{group}_bias"] = jnp.concatenate(biases)
+        through = Through(self.config, window, layer, f"model.layers.{host.index}")
+        mixed, _ = through.attention(activations)
+        through.past_attention(activations, mixed)
+        through.past_mlp(activations)
+
+
+def device_layer(host: HostLayer, stored: str) -> Layer:
+    """The layer in float32 on the device, Linears of one input joined. What stays dense has its values as `stored`."""
+
+    def dense(array: np.ndarray, name: str) -> jax.Array:
+        return jnp.asarray(stored_as(array, stored or array.dtype.name, name)).astype(jnp.float32)
+
+    layer: Layer = {name: dense(array, tensor) for name, (tensor, array) in host.norms.items()}
+    for group, parts in host.groups.items():
+        layer[group] = jnp.concatenate(
+            [
+                dense(p.weight, f"{p.slot.name}.weight") if p.ignored else jnp.asarray(p.weight).astype(jnp.float32)
+                for p in parts
+            ]
+        )
+        biases = [dense(p.bias, f"{p.slot.name}.bias") for p in parts if p.bias is not None]
+        if biases:
+            layer[f"{group}_bias"] = jnp.concatenate(biases)
+    return layer
+
+
+@dataclasses.dataclass
+class Through:
+    """Passes over all chunks with one layer's weights."""
+
+    config: ModelConfig
+    window: int | None
+    layer: Layer
+    name: str
+
+    def _of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arrays: function(self.config, self.window, self.layer, *arrays)
+
+    def inputs(self, group: str, activations: Activations) -> Any:
+        """The input of `group`, chunk by chunk. For "o", `activations` are already what attention gave."""
+        if group == "o":
+            return activations
+        functions = {"qkv": block.attention_input, "gate_up": block.mlp_input, "down": block.down_input}
+        return map(self._of(functions[group]), activations)
+
+    def collect(self, group: str, activations: Activations, *, hessian: bool) -> Moments:
+        """The moments of the input of `group`."""
+        found = moments.start(self.layer[group].shape[1], hessian=hessian)
+        for x in self.inputs(group, activations):
+            found = moments.add(found, x)
+        found = moments.finish(found, activations.rows)
+        if not bool(jnp.isfinite(found["mean"]).all()):
+            raise CheckpointError(
+                f"{self.name}: the input of {group} is not finite on the calibration data: the weights of this layer or "
+                "of one before it are damaged, or the model needs a wider dtype than its own"
+            )
+        return found
+
+    def attention(self, activations: Activations) -> tuple[Activations, np.ndarray]:
+        """(the input of o, absmax of keys and values float32 [2])"""
+        largest: list[jax.Array] = []
+
+        def both(h: jax.Array) -> jax.Array:
+            out, own = block.attention_output(self.config, self.window, self.layer, h)
+            largest.append(own)
+            return out
+
+        mixed = activations.map(both)
+        return mixed, np.asarray(jnp.stack(largest)).max(axis=0)
+
+    def past_attention(self, activations: Activations, mixed: Activations) -> None:
+        activations.chunks = activations.map(self._of(block.after_attention), mixed).chunks
+
+    def past_mlp(self, activations: Activations) -> None:
+        activations.chunks = activations.map(self._of(block.after_mlp)).chunks
+
+
+class _Run:
+    def __init__(
+        self, owner: LayerQuantizer, host: HostLayer, window: int | None, activations: Activations | None
+    ) -> None:
+        self.owner, self.host, self.window, self.activations = owner, host, window, activations
+        self.options, self.grid, self.config = owner.options, owner.grid, owner.config
+        self.name = f"model.layers.{host.index}"
+        self.layer = device_layer(host, owner.stored)
+        self.folded = False
+        self.tensors: Tensors = {}
+        self.rows: list[LinearReport] = []
+
+    def done(self) -> Done:
+        known: dict[str, Moments] = {}
+        if self.activations is None:
+            for group in GROUPS:
+                self._group(group, None)
+        else:
+            if self.options.algorithm == "awq":
+                known = self._scale_by_search()
+            elif self.options.smoothquant is not None:
+                self._smooth()
+            self._in_order(known)
+        for name, (tensor, array) in self.host.norms.items():
+            self.tensors[tensor] = stored_as(
+                np.asarray(self.layer[name]), self.owner.stored or array.dtype.name, tensor
+            )
+        return Done(self.tensors, tuple(self.rows))
+
+    @property
+    def through(self) -> Through:
+        return Through(self.config, self.window, self.layer, self.name)
+
+    def _in_order(self, known: dict[str, Moments]) -> None:
+        assert self.activations is not None
+        mixed, kv = None, None
+        for group in GROUPS:
+            if group == "o":
+                mixed, kv = self.through.attention(self.activations)
+            found = known.get(group)
+            if found is None and self._needs_moments():
+                source = mixed if group == "o" else self.activations
+                assert source is not None
+                found = self.through.collect(group, source, hessian=self.options.algorithm == "gptq")
+            self._group(group, found)
+            if group == "o":
+                assert mixed is not None
+                self.through.past_attention(self.activations, mixed)
+                mixed = None
+        self.through.past_mlp(self.activations)
+        if self.options.kv_cache != "none":
+            assert kv is not None
+            for word, largest in zip("kv", kv):
+                scale = np.float32(largest) / np.float32(FP8_MAX) if largest > 0 else np.float32(1)
+                self.tensors[f"{self.name}.self_attn.{word}_scale"] = self._small(scale)
+
+    def _needs_moments(self) -> bool:
+        return self.options.algorithm == "gptq" or self.options.row.inputs == "static"
+
+    def _small(self, value: Any) -> np.ndarray:
+        return np.asarray(value, np.float32).reshape(1).astype(storage(self.owner.stored or self.config.dtype))
+
+    def _features(self, *, hessian: bool) -> dict[str, Moments]:
+        """The moments of all four inputs, with the layer as it is."""
+        assert self.activations is not None
+        before = Activations(self.activations.chunks)
+        found = {"qkv": self.through.collect("qkv", before, hessian=hessian)}
+        mixed, _ = self.through.attention(before)
+        found["o"] = self.through.collect("o", mixed, hessian=hessian)
+        self.through.past_attention(before, mixed)
+        for group in ("gate_up", "down"):
+            found[group] = self.through.collect(group, before, hessian=hessian)
+        return found
+
+    def _scale_by_search(self) -> dict[str, Moments]:
+        assert self.activations is not None
+        found = self._features(hessian=True)
+        sample = [jnp.asarray(chunk) for chunk in self.activations.sample(SAMPLE_TOKENS)]
+        for group in GROUPS:
+            if group == "gate_up":
+                sample = [self._past_attention(h) for h in sample]
+            if not self._scalable(group):
+                continue
+            scale = awq.best_scale(self.config, self.window, self.grid, self.layer, group, found[group], sample)
+            self.layer, exact = fold(self.config, self.layer, group, scale, self._norm_dtype(group))
+            hessian = found[group]["hessian"] / (exact[:, None] * exact[None, :])
+            found[group] = {**found[group], "hessian": hessian}
+        self.folded = True
+        return found
+
+    def _past_attention(self, h: jax.Array) -> jax.Array:
+        mixed, _ = block.attention_output(self.config, self.window, self.layer, h)
+        return block.after_attention(self.config, self.window, self.layer, h, mixed)
+
+    def _smooth(self) -> None:
+        assert self.options.smoothquant is not None
+        found = self._features(hessian=False)
+        for group in NORMS:
+            scale = smooth_scale(self.layer[group], found[group]["largest"], self.options.smoothquant)
+            self.layer, _ = fold(self.config, self.layer, group, scale, self._norm_dtype(group))
+        self.folded = True
+
+    def _norm_dtype(self, group: str) -> str:
+        return self.owner.stored or self.config.dtype
+
+    def _scalable(self, group: str) -> bool:
+        """Dense Linears take no part: one that stays dense would be stored scaled, in 16 bits. The Linear before, whose
+        rows are divided, must be quantized too."""
+        before = {"o": self.host.groups["qkv"][2:], "down": self.host.groups["gate_up"][1:]}.get(group, ())
+        return not any(part.ignored for part in (*self.host.groups[group], *before))
+
+    def _group(self, group: str, found: Moments | None) -> None:
+        """Quantizes the Linears of one input and puts what is left of them into the layer."""
+        parts = self.host.groups[group]
+        weight = self.layer[group]
+        bounds = np.cumsum([0, *(p.slot.n for p in parts)])
+        rows = [(int(a), int(b)) for a, b in zip(bounds, bounds[1:])]
+        live = [i for i, part in enumerate(parts) if not part.ignored]
+        inputs = self._inputs(found)
+        hessian = None if found is None or "hessian" not in found else np.array(found.pop("hessian"))
+        for i in live:
+            self.grid.check(parts[i].slot.name, parts[i].slot.n, parts[i].slot.k)
+        coded, note = self._codes(group, parts, weight, rows, live, hessian)
+        pieces = [weight[a:b] for a, b in rows]
+        for i in live:
+            left = jnp.asarray(coded[i].dequantize())
+            self.rows.append(linear_report(parts[i].slot, pieces[i], left, hessian, self.grid.bits, note))
+            for suffix, array in self.owner.options.writer().tensors(coded[i], inputs).items():
+                self.tensors[f"{parts[i].slot.name}.{suffix}"] = array
+            pieces[i] = left
+        for i, part in enumerate(parts):
+            if part.ignored:
+                name = f"{part.slot.name}.weight"
+                kept = stored_as(np.asarray(pieces[i]), self.owner.stored or part.weight.dtype.name, name)
+                self.tensors[name], pieces[i] = kept, jnp.asarray(kept).astype(jnp.float32)
+            if part.bias is not None:
+                a, b = rows[i]
+                name = f"{part.slot.name}.bias"
+                bias = np.asarray(self.layer[f"{group}_bias"][a:b])
+                self.tensors[name] = stored_as(bias, self.owner.stored or part.bias.dtype.name, name)
+        self.layer = {**self.layer, group: jnp.concatenate(pieces)}
+
+    def _codes(
+        self,
+        group: str,
+        parts: tuple[Part, ...],
+        weight: jax.Array,
+        rows: list[tuple[int, int]],
+        live: list[int],
+        hessian: np.ndarray | None,
+    ) -> tuple[dict[int, Codes], str]:
+        """Codes of each quantized part, and a note."""
+        if self.options.algorithm == "gptq" and hessian is not None and live:
+            chosen = weight if len(live) == len(parts) else jnp.concatenate([weight[slice(*rows[i])] for i in live])
+            order = compensate.Order(self.options.act_order, self.options.static_groups)
+            codes, note = compensate.quantize(chosen, hessian, self.grid, self.options.damp, order)
+            coded, at = {}, 0
+            for i in live:
+                coded[i] = codes.rows(at, at + parts[i].slot.n)
+                at += parts[i].slot.n
+            return coded, note
+        coded = {}
+        for i in live:
+            own = weight[slice(*rows[i])] if self.folded else jnp.asarray(parts[i].weight)
+            # Queries and keys meet in a product that a Linear's own error says little about: not clipped, as in AutoAWQ
+            if self.options.algorithm == "awq" and self.options.clip and hessian is not None:
+                if group != "qkv" or i == 2:
+                    own = awq.clipped(self.grid, own, jnp.asarray(hessian))
+            coded[i] = round_to_nearest(own, self.grid)
+        return coded, ""
+
+    def _inputs(self, found: Moments | None) -> Inputs:
+        kind = self.options.row.inputs
+        if kind != "static":
+            return Inputs(kind)
+        assert found is not None
+        largest = float(found["largest"].max())
+        return Inputs(kind, self._small(np.float32(largest) / np.float32(FP8_MAX) if largest > 0 else 1.0))
+
+
+def stored_as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """A dense tensor in the dtype that it is written in. Raises UnsupportedError where float16 cannot hold it."""
+    kept = array.astype(storage(dtype))
+    if dtype == "float16" and not np.isfinite(kept.astype(np.float32)).all():
+        raise UnsupportedError(
+            f"{name}: holds values beyond float16's 65504, and this format is float16 throughout; use --format "
+            "compressed-tensors"
+        )
+    return kept

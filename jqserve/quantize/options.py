@@ -1,0 +1,125 @@
+"""`Options`: what a user asked `jqserve quantize` for, checked and with its defaults filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jqserve.errors import RequestError
+from jqserve.quantize.formats.awq import Awq
+from jqserve.quantize.formats.compressed_tensors import CompressedTensors
+from jqserve.quantize.formats.format import Format
+from jqserve.quantize.formats.fp8 import BlockFp8
+from jqserve.quantize.formats.gptq import Gptq
+from jqserve.quantize.grid import Grid
+from jqserve.quantize.schemes import SCHEMES, Algorithm, Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """None is the scheme's default. Raises RequestError, naming the flag, for what the scheme does not have.
+
+    scheme         a key of SCHEMES
+    format         one of the scheme's formats
+    bits           4 or 8 for gptq
+    group_size     values along K that share a scale; -1: all
+    symmetric      False: with zero points
+    act_order      gptq: columns in the order of falling Hessian diagonal
+    static_groups  with act_order: groups are those of the original order, fixed first; the file needs no g_idx
+    damp           gptq: added to the Hessian's diagonal, as a share of its mean
+    gptq           w8a8-int8: GPTQ instead of rounding
+    smoothquant    w8a8-int8: alpha of SmoothQuant (arXiv:2211.10438), or None
+    clip           awq: also search for the range of every group
+    kv_cache       "fp8": scales of keys and values are calibrated and stored; or "none"
+    ignore         names of Linears, or "re:" and a regular expression that matches their beginning
+    """
+
+    scheme: str
+    format: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool = False
+    static_groups: bool = False
+    damp: float = 0.01
+    gptq: bool = False
+    smoothquant: float | None = None
+    clip: bool = True
+    kv_cache: str = "none"
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise RequestError("--scheme", f"{self.scheme!r} is not one of {', '.join(SCHEMES)}")
+        row = self.row
+        self._one_of("--format", self.format, row.formats)
+        self._one_of("--bits", self.bits, row.bits)
+        if self.group_size is not None:
+            if not row.grouped:
+                raise RequestError("--group-size", f"{self.scheme} has none: {row.summary}")
+            if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
+                raise RequestError("--group-size", f"must be -1 or a multiple of 8, found {self.group_size}")
+        if self.symmetric is False and not row.zero_points:
+            raise RequestError("--asym", f"{self.scheme} is symmetric in every format")
+        if self.scheme == "awq" and self.symmetric and self.format != "compressed-tensors":
+            raise RequestError("--sym", "AutoAWQ's files always have zero points; add --format compressed-tensors")
+        if self.gptq and "gptq" not in row.algorithms:
+            raise RequestError("--gptq", f"belongs to w8a8-int8 (or use --scheme gptq), not to {self.scheme}")
+        if self.smoothquant is not None and self.scheme != "w8a8-int8":
+            raise RequestError("--smoothquant", f"belongs to w8a8-int8, not to {self.scheme}")
+        if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
+            raise RequestError("--smoothquant", f"must be from 0 to 1, found {self.smoothquant}")
+        if (self.act_order or self.static_groups) and self.algorithm != "gptq":
+            raise RequestError("--act-order", f"belongs to GPTQ, not to {self.scheme}")
+        if self.static_groups and not self.act_order:
+            raise RequestError("--static-groups", "only matters with --act-order")
+        if not 0 < self.damp < 1:
+            raise RequestError("--damp", f"must be between 0 and 1, found {self.damp}")
+        self._one_of("--kv-cache", self.kv_cache, ("none", "fp8"))
+
+    def _one_of(self, flag: str, value: Any, allowed: tuple[Any, ...]) -> None:
+        if value is not None and value not in allowed:
+            found = ", ".join(map(str, allowed))
+            raise RequestError(flag, f"{value} is not one of {found} (--scheme {self.scheme})")
+
+    @property
+    def row(self) -> Scheme:
+        return SCHEMES[self.scheme]
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return "gptq" if self.gptq else self.row.algorithms[0]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data is needed."""
+        static = self.row.inputs == "static"
+        return self.algorithm != "rtn" or static or self.smoothquant is not None or self.kv_cache != "none"
+
+    def writer(self) -> Format:
+        name = self.format or self.row.formats[0]
+        if name == "compressed-tensors":
+            return CompressedTensors()
+        return {"gptq": Gptq(1), "gptq_v2": Gptq(2), "awq": Awq(), "fp8": BlockFp8()}[name]
+
+    def grid(self, model_dtype: str) -> Grid:
+        """The grid of every quantized Linear of a model of `model_dtype`."""
+        row, form = self.row, self.format or self.row.formats[0]
+        group = row.group
+        if row.grouped and self.group_size is not None:
+            group = (1, 0 if self.group_size == -1 else self.group_size)
+        symmetric = row.symmetric if self.symmetric is None else self.symmetric
+        like_peers = form == "compressed-tensors" and self.algorithm == "rtn" and self.smoothquant is None
+        return Grid(
+            kind=row.kind,
+            bits=self.bits or row.bits[0],
+            symmetric=symmetric,
+            group=group,
+            scale_dtype={"compressed-tensors": model_dtype, "fp8": "float32"}.get(form, "float16"),
+            native=model_dtype if like_peers else "float32",
+            reciprocal=form == "fp8",
+            min_zero=1 if form == "gptq" and not symmetric else 0,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
