@@ -19,7 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("jqserve.cli.convert", "write a checkpoint as an Orbax tree with a checked manifest"),
     "gateway": ("jqserve.cli.gateway", "an OpenAI-compatible HTTP endpoint (smg) in front of workers"),
     "generate": ("jqserve.cli.generate", "complete prompts offline, with a progress bar"),
-    "quantize": ("jqserve.cli.quantize", "quantize an unquantized checkpoint, with calibration where the scheme has it"),
+    "quantize": (
+        "jqserve.cli.quantize",
+        "quantize an unquantized checkpoint, with calibration where the scheme has it",
+    ),
     "logits": ("jqserve.cli.logits", "dump the logits of given token ids, to compare engines"),
     "top": ("jqserve.cli.top", "what a running server is doing, in the terminal"),
 }

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model-path", required=True, metavar="DIR|HUB_ID", help="the unquantized checkpoint")
     add("--revision", help="of a Hub id")
-    add("--out", required=True, metavar="DIR", help="the directory to write: new, or empty; it appears when all is done")
+    add(
+        "--out", required=True, metavar="DIR", help="the directory to write: new, or empty; it appears when all is done"
+    )
     add("--scheme", required=True, metavar="S", help="what to make, see below")
     add("--format", help="how to write it; default: the first one of the scheme")
     add("--calibration", metavar="FILE|DIR", help=".txt, .jsonl (text, or messages), .npy of token ids, or a directory")
@@ -36,8 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gptq", action="store_true", help="w8a8-int8: GPTQ instead of rounding to nearest")
     add("--smoothquant", type=float, nargs="?", const=0.5, metavar="ALPHA", help="w8a8-int8: SmoothQuant (0.5)")
     add("--no-clip", action="store_true", help="awq: without the search for clipped ranges")
+    add("--search-tokens", type=int, default=65536, help="awq: tokens by which a scale is judged (65536)")
     add("--kv-cache", choices=("none", "fp8"), default="none", help="fp8: also calibrate scales of the KV cache")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of calibration activations")
+    add(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of calibration activations"
+    )
     add("--chunk-tokens", type=int, default=16384, help="tokens on the device at a time (16384)")
     add("--restart", action="store_true", help="throw away an unfinished run with other options")
 
@@ -57,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         damp=args.damp,
         gptq=args.gptq,
         smoothquant=args.smoothquant,
+        search_tokens=args.search_tokens,
         clip=not args.no_clip,
         kv_cache=args.kv_cache,
         ignore=tuple(args.ignore),

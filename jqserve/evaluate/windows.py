@@ -13,9 +13,7 @@ from jqserve.errors import RequestError
 FLAG = "--text"
 
 
-def read_windows(
-    path: Path, windows: int, length: int, vocab_size: int, encoder: Callable[[], Any]
-) -> np.ndarray:
+def read_windows(path: Path, windows: int, length: int, vocab_size: int, encoder: Callable[[], Any]) -> np.ndarray:
     """int32 [at most `windows`, length], the first ones of the text.
 
     path: .npy (int, any shape), .bin (uint16, as training corpora are kept), or text in UTF-8, for which `encoder`

@@ -53,6 +53,11 @@ class Activations:
         return Activations([*results, *([] if flying is None else [np.asarray(flying)])])
 
     def sample(self, tokens: int) -> list[np.ndarray]:
-        """Evenly spaced chunks of up to `tokens` in all; at least one."""
-        count = max(1, min(len(self.chunks), tokens // (self.chunks[0].shape[0] * self.chunks[0].shape[1])))
-        return [self.chunks[int(i)] for i in np.linspace(0, len(self.chunks) - 1, count)]
+        """Evenly spaced samples of up to `tokens` in all, at least one, in chunks as large as the others."""
+        rows, length = sum(len(chunk) for chunk in self.chunks), self.chunks[0].shape[1]
+        wanted = np.linspace(0, rows - 1, max(1, min(rows, tokens // length))).round().astype(np.int64)
+        starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
+        chunk_of = np.searchsorted(starts, wanted, side="right") - 1
+        taken = np.stack([self.chunks[c][row - starts[c]] for c, row in zip(chunk_of, wanted)])
+        size = len(self.chunks[0])
+        return [taken[i : i + size] for i in range(0, len(taken), size)]

@@ -92,7 +92,9 @@ def _ids(file: Path) -> Iterator[np.ndarray]:
     except (ValueError, OSError, EOFError) as error:
         raise RequestError(FLAG, f"{file}: is not a .npy of plain numbers: {error}") from None
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size == 0:
-        raise RequestError(FLAG, f"{file}: expected ids, int [tokens] or [rows, tokens], found {array.dtype} {array.shape}")
+        raise RequestError(
+            FLAG, f"{file}: expected ids, int [tokens] or [rows, tokens], found {array.dtype} {array.shape}"
+        )
     yield array.reshape(-1).astype(np.int64)  # rows of a table follow each other without an end-of-text
 
 

@@ -43,7 +43,7 @@ def write_safetensors(path: Path, tensors: Tensors) -> str:
     header, order = header_of(tensors)
     try:
         with open(partial, "wb") as file:
-            for data in (header, *(memoryview(_bytes(tensors[name])) for name in order)):
+            for data in map(memoryview, (header, *(_bytes(tensors[name]).data for name in order))):
                 for begin in range(0, len(data), _CHUNK):
                     piece = data[begin : begin + _CHUNK]
                     file.write(piece)

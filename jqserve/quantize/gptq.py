@@ -87,7 +87,8 @@ def solve_static(
 
     def step(i: jax.Array, state: tuple) -> tuple:
         own = lax.dynamic_slice(member, (i * block,), (block,))
-        return _block(grid, *state, factor, i * block, block, scale[own], zero[own])
+        rest, codes = state
+        return _block(grid, rest, codes, factor, i * block, block, scale[own], zero[own])
 
     return lax.fori_loop(0, k // block, step, (weight, jnp.zeros((k, n), jnp.uint8)))[1]
 

@@ -26,9 +26,6 @@ from jqserve.quantize.report import LinearReport, linear_report
 from jqserve.quantize.smooth import smooth_scale
 from jqserve.quantize.source import HostLayer, Part
 
-#: Tokens by which AWQ judges a scale at the output of attention and MLP.
-SAMPLE_TOKENS = 65536
-
 
 @dataclasses.dataclass(frozen=True)
 class Done:
@@ -112,7 +109,7 @@ class Through:
         found = moments.start(self.layer[group].shape[1], hessian=hessian)
         for x in self.inputs(group, activations):
             found = moments.add(found, x)
-        found = moments.finish(found, activations.rows)
+        found = moments.finish(found, float(activations.rows))
         if not bool(jnp.isfinite(found["mean"]).all()):
             raise CheckpointError(
                 f"{self.name}: the input of {group} is not finite on the calibration data: the weights of this layer or "
@@ -216,7 +213,7 @@ class _Run:
     def _scale_by_search(self) -> dict[str, Moments]:
         assert self.activations is not None
         found = self._features(hessian=True)
-        sample = [jnp.asarray(chunk) for chunk in self.activations.sample(SAMPLE_TOKENS)]
+        sample = [jnp.asarray(chunk) for chunk in self.activations.sample(self.options.search_tokens)]
         for group in GROUPS:
             if group == "gate_up":
                 sample = [self._past_attention(h) for h in sample]
@@ -304,9 +301,9 @@ class _Run:
         for i in live:
             own = weight[slice(*rows[i])] if self.folded else jnp.asarray(parts[i].weight)
             # Queries and keys meet in a product that a Linear's own error says little about: not clipped, as in AutoAWQ
-            if self.options.algorithm == "awq" and self.options.clip and hessian is not None:
-                if group != "qkv" or i == 2:
-                    own = awq.clipped(self.grid, own, jnp.asarray(hessian))
+            clips = self.options.algorithm == "awq" and self.options.clip and (group != "qkv" or i == 2)
+            if clips and hessian is not None:
+                own = awq.clipped(self.grid, own.astype(jnp.float32), jnp.asarray(hessian))
             coded[i] = round_to_nearest(own, self.grid)
         return coded, ""
 

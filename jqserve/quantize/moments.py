@@ -39,8 +39,8 @@ def add(moments: Moments, x: Any) -> Moments:
     return found
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def finish(moments: Moments, rows: int) -> Moments:
+@jax.jit
+def finish(moments: Moments, rows: float) -> Moments:
     """Sums over `rows` rows -> means: {"mean" [K], "largest" [K], "hessian" [K, K] (where it was asked for)}."""
     done = {"mean": (moments["mean"] + moments["mean_carry"]) / rows, "largest": moments["largest"]}
     if "hessian" in moments:

@@ -29,6 +29,7 @@ class Options:
     damp           gptq: added to the Hessian's diagonal, as a share of its mean
     gptq           w8a8-int8: GPTQ instead of rounding
     smoothquant    w8a8-int8: alpha of SmoothQuant (arXiv:2211.10438), or None
+    search_tokens  awq: tokens by which a scale is judged at the output of attention and MLP
     clip           awq: also search for the range of every group
     kv_cache       "fp8": scales of keys and values are calibrated and stored; or "none"
     ignore         names of Linears, or "re:" and a regular expression that matches their beginning
@@ -44,6 +45,7 @@ class Options:
     damp: float = 0.01
     gptq: bool = False
     smoothquant: float | None = None
+    search_tokens: int = 65536
     clip: bool = True
     kv_cache: str = "none"
     ignore: tuple[str, ...] = ()
@@ -75,6 +77,8 @@ class Options:
             raise RequestError("--static-groups", "only matters with --act-order")
         if not 0 < self.damp < 1:
             raise RequestError("--damp", f"must be between 0 and 1, found {self.damp}")
+        if self.search_tokens < 1:
+            raise RequestError("--search-tokens", f"must be at least 1, found {self.search_tokens}")
         self._one_of("--kv-cache", self.kv_cache, ("none", "fp8"))
 
     def _one_of(self, flag: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -100,7 +104,8 @@ class Options:
         name = self.format or self.row.formats[0]
         if name == "compressed-tensors":
             return CompressedTensors()
-        return {"gptq": Gptq(1), "gptq_v2": Gptq(2), "awq": Awq(), "fp8": BlockFp8()}[name]
+        others: tuple[Format, ...] = (Gptq(1), Gptq(2), Awq(), BlockFp8())
+        return next(writer for writer in others if writer.name == name)
 
     def grid(self, model_dtype: str) -> Grid:
         """The grid of every quantized Linear of a model of `model_dtype`."""

@@ -56,8 +56,8 @@ def assemble(
         write_json(into / name, data)
     write_json(into / "config.json", config)
     for path in into.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())
     sync_directory(into)
 
 

@@ -1,0 +1,229 @@
+"""Runs that end badly: what is left never loads, and what goes on from there ends in the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jqserve
+from jqserve.quantize import files
+from jqserve.quantize.job import Progress, quantize
+from jqserve.quantize.options import Options
+from tests.checkpoint import tiny
+
+SAMPLES = np.random.default_rng(0).integers(0, tiny.CONFIG["vocab_size"], (6, 32)).astype(np.int32)
+GPTQ = Options("gptq", group_size=64, kv_cache="fp8")
+AWQ = Options("awq", group_size=64)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("base"), num_hidden_layers=3).path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def loadable(folder: Path) -> bool:
+    try:
+        jqserve.load(folder)
+    except jqserve.JqserveError:
+        return False
+    return True
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(at: int) -> Progress:
+    """Raises when layer `at` is done."""
+
+    def progress(done: int, total: int, rows: Any, kept: bool) -> None:
+        if done == at:
+            raise Stopped
+
+    return progress
+
+
+def noting(kept: list[bool]) -> Progress:
+    """Notes which layers an earlier run had done."""
+
+    def progress(done: int, total: int, rows: Any, was_kept: bool) -> None:
+        kept.append(was_kept)
+
+    return progress
+
+
+@pytest.mark.parametrize("options", [GPTQ, AWQ], ids=["gptq", "awq"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(base: Path, tmp_path: Path, options: Options) -> None:
+    quantize(base, tmp_path / "whole", options, SAMPLES, chunk_tokens=64)
+    for stop_after in (1, 2):
+        out = tmp_path / f"stopped{stop_after}"
+        kept: list[bool] = []
+
+        with pytest.raises(Stopped):
+            quantize(base, out, options, SAMPLES, chunk_tokens=64, progress=stopping(stop_after))
+        assert not out.exists()
+        left = tmp_path / f".stopped{stop_after}.quantizing"
+        assert left.is_dir() and not loadable(left)
+        quantize(base, out, options, SAMPLES, chunk_tokens=64, progress=noting(kept))
+        assert kept == [True] * stop_after + [False] * (3 - stop_after)
+        assert content(out) == content(tmp_path / "whole")
+        assert not left.exists()
+
+
+def test_a_damaged_piece_is_made_again(base: Path, tmp_path: Path) -> None:
+    quantize(base, tmp_path / "whole", GPTQ, SAMPLES)
+    with pytest.raises(Stopped):
+        quantize(base, tmp_path / "out", GPTQ, SAMPLES, progress=stopping(2))
+    piece = tmp_path / ".out.quantizing" / "piece-00001.tensors"
+    damaged = bytearray(piece.read_bytes())
+    damaged[-5] ^= 1
+    piece.write_bytes(damaged)
+    kept: list[bool] = []
+    quantize(base, tmp_path / "out", GPTQ, SAMPLES, progress=noting(kept))
+    assert kept == [False, True, False]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_another_job_is_not_continued(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        quantize(base, tmp_path / "out", GPTQ, SAMPLES, progress=stopping(1))
+    with pytest.raises(jqserve.JqserveError, match=r"unfinished run that differs in: calibration.*--restart"):
+        quantize(base, tmp_path / "out", GPTQ, SAMPLES[::-1])
+    with pytest.raises(jqserve.JqserveError, match="differs in: options"):
+        quantize(base, tmp_path / "out", Options("gptq", group_size=32, kv_cache="fp8"), SAMPLES)
+    quantize(base, tmp_path / "out", GPTQ, SAMPLES[::-1], restart=True)
+    assert loadable(tmp_path / "out")
+    with pytest.raises(jqserve.JqserveError, match="exists and is not an empty directory"):
+        quantize(base, tmp_path / "out", GPTQ, SAMPLES)
+
+
+@pytest.mark.slow
+def test_killed_at_random_points(base: Path, tmp_path: Path) -> None:
+    """SIGKILL, with whatever was being written. Every attempt gets a little further; the last one ends."""
+    np.save(tmp_path / "ids.npy", SAMPLES)
+    command = [sys.executable, "-m", "jqserve.cli.main", "quantize", "--model-path", str(base), "--scheme", "w4a16"]
+    command += ["--kv-cache", "fp8", "--calibration", str(tmp_path / "ids.npy"), "--seqlen", "32"]
+    whole = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True, timeout=250)
+    assert whole.returncode == 0, whole.stderr
+    rng, out = random.Random(7), tmp_path / "out"
+    for _ in range(3):
+        process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        watched = tmp_path / ".out.quantizing"
+        wanted = len(list(watched.glob("*.json"))) + rng.randint(1, 2)
+        until = time.monotonic() + 120
+        while process.poll() is None and len(list(watched.glob("*.json"))) < wanted and time.monotonic() < until:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if out.exists():
+            break
+        assert not loadable(watched)
+    if not out.exists():
+        done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+    assert content(out) == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_a_full_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """At the nth file: a clear error, nothing that loads, and room again is all that a second run needs."""
+    count = 0
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        nonlocal count
+        count += not os.path.isdir(f"/proc/self/fd/{handle}")
+        if count == failing * 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(jqserve.JqserveError, match="No space left on device"):
+        quantize(base, tmp_path / "out", Options("w8a16"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(files.os, "fsync", real)
+    quantize(base, tmp_path / "out", Options("w8a16"))
+    assert loadable(tmp_path / "out")
+
+
+def test_the_full_disk_names_the_layer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jqserve.quantize import workplace
+
+    real = workplace.write_safetensors
+
+    def full(path: Path, tensors: Any) -> str:
+        if path.name == "piece-00002.tensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, tensors)
+
+    monkeypatch.setattr(workplace, "write_safetensors", full)
+    with pytest.raises(jqserve.JqserveError, match=r"model\.layers\.1 could not be written: No space.*repeat the comm"):
+        quantize(base, tmp_path / "out", Options("w8a16"))
+
+
+def test_weights_that_are_not_numbers(base: Path, tmp_path: Path) -> None:
+    made = tiny.make(tmp_path / "nan")
+    made.tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    made.save()
+    with pytest.raises(jqserve.JqserveError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: has values that are not"):
+        quantize(tmp_path / "nan", tmp_path / "out", Options("w4a16"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_all_zero(base: Path, tmp_path: Path) -> None:
+    made = tiny.make(tmp_path / "zero")
+    made.tensors["model.layers.0.mlp.gate_proj.weight"][:] = 0
+    made.save()
+    for options in (Options("w4a16"), GPTQ, AWQ, Options("w8a8-int8", smoothquant=0.5), Options("fp8-static")):
+        name = f"{options.scheme}{options.smoothquant}"
+        rows = quantize(tmp_path / "zero", tmp_path / name, options, SAMPLES)
+        notes = {row.name: row.note for row in rows}
+        assert "all weights are zero" in notes["model.layers.0.mlp.gate_proj"]
+        # down's input is silu(0) * up = 0 on every sample: nothing to weigh its errors by
+        if options.scheme == "gptq":
+            assert notes["model.layers.0.mlp.down_proj"] == "no input was ever active: rounded to nearest"
+        _, params = jqserve.load(tmp_path / name, dtype="float32", activations="none", layout="canonical")
+        gate = np.asarray(jqserve.dequantize(params["layers"]["0"]["mlp"]["gate_up"]["weight"]))[:256]
+        assert np.isfinite(gate).all() and not gate.any()
+
+
+def test_activations_that_overflow(tmp_path: Path) -> None:
+    made = tiny.make(tmp_path / "large")
+    made.tensors["model.layers.0.mlp.down_proj.weight"] = (
+        made.tensors["model.layers.0.mlp.down_proj.weight"].astype(np.float32) * 1e38
+    ).astype(made.tensors["model.norm.weight"].dtype)
+    made.save()
+    with pytest.raises(jqserve.JqserveError, match=r"model\.layers\.\d: the input of \w+ is not finite"):
+        quantize(tmp_path / "large", tmp_path / "out", GPTQ, SAMPLES)
+
+
+def test_a_quantized_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
+    quantize(base, tmp_path / "one", Options("w8a16"))
+    with pytest.raises(jqserve.JqserveError, match="is quantized already"):
+        quantize(tmp_path / "one", tmp_path / "two", Options("w8a16"))
+
+
+def test_shards_are_linked_and_indexed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jqserve.quantize import output
+
+    quantize(base, tmp_path / "one", Options("w8a16"))
+    monkeypatch.setattr(output.assemble, "__defaults__", (1,))
+    quantize(base, tmp_path / "several", Options("w8a16"))
+    assert len(list((tmp_path / "several").glob("model-*-of-00005.safetensors"))) == 5
+    tokens = np.arange(8)
+    one, several = (jqserve.load(tmp_path / name, dtype="float32") for name in ("one", "several"))
+    assert np.array_equal(one[0](one[1], tokens), several[0](several[1], tokens))
