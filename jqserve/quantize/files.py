@@ -43,7 +43,8 @@ def write_safetensors(path: Path, tensors: Tensors) -> str:
     header, order = header_of(tensors)
     try:
         with open(partial, "wb") as file:
-            for data in map(memoryview, (header, *(_bytes(tensors[name]).data for name in order))):
+            for array in (np.frombuffer(header, np.uint8), *(_bytes(tensors[name]) for name in order)):
+                data = array.data
                 for begin in range(0, len(data), _CHUNK):
                     piece = data[begin : begin + _CHUNK]
                     file.write(piece)

@@ -4,6 +4,7 @@ make of the calibration samples."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -112,8 +113,8 @@ class Through:
         found = moments.finish(found, float(activations.rows))
         if not bool(jnp.isfinite(found["mean"]).all()):
             raise CheckpointError(
-                f"{self.name}: the input of {group} is not finite on the calibration data: the weights of this layer or "
-                "of one before it are damaged, or the model needs a wider dtype than its own"
+                f"{self.name}: the input of {group} is not finite on the calibration data: the weights of this layer "
+                "or of one before it are damaged, or the model needs a wider dtype than its own"
             )
         return found
 
@@ -252,7 +253,7 @@ class _Run:
         parts = self.host.groups[group]
         weight = self.layer[group]
         bounds = np.cumsum([0, *(p.slot.n for p in parts)])
-        rows = [(int(a), int(b)) for a, b in zip(bounds, bounds[1:])]
+        rows = [(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
         live = [i for i, part in enumerate(parts) if not part.ignored]
         inputs = self._inputs(found)
         hessian = None if found is None or "hessian" not in found else np.array(found.pop("hessian"))

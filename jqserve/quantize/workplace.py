@@ -55,8 +55,8 @@ class Workplace:
         if found is not None and not restart:
             keys = sorted(key for key in {*found, *job} if found.get(key) != job.get(key))
             raise CheckpointError(
-                f"{self.path}: holds an unfinished run that differs in: {', '.join(keys)}. Repeat that run's command to "
-                "go on with it, or add --restart to throw it away"
+                f"{self.path}: holds an unfinished run that differs in: {', '.join(keys)}. Repeat that run's command "
+                "to go on with it, or add --restart to throw it away"
             )
         for child in self.path.iterdir():
             shutil.rmtree(child) if child.is_dir() else child.unlink()

@@ -47,7 +47,7 @@ def _substrings(ignored: tuple[str, ...], layers: int) -> list[str]:
     for tail in tails:
         if tails.count(tail) != layers:
             raise UnsupportedError(
-                f"--ignore: {tail} is left out in {tails.count(tail)} of {layers} layers, which AutoAWQ's format cannot "
-                "say; leave it out in all of them, or use --format compressed-tensors"
+                f"--ignore: {tail} is left out in {tails.count(tail)} of {layers} layers, which AutoAWQ's format "
+                "cannot say; leave it out in all of them, or use --format compressed-tensors"
             )
     return sorted(set(tails))

@@ -1,0 +1,106 @@
+"""Calibration data in all its forms, and what is said about data that is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jqserve.errors import RequestError
+from jqserve.quantize import moments
+from jqserve.quantize.activations import Activations
+from jqserve.quantize.calibration import read_calibration
+
+
+class Letters:
+    """A tokenizer: a character an id; a chat is its contents, each behind its role's first letter."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def need_chat(self) -> Letters:
+        return self
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        assert not add_generation_prompt
+        return "".join(m["role"][0] + m["content"] for m in messages)
+
+
+def read(path: Path, samples: int = 99, seqlen: int = 4, **more: Any) -> np.ndarray:
+    return read_calibration(path, samples, seqlen, 128, Letters, 0, **more)
+
+
+def text(rows: np.ndarray) -> list[str]:
+    return ["".join(map(chr, row)) for row in rows]
+
+
+def test_every_form(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefghij")
+    assert text(read(tmp_path / "a.txt")) == ["abcd", "efgh"]
+    rows = [{"text": "xyz"}, {"text": ""}, {"messages": [{"role": "user", "content": "hi"}]}]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    assert text(read(tmp_path / "b.jsonl", seqlen=7)) == ["xyz\0uhi"]
+    np.save(tmp_path / "c.npy", np.arange(12, dtype=np.int32).reshape(3, 4))
+    assert np.array_equal(read(tmp_path / "c.npy"), np.arange(12).reshape(3, 4))
+    assert text(read(tmp_path))[:3] == ["abcd", "efgh", "ij\0x"]
+
+
+def test_which_rows(tmp_path: Path) -> None:
+    np.save(tmp_path / "c.npy", np.arange(100).repeat(4))
+    path = tmp_path / "c.npy"
+    assert read(path, 5)[:, 0].tolist() == [0, 25, 50, 74, 99]
+    drawn = read(path, 5, seed=3)
+    assert np.array_equal(drawn, read(path, 5, seed=3)) and not np.array_equal(drawn, read(path, 5, seed=4))
+    assert len(set(drawn[:, 0].tolist())) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"prompt": 3}', "line 2: expected"),
+        ("x.jsonl", b"{", "line 1: not JSON"),
+        ("x.txt", b"\xff\xfe\xfa", "cannot be read as text"),
+        ("x.txt", b"ab", "holds 2 tokens, fewer than one row"),
+        ("x.npy", b"nonsense", "is not a .npy of plain numbers"),
+        ("x.txt", "ÿabcdef".encode(), "token id 255; the model has 0..127"),
+    ],
+)
+def test_what_is_no_data(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=words.replace(".", "\\.")):
+        read(tmp_path / name)
+
+
+def test_missing_and_empty(tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "none", "no such file"), (tmp_path, "has no file that ends in")):
+        with pytest.raises(RequestError, match=words):
+            read(path)
+    np.save(tmp_path / "f.npy", np.ones(8))
+    with pytest.raises(RequestError, match="expected ids"):
+        read(tmp_path / "f.npy")
+
+
+def test_moments_do_not_depend_on_the_cut() -> None:
+    """512 pieces or 4: sums are compensated, so what differs is the rounding inside a piece alone."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(1, 2048, 16)) * 10.0 ** rng.integers(-3, 3, 16)).astype(np.float32)
+    exact = x[0].astype(np.float64)
+    for pieces in (512, 4):
+        found = moments.start(16, hessian=True)
+        for part in np.split(x, pieces, axis=1):
+            found = moments.add(found, jnp.asarray(part))
+        done = moments.finish(found, 2048.0)
+        assert np.allclose(done["hessian"], exact.T @ exact / 2048, rtol=1e-5, atol=1e-6 * np.abs(exact).max())
+        assert np.allclose(done["mean"], np.abs(exact).mean(0), rtol=1e-6)
+        assert np.array_equal(done["largest"], np.abs(x[0]).max(0))
+
+
+def test_samples_are_spread_over_the_chunks() -> None:
+    chunks = [np.full((2, 3, 1), i) + np.arange(2)[:, None, None] * 0.5 for i in range(4)]
+    taken = Activations(chunks).sample(12)
+    assert [chunk[:, 0, 0].tolist() for chunk in taken] == [[0.0, 1.0], [2.5, 3.5]]
+    assert len(Activations(chunks).sample(1)) == 1
