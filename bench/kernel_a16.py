@@ -220,8 +220,8 @@ def candidates(weights: str, m: int, n: int, k: int, few: bool) -> list[tuple[An
     if m >= 16:
         plan = plan_of(wgmma_sm90, weights, m, n, k)
         configs = wgmma_config.search_space(plan)
-        limit = 1 if m == 16 else (3 if few else 8)
-        picked = distinct(configs, lambda c: (c.warpgroups, c.m_tile, c.split), 1, limit)
+        limit = 1 if m == 16 else (4 if few else 9)
+        picked = distinct(configs, lambda c: (c.warpgroups, c.m_tile, c.split, c.share), 1, limit)
         picked = list(dict.fromkeys([*configs[:2], *picked]))[: limit + 1]
         out += [(wgmma_sm90, dataclasses.replace(plan, config=c)) for c in picked]
     return out

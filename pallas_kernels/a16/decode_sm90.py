@@ -226,7 +226,7 @@ class _Block:
 def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     del ctx
     *optional, y_ref, smem = rest
-    tables = [s_ref, *optional[: plan.has_zero + plan.has_offset]]
+    tables = [*([] if plan.scales_in_epilogue else [s_ref]), *optional[: plan.has_zero + plan.has_offset]]
     b = _Block(plan, smem)
     x_base, y_base, w_base = (ptx.global_address(r) for r in (x_ref, y_ref, w_ref))
     t_bases = [ptx.global_address(r) for r in tables]

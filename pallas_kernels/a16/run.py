@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuning
 from pallas_kernels.a16 import decode_config, decode_sm90, fragments, wgmma_config, wgmma_sm90
 from pallas_kernels.a16 import layout as layouts
 from pallas_kernels.a16.dequant import KINDS
-from pallas_kernels.a16.problem import DTYPES
+from pallas_kernels.a16.problem import DTYPES, Problem
 from pallas_kernels.dispatch import current_device
 
 KIND_OF = {"uint8": "s8", "int8": "s8", "float8_e4m3fn": "e4m3"}  # of 8-bit arrays; uint8 are stored as u - 128
@@ -22,6 +23,7 @@ KIND_OF = {"uint8": "s8", "int8": "s8", "float8_e4m3fn": "e4m3"}  # of 8-bit arr
 class Prepared:
     """Arrays as the kernels take them, and what is static about the product."""
 
+    op: str
     x: jax.Array
     arrays: list[jax.Array]  # weight, scale and, where present, zero and offset
     problem: dict[str, Any]  # the fields of `Problem`
@@ -84,7 +86,7 @@ def prepare(
         has_offset=offset is not None,
         sms=current_device().core_count,
     )
-    return Prepared(x, arrays, problem, found.n or n)
+    return Prepared(op, x, arrays, problem, found.n or n)
 
 
 def _complete(table: jax.Array, rows: int, groups: int) -> jax.Array:
@@ -94,18 +96,40 @@ def _complete(table: jax.Array, rows: int, groups: int) -> jax.Array:
     return jnp.broadcast_to(table, (table.shape[0], groups, 8, 2))
 
 
+_decode = jax.jit(decode_sm90.matmul, static_argnums=0)
+_wgmma = jax.jit(wgmma_sm90.matmul, static_argnums=0)
+_TRIED = 32  # candidates of a tuner, best estimates first
+
+
 def decode(p: Prepared) -> jax.Array:
     """Small M. Raises NotImplementedError where the wgmma kernel is the better one, or for shapes it cannot take."""
     m = p.problem["m"]
     if m > decode_config.MAX_M:
         raise NotImplementedError(f"decode kernel: M = {m} is larger than {decode_config.MAX_M}")
     plan = decode_sm90.Plan(**p.problem, config=decode_sm90.Config())
-    plan = dataclasses.replace(plan, config=decode_config.heuristic(plan))
-    return decode_sm90.matmul(plan, p.x, *p.arrays)[:, : p.n]
+    config = tuning.choose(
+        p.op,
+        _key("decode", plan),
+        heuristic=lambda: decode_config.heuristic(plan),
+        space=lambda: decode_config.search_space(plan)[:_TRIED],
+    )
+    return _decode(dataclasses.replace(plan, config=config), p.x, *p.arrays)[:, : p.n]
 
 
 def wgmma(p: Prepared) -> jax.Array:
     """Any M. Raises NotImplementedError for shapes it cannot take."""
     plan = wgmma_sm90.Plan(**p.problem, config=wgmma_sm90.Config())
-    plan = dataclasses.replace(plan, config=wgmma_config.heuristic(plan))
-    return wgmma_sm90.matmul(plan, p.x, *p.arrays)[:, : p.n]
+    config = tuning.choose(
+        p.op,
+        _key("wgmma", plan),
+        heuristic=lambda: wgmma_config.heuristic(plan),
+        space=lambda: wgmma_config.search_space(plan)[:_TRIED],
+    )
+    return _wgmma(dataclasses.replace(plan, config=config), p.x, *p.arrays)[:, : p.n]
+
+
+def _key(kernel: str, plan: Problem) -> str:
+    where = "row" if plan.scales_in_epilogue else plan.group
+    zero = "int" if plan.has_zero else "offset" if plan.has_offset else "none"
+    m = tuning.bucket(plan.m)
+    return tuning.key(kernel=kernel, m=m, n=plan.n, k=plan.k, kind=plan.kind.name, group=where, zero=zero)

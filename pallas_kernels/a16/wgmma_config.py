@@ -36,13 +36,14 @@ def _ranked(plan: Plan) -> tuple[tuple[float, Config], ...]:
             continue
         if split > 1 and plan.m > 1024:  # there are tiles for everybody
             continue
-        config = Config(warpgroups, m_tile, k_step, split)
-        candidate = dataclasses.replace(plan, config=config)
-        try:
-            candidate.check()
-        except NotImplementedError:
-            continue
-        found.append((estimate(candidate), config))
+        for share in (1, 2) if split == 1 and plan.m > 128 else (1,):
+            config = Config(warpgroups, m_tile, k_step, split, share=share)
+            candidate = dataclasses.replace(plan, config=config)
+            try:
+                candidate.check()
+            except NotImplementedError:
+                continue
+            found.append((estimate(candidate), config))
     return tuple(sorted(found, key=lambda pair: pair[0]))
 
 
@@ -55,7 +56,7 @@ def estimate(plan: Plan) -> float:
     # One warpgroup alone waits for its own dequantization; several hide it behind each other's products.
     convert = blocks * (16 + 12 * plan.kind.words) * c.warpgroups
     busy = tensor + convert if c.warpgroups == 1 else max(tensor * 1.05, convert) + 0.15 * min(tensor, convert)
-    per_step = plan.copied_bytes / 24.0  # bytes per cycle from L2
+    per_step = (plan.copied_bytes - plan.x_bytes * (1 - 1 / c.share)) / 24.0  # bytes per cycle from L2
     copies = plan.steps * per_step
     meet = 900 + (c.m_tile * c.rows / 40 if c.split == 1 else 600 + c.m_tile * c.rows / 16)
     # The producer must be far enough ahead to hide a copy's latency of some 1000 cycles behind other stages' products.

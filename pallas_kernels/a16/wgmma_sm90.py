@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref
 
 from pallas_kernels.a16 import ptx
 from pallas_kernels.a16.dequant import DEQUANT, zero_pair
@@ -31,17 +31,23 @@ from pallas_kernels.a16.ptx import Int
 @dataclasses.dataclass(frozen=True)
 class Config:
     """warpgroups: consumers, 64 rows of W each; m_tile: rows of x; k_step: columns of a stage (multiple of 64);
-    split: blocks of a cluster along K; stages: 0 is as many as fit."""
+    split: blocks of a cluster along K; stages: 0 is as many as fit; share: blocks of a cluster that take neighbouring
+    rows of W and load a part of their common x tile each, for all (only without split)."""
 
     warpgroups: int = 2
     m_tile: int = 64
     k_step: int = 128
     split: int = 1
     stages: int = 0
+    share: int = 1
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
+
+    @property
+    def cluster(self) -> int:
+        return self.split * self.share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +66,11 @@ class Plan(Problem):
 
     @property
     def tiles(self) -> int:
-        return self.n_tiles * self.m_tiles
+        return self.n_tiles // self.config.share * self.m_tiles
 
     @property
     def clusters(self) -> int:
-        return min(self.tiles, self.most_clusters(self.config.split))
+        return min(self.tiles, self.most_clusters(self.config.cluster))
 
     @property
     def k_block(self) -> int:
@@ -122,9 +128,19 @@ class Plan(Problem):
         return c.m_tile * (c.rows * 2 + 16)  # 16-bit [m_tile][rows + 8]
 
     @property
+    def one_round(self) -> bool:
+        """Every block has at most one tile: the output may lie where its stages were."""
+        return self.tiles <= self.clusters
+
+    @property
     def stages(self) -> int:
-        fits = (SMEM_BYTES - 1024 - 1024 - self.out_bytes) // self.stage_bytes
+        fits = (SMEM_BYTES - 1024 - 1024 - (0 if self.one_round else self.out_bytes)) // self.stage_bytes
         return min(fits, self.config.stages or 12)
+
+    @property
+    def data_bytes(self) -> int:  # stages and output
+        stages = self.stages * self.stage_bytes
+        return max(stages, self.out_bytes) if self.one_round else stages + self.out_bytes
 
     def check(self) -> None:
         """Raises NotImplementedError when the kernel cannot take this problem in this configuration."""
@@ -132,13 +148,15 @@ class Plan(Problem):
         problem = None
         if self.n % c.rows:
             problem = f"N = {self.n} is not a multiple of {c.rows}"
+        elif self.n_tiles % c.share or (c.share > 1 and c.split > 1):
+            problem = f"N = {self.n} has no {c.share} tiles of {c.rows} to share x"
         elif self.k % (c.split * c.k_step) or c.k_step % 64:
             problem = f"K = {self.k} is not a multiple of {c.split} x {c.k_step}"
         elif not self.scales_in_epilogue and (
             self.k % self.group or (c.k_step % self.group and self.group % c.k_step) or self.group % 16
         ):
             problem = f"groups of {self.group} do not fit stages of {c.k_step} columns"
-        elif self.stages < 2:
+        elif self.stages < 2 or self.data_bytes > SMEM_BYTES - 2048:
             problem = "the stages do not fit shared memory"
         elif c.m_tile % 16 or c.m_tile > 256 or self.m < 1:
             problem = f"m_tile {c.m_tile}"
@@ -161,7 +179,7 @@ def matmul(
     """
     plan.check()
     optional = [a for a in (zero, offset) if a is not None]
-    smem = 1024 + plan.out_bytes + plan.stages * plan.stage_bytes
+    smem = 1024 + plan.data_bytes
     smem = -(-smem // 1024) * 1024
     c = plan.config
 
@@ -174,8 +192,8 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((plan.m, plan.n), x.dtype),
         grid=(plan.clusters,),
         grid_names=("tile",),
-        cluster=(c.split,) if c.split > 1 else (),
-        cluster_names=("split",) if c.split > 1 else (),
+        cluster=(c.cluster,) if c.cluster > 1 else (),
+        cluster_names=("block",) if c.cluster > 1 else (),
         num_threads=c.warpgroups + 1,
         thread_name="wg",
         scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
@@ -195,12 +213,14 @@ class _Block:
         self.warp = Int(mgpu.warp_idx(sync=True))
         self.lane = self.tid & 31
         self.leader = self.lane.eq(0)
-        self.rank = ptx.special("%cluster_ctarank") if c.split > 1 else Int.of(0)
-        self.cluster = ptx.special("%ctaid.x") // c.split
+        rank = ptx.special("%cluster_ctarank") if c.cluster > 1 else Int.of(0)
+        self.rank = rank if c.split > 1 else Int.of(0)  # along K
+        self.n_rank = rank if c.share > 1 else Int.of(0)
+        self.cluster = ptx.special("%ctaid.x") // c.cluster
         self.smem = smem
         self.stages = ptx.shared_address(smem)
-        self.out = self.stages + plan.stages * plan.stage_bytes
-        self.full = self.out + plan.out_bytes
+        self.out = self.stages + (0 if plan.one_round else plan.stages * plan.stage_bytes)
+        self.full = self.stages + -(-plan.data_bytes // 16) * 16
         self.empty = self.full + 8 * plan.stages
         self.ready = self.empty + 8 * plan.stages  # all blocks' sums are written
         self.done = self.ready + 8  # all blocks have read this one's sums
@@ -215,11 +235,11 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     with ptx.when(b.tid.eq(0)):
         for stage in range(plan.stages):
             ptx.mbarrier_init(b.full + 8 * stage, 1)
-            ptx.mbarrier_init(b.empty + 8 * stage, warps)
+            ptx.mbarrier_init(b.empty + 8 * stage, warps * c.share)
         ptx.mbarrier_init(b.ready, warps * c.split)
         ptx.mbarrier_init(b.done, warps * c.split)
         ptx.fence_mbarrier_init()
-    if c.split > 1:
+    if c.cluster > 1:
         ptx.cluster_sync()
     else:
         ptx.syncthreads()
@@ -229,16 +249,18 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     with ptx.when(op):
         ptx.set_registers(plan.producer_registers, increase=False)
         with ptx.when(b.warp.eq(warps)):
-            _produce(plan, ctx, b, tile_count, x_ref, w_ref, [s_ref, *optional])
+            _produce(plan, ctx, b, tile_count, x_ref, w_ref, [*([] if plan.scales_in_epilogue else [s_ref]), *optional])
     with ptx.when(producer):
         ptx.set_registers(plan.consumer_registers, increase=True)
         _consume(plan, b, tile_count, s_ref, y_ref)
+    if c.share > 1:  # the other block may still send x here, or free a stage of this one
+        ptx.cluster_sync()
 
 
 def _coordinates(plan: Plan, b: _Block, i: Int) -> tuple[Int, Int]:
     """(row tile of W, row tile of x) of the i'th tile: neighbours share the weights."""
     tile = b.cluster + i * plan.clusters
-    return tile // plan.m_tiles, tile % plan.m_tiles
+    return tile // plan.m_tiles * plan.config.share + b.n_rank, tile % plan.m_tiles
 
 
 def _next(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
@@ -281,6 +303,7 @@ def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) 
                     swizzle=128,
                     arrive=False,
                     predicate=b.leader,
+                    collective=gpu.Dimension.x if c.share > 1 else None,
                 )
             with ptx.when(b.lane.lt(plan.row_tiles)):
                 row = n_tile * plan.row_tiles + b.lane
@@ -330,8 +353,8 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
                 ptx.wgmma_wait(0)
                 ptx.keep_alive(previous)
                 if block == 0:
-                    with ptx.when(arith.andi(b.leader, Int.of(0).lt(step))):
-                        ptx.mbarrier_arrive(b.empty + last * 8)
+                    with ptx.when(Int.of(0).lt(step)):
+                        _free(plan, b, last)
                 ptx.wgmma_fence()
                 for s, a in enumerate(fragments):
                     column = block * plan.kind.block_k + 16 * s
@@ -346,8 +369,7 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
         stage, phase, last, *rest = ptx.loop(plan.steps, start, step_body)
         acc = ptx.wgmma_wait(0, rest[held:])
         ptx.keep_alive([Int(v) for v in rest[:held]])
-        with ptx.when(b.leader):
-            ptx.mbarrier_arrive(b.empty + Int(last) * 8)
+        _free(plan, b, Int(last))
         if c.split > 1:
             _meet(plan, b, i, n_tile, m_tile, acc, s_ref, y_base)
         else:
@@ -357,6 +379,17 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
     ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
     if c.split > 1:  # the other blocks may still read this one's sums
         ptx.mbarrier_wait_cluster(b.done, (tile_count - 1) & 1)
+
+
+def _free(plan: Plan, b: _Block, stage: Int) -> None:
+    """This warp has read `stage`: word to every block that writes into it."""
+    barrier = b.empty + stage * 8
+    if plan.config.share == 1:
+        with ptx.when(b.leader):
+            ptx.mbarrier_arrive(barrier)
+    else:
+        with ptx.when(b.lane.lt(plan.config.share)):
+            ptx.mbarrier_arrive_remote(ptx.cluster_map(barrier, b.lane))
 
 
 def _fragments(plan: Plan, b: _Block, base: Int, block: int) -> list[list[Int]]:
@@ -454,6 +487,8 @@ def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y
     c = plan.config
     acc = _scaled(plan, b, n_tile, acc, s_ref)
     stride = (c.rows + 4) * 4
+    if plan.one_round:  # the other warps' products have been summed: the stages are free
+        ptx.named_barrier(1, 128 * c.warpgroups)
     ptx.mbarrier_wait_cluster(b.done, (i & 1) ^ 1)  # passes at once for the first tile
     base = b.out + (b.lane % 4) * (2 * stride) + (b.warp * ROWS + b.lane // 4) * 4
     for t in range(c.m_tile // 8):

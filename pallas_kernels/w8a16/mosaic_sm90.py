@@ -1,15 +1,15 @@
-"""w8a16_matmul on Hopper: the two kernels of `pallas_kernels.a16` behind the op's own arguments."""
+"""w8a16_matmul on Hopper: the two kernels of `pallas_kernels.a16` behind the op's own arguments.
+
+Not jitted here: the choice of a config must be made anew each time the op is traced (`tuning`). The kernels are.
+"""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 
 from pallas_kernels.a16 import run
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "layout"))
 def decode(
     x: jax.Array,
     qweight: jax.Array,
@@ -26,7 +26,6 @@ def decode(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "layout"))
 def wgmma(
     x: jax.Array,
     qweight: jax.Array,
