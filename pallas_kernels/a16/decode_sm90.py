@@ -473,12 +473,14 @@ def _finish(plan: Plan, b: _Block, i: Int, s_ref, y_base) -> None:
         with ptx.when(index.lt(outputs)):
             m, row = index // share, index % share + b.rank * share
             at = buffer + (m * plan.partial_stride + row) * 4
-            total = ptx.f32(0.0)
-            for peer in range(c.split):
-                base = ptx.cluster_map(at, peer) if c.split > 1 else at
+            # Each block starts with itself: were all to read the same one at a time, its port would be the limit.
+            parts = []
+            for step in range(c.split):
+                base = ptx.cluster_map(at, (b.rank + step) & (c.split - 1)) if c.split > 1 else at
                 for kw in range(c.k_warps):
-                    step = kw * plan.n_tiles * 8 * plan.partial_stride * 4
-                    total = arith.addf(total, ptx.load_shared_f32(base + step, cluster=c.split > 1))
+                    offset = kw * plan.n_tiles * 8 * plan.partial_stride * 4
+                    parts.append(ptx.load_shared_f32(base + offset, cluster=c.split > 1))
+            total = functools.reduce(arith.addf, parts)
             n = tile * c.rows + row
             if plan.scales_in_epilogue:
                 total = arith.mulf(total, plan.load_row_scale(s_ref, n))

@@ -358,6 +358,12 @@ def cluster_sync() -> None:
     asm("barrier.cluster.wait.acquire.aligned;")
 
 
+def cluster_leave() -> None:
+    """`cluster_sync` that orders no memory: nobody exits before all have come here."""
+    asm("barrier.cluster.arrive.relaxed.aligned;")
+    asm("barrier.cluster.wait.aligned;")
+
+
 def fence_mbarrier_init() -> None:
     asm("fence.mbarrier_init.release.cluster;")
 

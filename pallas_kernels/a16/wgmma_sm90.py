@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from pallas_kernels.a16.dequant import DEQUANT, zero_pair
 from pallas_kernels.a16.fragments import BLOCK_BYTES, ROWS
 from pallas_kernels.a16.problem import SMEM_BYTES, Problem
 from pallas_kernels.a16.ptx import Int
+
+CHUNK = 256  # bytes: the widest box of single bytes that TMA copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,12 @@ class Plan(Problem):
     @property
     def steps(self) -> int:
         return self.k_block // self.config.k_step
+
+    @property
+    def unroll(self) -> int:
+        """Steps of an iteration of the consumers' loop: two blocks at least, in registers of their own. A product may
+        still read its operand A when the next block is dequantized, and a loop would write the same registers."""
+        return 2 if self.config.k_step == self.kind.block_k else 1
 
     @property
     def step_groups(self) -> int:
@@ -150,7 +159,7 @@ class Plan(Problem):
             problem = f"N = {self.n} is not a multiple of {c.rows}"
         elif self.n_tiles % c.share or (c.share > 1 and c.split > 1):
             problem = f"N = {self.n} has no {c.share} tiles of {c.rows} to share x"
-        elif self.k % (c.split * c.k_step) or c.k_step % 64:
+        elif self.k % (c.split * c.k_step * self.unroll) or c.k_step % 64:
             problem = f"K = {self.k} is not a multiple of {c.split} x {c.k_step}"
         elif not self.scales_in_epilogue and (
             self.k % self.group or (c.k_step % self.group and self.group % c.k_step) or self.group % 16
@@ -178,7 +187,7 @@ def matmul(
     `after` is not read: it orders this call behind another (benchmarks).
     """
     plan.check()
-    optional = [a for a in (zero, offset) if a is not None]
+    tables = [a.reshape(a.shape[0], -1) for a in (scale, zero, offset) if a is not None]
     smem = 1024 + plan.data_bytes
     smem = -(-smem // 1024) * 1024
     c = plan.config
@@ -201,7 +210,7 @@ def matmul(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    return kernel(x, weight, scale, *optional, *([] if after is None else [after]))
+    return kernel(x, weight, *tables, *([] if after is None else [after]))
 
 
 class _Block:
@@ -253,8 +262,8 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     with ptx.when(producer):
         ptx.set_registers(plan.consumer_registers, increase=True)
         _consume(plan, b, tile_count, s_ref, y_ref)
-    if c.share > 1:  # the other block may still send x here, or free a stage of this one
-        ptx.cluster_sync()
+    if c.cluster > 1:  # the other blocks may still read this one's sums, send it x or free a stage of it
+        ptx.cluster_leave()
 
 
 def _coordinates(plan: Plan, b: _Block, i: Int) -> tuple[Int, Int]:
@@ -270,13 +279,26 @@ def _next(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
 
 def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) -> None:
     c = plan.config
-    w_base = ptx.global_address(w_ref)
-    t_bases = [ptx.global_address(t) for t in tables]
-    row_bytes = plan.k // plan.kind.block_k * BLOCK_BYTES
     i32, index = ptx.i32_type(), ir.IndexType.get()
     element = ir.BF16Type.get() if plan.x_dtype == "bf16" else ir.F16Type.get()
     x_type = ir.MemRefType.get((c.m_tile, 64), element, memory_space=mgpu.smem())
     smem_pointer = ir.Type.parse("!llvm.ptr<3>")
+
+    def copy(ref, at: Int, row: Int, column: Int, width: int, barrier: Int) -> None:
+        """[row_tiles, width] elements from (row, column) of a 2D array to offset `at` of shared memory."""
+        kind = ir.MemRefType(ref.type).element_type
+        target = ir.MemRefType.get((plan.row_tiles, width), kind, memory_space=mgpu.smem())
+        ctx.async_copy(
+            src_ref=ref,
+            dst_ref=memref.view(target, b.smem, arith.index_cast(index, at.value), []),
+            gmem_slice=(
+                mgpu.ds(arith.index_cast(index, row.value), plan.row_tiles),
+                mgpu.ds(arith.index_cast(index, column.value), width),
+            ),
+            barrier=mgpu.BarrierRef(llvm.inttoptr(smem_pointer, barrier.value), mgpu.c(0, i32), None, 1),
+            arrive=False,
+            predicate=b.leader,
+        )
 
     def tile_body(i: Int, carry):
         n_tile, m_tile = _coordinates(plan, b, i)
@@ -285,7 +307,6 @@ def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) 
             stage, phase = Int(carry[0]), Int(carry[1])
             ptx.mbarrier_wait(b.empty + stage * 8, phase ^ 1)
             barrier = b.full + stage * 8
-            base = b.stages + stage * plan.stage_bytes
             k0 = b.rank * plan.k_block + step * c.k_step
             with ptx.when(b.leader):
                 ptx.mbarrier_expect(barrier, plan.copied_bytes)
@@ -305,24 +326,16 @@ def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) 
                     predicate=b.leader,
                     collective=gpu.Dimension.x if c.share > 1 else None,
                 )
-            with ptx.when(b.lane.lt(plan.row_tiles)):
-                row = n_tile * plan.row_tiles + b.lane
-                start = arith.muli(row.i64(), arith.constant(ptx.i64_type(), row_bytes))
-                block0 = k0 // plan.kind.block_k
-                target = base + plan.x_bytes
-                source = ptx.offset(w_base, start, (block0 * BLOCK_BYTES).i64())
-                ptx.bulk_load_keep(target + b.lane * plan.piece, source, plan.piece, barrier)
-                target = target + plan.row_tiles * plan.piece
-                group = row * plan.groups + k0 // plan.group
-                present = [
-                    (size, record)
-                    for size, record in zip(plan.table_bytes(), (plan.scale_record, 16, plan.scale_record), strict=True)
-                    if size
-                ]
-                for t_base, (size, record) in zip(t_bases, present, strict=False):
-                    source = ptx.offset(t_base, (group * record).i64())
-                    ptx.bulk_load_keep(target + b.lane * size, source, size, barrier)
-                    target = target + plan.row_tiles * size
+            # Weights in columns of 256 bytes (half a block: 16 lanes), then the tables, each as [row tile][bytes].
+            at = stage * plan.stage_bytes + plan.x_bytes
+            column = k0 // plan.kind.block_k * BLOCK_BYTES
+            for part in range(plan.piece // CHUNK):
+                copy(w_ref, at, n_tile * plan.row_tiles, column + CHUNK * part, CHUNK, barrier)
+                at = at + plan.row_tiles * CHUNK
+            for table, size in zip(tables, (s for s in plan.table_bytes() if s), strict=True):
+                entries = ROWS * plan.step_groups
+                copy(table, at, n_tile * plan.row_tiles, k0 // plan.group * ROWS, entries, barrier)
+                at = at + plan.row_tiles * size
             stage, phase = _next(stage, phase, plan.stages)
             return [stage.value, phase.value]
 
@@ -344,17 +357,23 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
         def step_body(step: Int, carry):
             stage, phase, last = (Int(v) for v in carry[:3])
             previous, acc = [Int(v) for v in carry[3 : 3 + held]], list(carry[3 + held :])
-            ptx.mbarrier_wait(b.full + stage * 8, phase)
-            base = b.stages + stage * plan.stage_bytes
-            for block in range(blocks):
+            for sub, block in itertools.product(range(plan.unroll), range(blocks)):
+                if block == 0:
+                    if sub:
+                        last = stage
+                        stage, phase = _next(stage, phase, plan.stages)
+                    ptx.mbarrier_wait(b.full + stage * 8, phase)
+                    base = b.stages + stage * plan.stage_bytes
                 fragments = _fragments(plan, b, base, block)
                 # The tensor core works on the block before while the line above runs, and is waited for only after it.
                 ptx.keep_alive([r for a in fragments for r in a])
                 ptx.wgmma_wait(0)
                 ptx.keep_alive(previous)
-                if block == 0:
+                if block == 0 and sub == 0:
                     with ptx.when(Int.of(0).lt(step)):
                         _free(plan, b, last)
+                elif block == 0:
+                    _free(plan, b, last)
                 ptx.wgmma_fence()
                 for s, a in enumerate(fragments):
                     column = block * plan.kind.block_k + 16 * s
@@ -366,7 +385,7 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
             return [after.value, phase.value, stage.value, *(r.value for r in previous), *acc]
 
         start = [*carry, ptx.const(0), *[ptx.const(0)] * held, *[ptx.f32(0.0)] * count]
-        stage, phase, last, *rest = ptx.loop(plan.steps, start, step_body)
+        stage, phase, last, *rest = ptx.loop(plan.steps // plan.unroll, start, step_body)
         acc = ptx.wgmma_wait(0, rest[held:])
         ptx.keep_alive([Int(v) for v in rest[:held]])
         _free(plan, b, Int(last))
@@ -377,8 +396,6 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
         return [stage, phase]
 
     ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
-    if c.split > 1:  # the other blocks may still read this one's sums
-        ptx.mbarrier_wait_cluster(b.done, (tile_count - 1) & 1)
 
 
 def _free(plan: Plan, b: _Block, stage: Int) -> None:
@@ -395,7 +412,9 @@ def _free(plan: Plan, b: _Block, stage: Int) -> None:
 def _fragments(plan: Plan, b: _Block, base: Int, block: int) -> list[list[Int]]:
     """Operand A of each 16-column step of a block, scales applied."""
     kind, dtype = plan.kind, plan.x_dtype
-    weights = base + plan.x_bytes + b.warp * plan.piece + block * BLOCK_BYTES + b.lane * 16
+    column = plan.row_tiles * CHUNK
+    weights = base + plan.x_bytes + b.warp * CHUNK + (b.lane // 16) * column + (b.lane % 16) * 16
+    weights = weights + block * (BLOCK_BYTES // CHUNK) * column
     words = ptx.load_shared(weights, 4)
     sizes = plan.table_bytes()
     table = base + plan.x_bytes + plan.row_tiles * plan.piece
@@ -489,7 +508,8 @@ def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y
     stride = (c.rows + 4) * 4
     if plan.one_round:  # the other warps' products have been summed: the stages are free
         ptx.named_barrier(1, 128 * c.warpgroups)
-    ptx.mbarrier_wait_cluster(b.done, (i & 1) ^ 1)  # passes at once for the first tile
+    else:
+        ptx.mbarrier_wait_cluster(b.done, (i & 1) ^ 1)  # passes at once for the first tile
     base = b.out + (b.lane % 4) * (2 * stride) + (b.warp * ROWS + b.lane // 4) * 4
     for t in range(c.m_tile // 8):
         for j in range(4):
@@ -507,9 +527,11 @@ def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y
         with ptx.when(m.lt(m_left)):
             n = quad * 4 + b.rank * share
             at = b.out + m * stride + n * 4
-            total = [ptx.f32(0.0)] * 4
-            for peer in range(c.split):
-                part = ptx.load_shared_f32x4(ptx.cluster_map(at, peer), cluster=True)
+            # Each block starts with itself, so that they do not all read the same one; all loads before the first sum.
+            peers = [(b.rank + step) & (c.split - 1) for step in range(c.split)]
+            parts = [ptx.load_shared_f32x4(ptx.cluster_map(at, peer), cluster=True) for peer in peers]
+            total = parts[0]
+            for part in parts[1:]:
                 total = [arith.addf(u, v) for u, v in zip(total, part, strict=True)]
             words = [ptx.pack16(plan.x_dtype, total[0], total[1]), ptx.pack16(plan.x_dtype, total[2], total[3])]
             y_row = arith.muli((m_tile * c.m_tile + m).i64(), arith.constant(ptx.i64_type(), plan.n * 2))
@@ -517,7 +539,8 @@ def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y
         return carry
 
     ptx.loop(-(-c.m_tile * quads // threads), [], sum_body)
-    _arrive_everywhere(plan, b, b.done)
+    if not plan.one_round:
+        _arrive_everywhere(plan, b, b.done)
 
 
 def _arrive_everywhere(plan: Plan, b: _Block, barrier: Int) -> None:
