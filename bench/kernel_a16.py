@@ -208,19 +208,19 @@ def distinct(configs: list[Any], key: Callable[[Any], Any], each: int, most: int
 
 
 def candidates(weights: str, m: int, n: int, k: int, few: bool) -> list[tuple[Any, Any]]:
-    """(module, plan) to time."""
+    """(module, plan) to time: the best estimates, and the best of every family of tiles."""
     out = []
-    if m <= 64:
+    if m <= 16:
         plan = plan_of(decode_sm90, weights, m, n, k)
-        configs = decode_config.search_space(plan)
-        limit = (2 if few else 6) if m <= 16 else (0 if few else 1)
-        picked = distinct(configs, lambda c: (c.row_tiles, c.split, c.row_warps > 1), 1, limit)
-        picked = list(dict.fromkeys([*configs[:2], *picked]))[: limit + 1]
+        configs = [c for c in decode_config.search_space(plan) if c.unit > 1]
+        families = distinct(configs, lambda c: (c.row_tiles, c.row_warps, c.k_warps, c.split), 1, 99)
+        limit = 3 if few else (7 if m == 1 else 14)
+        picked = list(dict.fromkeys([*configs[:1], *(c for c in families if c.split <= (1 if m == 1 else 4))]))[:limit]
         out += [(decode_sm90, dataclasses.replace(plan, config=c)) for c in picked]
     if m >= 16:
         plan = plan_of(wgmma_sm90, weights, m, n, k)
         configs = wgmma_config.search_space(plan)
-        limit = 1 if m == 16 else (4 if few else 9)
+        limit = (2 if few else 4) if m == 16 else (5 if few else 10)
         picked = distinct(configs, lambda c: (c.warpgroups, c.m_tile, c.split, c.share), 1, limit)
         picked = list(dict.fromkeys([*configs[:2], *picked]))[: limit + 1]
         out += [(wgmma_sm90, dataclasses.replace(plan, config=c)) for c in picked]
@@ -301,12 +301,12 @@ def timed(log: Log, weights: str, shape: str, ms: list[int], few: bool) -> None:
                 if m not in wants:
                     f = xla[m].result()
                     wants[m] = jax.block_until_ready(f(x, ws[0], scale).astype(jnp.float32))
-                    times, kernels = kernel_times(lambda i, f=f, x=x: f(x, ws[i % buffers], scale), 6)
+                    times, kernels = kernel_times(lambda i, f=f, x=x: f(x, ws[i % buffers], scale), 4)
                     log(w=weights, shape=shape, m=m, kernel="xla", us=round(statistics.median(times[2:]), 2), n=kernels)
                     if m in dense:
                         wd = jax.random.normal(jax.random.key(1), (n, k), jnp.bfloat16)
                         f = dense[m].result()
-                        times, _ = kernel_times(lambda i, f=f, x=x, wd=wd: f(x, wd), 6)
+                        times, _ = kernel_times(lambda i, f=f, x=x, wd=wd: f(x, wd), 5)
                         del wd
                         log(shape=shape, m=m, kernel="dense bf16", us=round(statistics.median(times[2:]), 2))
                 f = future.result()
@@ -445,7 +445,7 @@ def main() -> None:
     groups += [f"{w}-{shape}" for w in only if w in WEIGHTS for shape in LLAMA_8B]
     env = os.environ | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
     }
     command = [sys.executable, "-m", "bench.kernel_a16", "--budget", str(args.budget), "--start", str(args.start)]
     command += ["--m", args.m] + (["--few"] if args.few else []) + (["--out", args.out] if args.out else [])

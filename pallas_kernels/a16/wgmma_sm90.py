@@ -530,7 +530,7 @@ def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y
             # Each block starts with itself, so that they do not all read the same one; all loads before the first sum.
             peers = [(b.rank + step) & (c.split - 1) for step in range(c.split)]
             parts = [ptx.load_shared_f32x4(ptx.cluster_map(at, peer), cluster=True) for peer in peers]
-            total = parts[0]
+            total = list(parts[0])
             for part in parts[1:]:
                 total = [arith.addf(u, v) for u, v in zip(total, part, strict=True)]
             words = [ptx.pack16(plan.x_dtype, total[0], total[1]), ptx.pack16(plan.x_dtype, total[2], total[3])]
