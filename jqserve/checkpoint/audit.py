@@ -9,13 +9,12 @@ from jqserve.checkpoint.extras import Extra, classify
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, modules
 from jqserve.checkpoint.quant_config import QuantPlan
-from jqserve.checkpoint.readers.dense import DENSE
-from jqserve.checkpoint.scheme import FLOATS, Need, Scheme
+from jqserve.checkpoint.scheme import FLOATS, SCALES, Need, Scheme
 from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 
-#: Suffixes of scales, whatever the format.
-SCALES = ("scales", "weight_scale", "weight_scale_inv", "input_scale", "activation_scale")
+#: Suffixes of tensors that hold scales.
+ALL_SCALES = (*SCALES, "input_scale", "activation_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def audit(checkpoint: Checkpoint, config: ModelConfig, plan: QuantPlan) -> Audit
     vectors = {module.name for module in found if isinstance(module, Vector)}
     _one_half_type(checkpoint, list(vectors))
     _one_half_type(checkpoint, [n for n in claimed - vectors if n.endswith(".weight")])
-    _one_half_type(checkpoint, [n for n in claimed if n.rpartition(".")[2] in SCALES])
+    _one_half_type(checkpoint, [n for n in claimed if n.rpartition(".")[2] in ALL_SCALES])
     left = [name for name in checkpoint.names() if name not in claimed]
     return Audit(tuple(found), classify(checkpoint, config, left))
 
@@ -103,8 +102,9 @@ def _part(checkpoint: Checkpoint, key: str, slot: LinearSlot, plan: QuantPlan, p
     needs = scheme.needs(slot.n, slot.k)
     suffixes = {name.rpartition(".")[2] for name in present}
     missing = [s for s, need in needs.items() if need.required and s not in suffixes]
-    dense = suffixes & {"weight"} and checkpoint.dtype(f"{slot.name}.weight") in FLOATS
-    if missing or (dense and scheme != DENSE):
+    dense = "weight" in suffixes and checkpoint.dtype(f"{slot.name}.weight") in FLOATS
+    takes_dense = "weight" in needs and set(needs["weight"].dtypes) >= set(FLOATS)
+    if missing or (dense and not takes_dense):
         raise _disagree(checkpoint, slot, scheme, missing, present)
     scheme.check(slot.name, slot.n, slot.k)
     tensors = {s: f"{slot.name}.{s}" for s in needs if s in suffixes}

@@ -18,16 +18,15 @@ import numpy as np
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, set_path
 from jqserve.checkpoint.names import LinearGroup, Vector, modules
-from jqserve.checkpoint.online import OnlineFp8, online_scheme
-from jqserve.checkpoint.opening import WithoutActivations, read_configs
+from jqserve.checkpoint.opening import read_plan
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row, source_text
-from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
+from jqserve.checkpoint.quant_config import QuantPlan
 from jqserve.checkpoint.recipe import fused_spec
 from jqserve.checkpoint.scheme import Scheme
 from jqserve.quant import QuantizedTensor, QuantSpec
 
 #: Standard deviation of the stored values, before the scale, by type (uniform over the integers).
-_DEVIATION = {"uint4": 4.6, "uint8": 73.9, "int8": 73.9, "float8_e4m3fn": 112.0}
+_DEVIATION = {"uint4": 4.6, "nf4": 0.55, "fp4": 0.5, "uint8": 73.9, "int8": 73.9, "float8_e4m3fn": 112.0}
 
 
 def load(
@@ -45,11 +44,7 @@ def load(
     `device_put` is called with arrays that are on the default device already. Raises as `convert.load` does.
     """
     with Checkpoint(path, weights=False) as checkpoint:
-        config, generation = read_configs(checkpoint, dtype)
-        plan: QuantPlan = quant_plan(checkpoint)
-    online = online_scheme(quantization, plan.method, activations)
-    if activations == "none":
-        plan = WithoutActivations(plan)
+        config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
     place = device_put or jax.device_put
     params: dict[str, Any] = {}
     rows: list[PlanRow] = []
@@ -66,10 +61,10 @@ def load(
                 rows.append(matrix_row(module.path.removesuffix(".weight"), origin, "dense", value))
             set_path(params, module.path, place(value))
         else:
-            rows += _group(params, place, own, module, plan, config.dtype, None if not module.parent else online)
+            rows += _group(params, place, own, module, plan, config.dtype)
         if progress:
             progress(done, len(everything), module.path)
-    notes = ("random weights: --load-format dummy",)
+    notes = ("random weights: --load-format dummy", *((note,) if note else ()))
     return LoadedCheckpoint(config, params, LoadPlan(plan.method, tuple(rows), notes), generation)
 
 
@@ -80,7 +75,6 @@ def _group(
     group: LinearGroup,
     plan: QuantPlan,
     dtype: str,
-    online: OnlineFp8 | None,
 ) -> list[PlanRow]:
     schemes = [plan.scheme(slot.name) for _, slot in group.parts]
     specs = [scheme.spec(slot.n, slot.k) for scheme, (_, slot) in zip(schemes, group.parts)]
@@ -94,7 +88,6 @@ def _group(
     rows = []
     for i, (path, spec, own) in enumerate(zip(paths, specs, slots)):
         part, shape = np.uint32((int(seed) + 7 * i) % (1 << 32)), (sum(s.n for s in own), own[0].k)
-        spec = online.spec(*shape) if spec is None and online is not None else spec
         weight = (
             _dense(part, shape, dtype) if spec is None else _quantized(part, spec, _perm(schemes[i], seed, shape[1]))
         )
@@ -147,7 +140,7 @@ def _quantized(seed: jax.Array, spec: QuantSpec, perm: Any) -> QuantizedTensor:
     if spec.qtype == "float8_e4m3fn":
         qvalue = _normal(seed, (n, k), deviation).astype(jnp.float8_e4m3fn)  # 3.5 deviations are below 448
     else:
-        qvalue = (_bits(seed, (n, -(-k // 2) if spec.qtype == "uint4" else k)) >> 24).astype(jnp.uint8)
+        qvalue = (_bits(seed, (n, spec.row_bytes)) >> 24).astype(jnp.uint8)
         qvalue = qvalue.view(jnp.int8) if spec.qtype == "int8" else qvalue
     grouped = spec.group_shape[0] == 1 and spec.group_size < k
     scale = (1.0 + _normal(seed + jnp.uint32(1), spec.grid, 0.1)) / (deviation * k**0.5)
@@ -155,5 +148,7 @@ def _quantized(seed: jax.Array, spec: QuantSpec, perm: Any) -> QuantizedTensor:
     if spec.zero == "int":
         middle = {"uint4": 8, "uint8": 128}[spec.qtype]
         zero = (middle - 2 + _bits(seed + jnp.uint32(2), spec.grid) % 5).astype(jnp.uint8)
+    if spec.zero == "offset":  # the values are centred already
+        zero = jnp.zeros(spec.grid, jnp.float16 if grouped else jnp.float32)
     static = jnp.full((1, 1), 0.05, jnp.float32) if spec.activation.kind == "static_tensor" else None
     return QuantizedTensor(qvalue, scale.astype(jnp.float16 if grouped else jnp.float32), zero, perm, static, spec)

@@ -1,78 +1,147 @@
-"""Quantization while loading: `--quantization fp8` on an unquantized checkpoint, one module at a time."""
+"""Quantization while loading: `--quantization NAME` (or `--torchao-config NAME`) on unquantized weights.
+
+An online scheme is a `Scheme` like those of the formats: it needs a dense `weight`, and decoding it quantizes. So a
+module is read, quantized where it is decoded (on the device, in one jitted program), placed and forgotten before the
+next one but one arrives: at no time is there more of the unquantized model than two modules.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from jqserve.checkpoint.loaded import Activations
-from jqserve.checkpoint.scheme import FP8_TOKEN, namespace
-from jqserve.errors import UnsupportedError
-from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
+from jqserve.checkpoint import rounding
+from jqserve.checkpoint.readers.dense import DENSE
+from jqserve.checkpoint.rounding import Quantized
+from jqserve.checkpoint.scheme import (
+    FP8_BLOCK,
+    FP8_TOKEN,
+    INT8_TOKEN,
+    INT8_TOKEN_127,
+    Arrays,
+    Need,
+    Prepared,
+    Scheme,
+    namespace,
+)
+from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantizedTensor, QuantSpec
+from jqserve.quant.spec import QType
 
-FP8_MAX = 448.0
-#: XLA turns a division by a constant into this product; numpy has to do the same for equal bits.
-_PER_MAX = np.float32(1 / FP8_MAX)
-#: Values that the host quantizes at a time: bounds the float32 temporaries, and keeps them in the cache.
-_VALUES = 1 << 16
-REFUSED = {
-    "awq": "it needs calibration data: load a checkpoint that AutoAWQ or llm-compressor quantized",
-    "gptq": "it needs calibration data: load a checkpoint that gptqmodel or llm-compressor quantized",
-    "compressed-tensors": "it is a checkpoint format: load a checkpoint that has it, no flag is needed",
-    "int8": "weights would be quantized without looking at activations: load a W8A8 checkpoint of llm-compressor",
-}
+GROUPS = (32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineFp8:
-    """Weights float8_e4m3fn with a float32 scale a channel, absmax / 448; activations per token, at run time."""
-
-    activation: ActivationSpec = FP8_TOKEN
-
-    def spec(self, n: int, k: int) -> QuantSpec:
-        return QuantSpec("float8_e4m3fn", (n, k), (1, k), "none", self.activation)
-
-    def quantize(self, weight: Any) -> QuantizedTensor:
-        """[N, K] of any float dtype -> canonical QuantizedTensor. A row of zeros gets scale 1."""
-        n, k = weight.shape
-        if namespace(weight) is np:
-            qvalue: Any = np.empty((n, k), ml_dtypes.float8_e4m3fn)
-            scale: Any = np.empty((n, 1), np.float32)
-            rows = max(1, _VALUES // k)
-            for i in range(0, n, rows):
-                qvalue[i : i + rows], scale[i : i + rows] = _quantize_rows(weight[i : i + rows])
-        else:
-            qvalue, scale = _quantize_rows(weight)
-        return QuantizedTensor(qvalue, scale, None, None, None, self.spec(n, k))
-
-
-def _quantize_rows(weight: Any) -> tuple[Any, Any]:
-    xp = namespace(weight)
-    value = weight.astype(xp.float32)
-    absmax = xp.abs(value).max(axis=1, keepdims=True)
-    scale = xp.where(absmax > 0, absmax * _PER_MAX, xp.float32(1))
-    # float8_e4m3fn has no infinity: what rounds past 448 would become NaN.
-    return xp.clip(value / scale, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn), scale
-
-
-def online_scheme(name: str | None, method: str, activations: Activations) -> OnlineFp8 | None:
-    """The scheme behind `--quantization NAME` for a checkpoint of quantization `method` ("none": unquantized).
-
-    Raises UnsupportedError for a name that does not exist (yet), and on a checkpoint that is quantized already.
+class Online(Scheme):
+    """name  as the user wrote it; "torchao:int4wo-128" for a --torchao-config
+    rule   which arithmetic of `rounding`
+    group  values of K that share a scale, where the rule has groups
     """
-    if name is None or name == "none":
-        return None
-    if name != "fp8":
-        reason = f": {REFUSED[name]}" if name in REFUSED else ""
-        raise UnsupportedError(
-            f"--quantization {name!r} is not supported{reason}; supported: fp8, on unquantized weights"
-        )
-    if method != "none":
-        raise UnsupportedError(
-            f"--quantization {name}: the checkpoint is quantized already ({method}); leave the flag out, the method is "
-            "read from config.json"
-        )
-    return OnlineFp8() if activations == "config" else OnlineFp8(ActivationSpec())
+
+    name: str
+    rule: str
+    group: int = -1
+    activation: ActivationSpec = NO_ACTIVATION
+
+    @property
+    def method(self) -> str:
+        return "online"
+
+    def _fits(self, n: int, k: int) -> bool:
+        """torchao leaves a Linear as it is when its group does not divide K, or fp8's 16 not both sides."""
+        if self.rule == "int4 tinygemm" or self.rule in ("nf4", "fp4"):
+            return k % self.group == 0
+        return not (self.name.startswith("torchao:fp8") and (n % 16 or k % 16))
+
+    def spec(self, n: int, k: int) -> QuantSpec | None:
+        if not self._fits(n, k):
+            return None
+        fp8: QType = "float8_e4m3fn"
+        shape = (n, k)
+        match self.rule:
+            case "fp8 channel" | "fp8 row":
+                return QuantSpec(fp8, shape, (1, k), "none", self.activation)
+            case "fp8 tensor":
+                return QuantSpec(fp8, shape, (n, k), "none", self.activation)
+            case "fp8 block":
+                return QuantSpec(fp8, shape, (128, 128), "none", self.activation)
+            case "int8 channel" | "int8 torchao":
+                return QuantSpec("int8", shape, (1, k), "none", self.activation)
+            case "int4 group":
+                return QuantSpec("uint4", shape, (1, min(self.group, k)))
+            case "int4 tinygemm":
+                return QuantSpec("uint4", shape, (1, self.group), "offset")
+            case "nf4":
+                return QuantSpec("nf4", shape, (1, self.group))
+            case "fp4":
+                return QuantSpec("fp4", shape, (1, self.group))
+        raise AssertionError(self.rule)
+
+    def needs(self, n: int, k: int) -> dict[str, Need]:
+        return DENSE.needs(n, k)
+
+    def prepare(self, where: str, raw: Mapping[str, np.ndarray], n: int, k: int) -> Prepared:
+        return DENSE.prepare(where, raw, n, k)
+
+    def decode(self, arrays: Arrays, n: int, k: int) -> Quantized:
+        weight = arrays["weight"]
+        if not self._fits(n, k):
+            return weight, None, None
+        match self.rule:
+            case "fp8 channel":
+                return rounding.fp8_channel(weight)
+            case "fp8 row":
+                return rounding.fp8_row(weight)
+            case "fp8 tensor":
+                return rounding.fp8_tensor(weight)
+            case "fp8 block":
+                return rounding.fp8_block(weight)
+            case "int8 channel":
+                return rounding.int8_channel(weight)
+            case "int8 torchao":
+                return rounding.int8_torchao(weight)
+            case "int4 group":
+                return rounding.int4_group(weight, min(self.group, k))
+            case "int4 tinygemm":
+                return rounding.int4_tinygemm(weight, self.group)
+            case "nf4" | "fp4":
+                return rounding.codebook(weight, self.rule, self.group)
+        raise AssertionError(self.rule)
+
+    def quantize(self, weight: Any) -> Any:
+        """[N, K] of any float dtype -> canonical QuantizedTensor, or `weight` itself where the scheme does not fit."""
+        spec = self.spec(*weight.shape)
+        if spec is None:
+            return weight
+        qvalue, scale, zero = self.decode({"weight": weight}, *weight.shape)
+        assert namespace(qvalue) is namespace(weight)
+        return QuantizedTensor(qvalue, scale, zero, None, None, spec)
+
+
+def _int4(name: str, group: int) -> Online:
+    return Online(name, "int4 group", group)
+
+
+#: --quantization NAME on an unquantized checkpoint.
+ONLINE: dict[str, Online] = {
+    "fp8": Online("fp8", "fp8 channel", activation=FP8_TOKEN),
+    "w8a8_fp8": Online("w8a8_fp8", "fp8 channel", activation=FP8_TOKEN),
+    "fp8_block": Online("fp8_block", "fp8 block", 128, FP8_BLOCK),
+    "w8a8_int8": Online("w8a8_int8", "int8 channel", activation=INT8_TOKEN_127),
+    "int8": Online("int8", "int8 channel"),
+    "int4": _int4("int4", 128),
+    **{f"int4-{group}": _int4(f"int4-{group}", group) for group in GROUPS},
+    "bitsandbytes": Online("bitsandbytes", "nf4", 64),
+}
+#: --torchao-config NAME: the names of SGLang, the arithmetic of torchao.
+TORCHAO: dict[str, Online] = {
+    "int8wo": Online("torchao:int8wo", "int8 torchao"),
+    "int8dq": Online("torchao:int8dq", "int8 torchao", activation=INT8_TOKEN),
+    "fp8wo": Online("torchao:fp8wo", "fp8 row"),
+    # torchao scales the whole input by one number there; a scale a token keeps a request apart from its company.
+    "fp8dq-per_tensor": Online("torchao:fp8dq-per_tensor", "fp8 tensor", activation=FP8_TOKEN),
+    "fp8dq-per_row": Online("torchao:fp8dq-per_row", "fp8 row", activation=FP8_TOKEN),
+    **{f"int4wo-{group}": Online(f"torchao:int4wo-{group}", "int4 tinygemm", group) for group in GROUPS},
+}

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, Literal
 
 import jax
 
+from jqserve.checkpoint.asked import Answer, answer
 from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.extras import verify
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.loaded import Activations, Place, keep_on_host
 from jqserve.checkpoint.model_config import DTYPES, model_config
-from jqserve.checkpoint.online import online_scheme
+from jqserve.checkpoint.names import LinearGroup, modules
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
+from jqserve.checkpoint.readers.dense import DENSE
 from jqserve.checkpoint.scheme import Scheme
 from jqserve.checkpoint.stream import Stream
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
 
+log = logging.getLogger(__name__)
 SAFETENSORS_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 Decode = Literal["auto", "host", "device"]
 
@@ -32,8 +36,7 @@ class OpenModel:
     config: ModelConfig
     generation_config: dict[str, Any]
     method: str
-    quantization: str | None
-    activations: Activations
+    note: str
     audited: Audit
 
     def stream(self, device_put: Place | None, decode: Decode) -> Stream:
@@ -45,17 +48,16 @@ class OpenModel:
             self.checkpoint,
             self.audited,
             dtype=self.config.dtype,
-            online=online_scheme(self.quantization, self.method, self.activations),
             place=device_put or jax.device_put,
             on_device=decode == "device",
         )
 
     def plan(self, rows: list[PlanRow]) -> LoadPlan:
         """The plan, once all rows are known."""
-        notes = [f"quantized while loading: --quantization {self.quantization}"] if self.quantization else []
-        reasons = dict.fromkeys(extra.reason for extra in self.audited.extras)
+        notes = [self.note] if self.note else []
         if unread := self.checkpoint.unread:
             notes.append(f"not read, no part of the model by its index: {', '.join(unread[:5])}")
+        reasons = dict.fromkeys(extra.reason for extra in self.audited.extras)
         notes += [f"left out: {sum(e.reason == r for e in self.audited.extras)} x {r}" for r in reasons]
         return LoadPlan(self.method, tuple(rows), tuple(notes))
 
@@ -64,14 +66,24 @@ def open_model(
     checkpoint: Checkpoint, dtype: str | None, activations: Activations, quantization: str | None
 ) -> OpenModel:
     """Reads the configs and compares them with the headers. Raises as `load` does."""
+    config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
+    return OpenModel(checkpoint, config, generation, plan.method, note, audit(checkpoint, config, plan))
+
+
+def read_plan(
+    checkpoint: Checkpoint, dtype: str | None, activations: Activations, quantization: str | None
+) -> tuple[ModelConfig, dict[str, Any], QuantPlan, str]:
+    """(config, generation_config, the plan with what the user's flags change, a note on them), from configs alone."""
     config, generation = read_configs(checkpoint, dtype)
-    plan: QuantPlan = quant_plan(checkpoint)
-    quantization = None if quantization == "none" else quantization
-    online_scheme(quantization, plan.method, activations)
-    if activations == "none":
-        plan = WithoutActivations(plan)
-    audited = audit(checkpoint, config, plan)
-    return OpenModel(checkpoint, config, generation, plan.method, quantization, activations, audited)
+    plan = quant_plan(checkpoint)
+    groups = [module for module in modules(config) if isinstance(module, LinearGroup)]
+    slots = [slot for group in groups for _, slot in group.parts]
+    specs = (plan.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
+    asked = answer(quantization, plan.method, specs, checkpoint.path)
+    if asked.note:
+        log.info("%s", asked.note)
+    plan = Asked(plan, asked, activations == "none")
+    return config, generation, plan, asked.note
 
 
 def read_configs(checkpoint: Checkpoint, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -93,14 +105,21 @@ def check_dtype(dtype: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class WithoutActivations:
-    """A plan whose schemes leave the input of every matmul as it is."""
+class Asked:
+    """A checkpoint's plan as the user's flags change it. The head is never quantized online."""
 
     plan: QuantPlan
+    asked: Answer
+    without_activations: bool
 
     @property
     def method(self) -> str:
         return self.plan.method
 
     def scheme(self, module: str) -> Scheme:
-        return self.plan.scheme(module).without_activation()
+        scheme = self.plan.scheme(module)
+        if self.asked.online is not None and scheme == DENSE and module != "lm_head":
+            scheme = self.asked.online
+        if self.asked.activation is not None:
+            scheme = scheme.with_activation(self.asked.activation)
+        return scheme.without_activation() if self.without_activations else scheme

@@ -125,6 +125,7 @@ def scheme_text(method: str, spec: QuantSpec | None, perm: bool = False) -> str:
         return method
     k, (gn, gk) = spec.shape[1], spec.group_shape
     group = f"groups of {gk}" if gk < k else ("per channel" if gn == 1 else "per tensor")
+    group = f"blocks of {gn}x{gk}" if (gn, gk) == (128, 128) else group
     zero = {"none": "", "int": ", zero points", "offset": ", offsets"}[spec.zero]
     return f"{method}: {spec.qtype}, {group}{zero}{', act-order' if perm else ''}"
 
@@ -144,6 +145,6 @@ def matrix_row(path: str, source: str, method: str, weight: Any, note: str = "")
         return PlanRow(path, source, shape, method, bits, None, "none", dtype.name, int(weight.nbytes), note)
     spec = weight.spec
     group = spec.group_size if spec.group_size < spec.shape[1] else None
-    text = scheme_text("online" if method == "dense" else method, spec, weight.perm is not None)
+    text = scheme_text(method, spec, weight.perm is not None)
     scales, activation = jnp.dtype(weight.scale.dtype).name, activation_text(spec.activation)
     return PlanRow(path, source, spec.shape, text, spec.bits, group, activation, scales, weight.nbytes, note)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from jqserve.checkpoint.finite import all_finite
-from jqserve.checkpoint.online import OnlineFp8
 from jqserve.checkpoint.scheme import Arrays, Prepared, Scheme, cast, namespace
 from jqserve.quant import QuantizedTensor, QuantSpec
 
+#: Blocks of fp8 scales that scaled_matmul takes, and that fuse as they are.
+BLOCKS = (128, 128)
 Linear = dict[str, Any]  # {"weight": Array | QuantizedTensor, "bias": Array (optional)}
 
 
@@ -22,25 +24,18 @@ class Recipe:
     parts    (scheme, n, k) of each Linear
     fused    one Linear of all parts, concatenated along N, or one each
     dtype    of dense weights and biases
-    online   quantizes what would be dense, or None
     """
 
     parts: tuple[tuple[Scheme, int, int], ...]
     fused: bool
     dtype: str
-    online: OnlineFp8 | None = None
 
     def specs(self) -> tuple[QuantSpec | None, ...]:
         """The spec of each Linear that `build` gives; None for a dense one."""
         specs = [scheme.spec(n, k) for scheme, n, k in self.parts]
         if self.fused and len(specs) > 1:
             specs = [fused_spec(specs, sum(n for _, n, _ in self.parts))]
-        if self.online is None:
-            return tuple(specs)
-        shapes = [(n, k) for _, n, k in self.parts]
-        if len(specs) != len(shapes):
-            shapes = [(sum(n for n, _ in shapes), shapes[0][1])]
-        return tuple(self.online.spec(*shape) if spec is None else spec for spec, shape in zip(specs, shapes))
+        return tuple(specs)
 
     def build(self, arrays: tuple[Arrays, ...]) -> tuple[tuple[Linear, ...], Any]:
         """arrays of each part (Scheme.decode's, and "perm", "input_scale", "bias" where there are) ->
@@ -55,28 +50,26 @@ class Recipe:
             if "bias" in arrays[indices[0]]:
                 linear["bias"] = _joined([cast(arrays[i]["bias"], self.dtype) for i in indices])
                 finite = finite & all_finite(linear["bias"])
-            weight = linear["weight"]
-            finite = finite & all_finite(weight.qvalue if isinstance(weight, QuantizedTensor) else weight)
+            for leaf in jax.tree.leaves(linear["weight"]):
+                finite = finite & all_finite(leaf)
             linears.append(linear)
         return tuple(linears), finite
 
     def _weight(self, spec: QuantSpec | None, own: list[QuantSpec | None], values: list[Any], first: Arrays) -> Any:
         if spec is None:
             return _joined([cast(v[0], self.dtype) for v in values])
-        if self.online is not None and own[0] is None:
-            same = len({v[0].dtype for v in values}) == 1
-            return self.online.quantize(_joined([v[0] if same else cast(v[0], "float32") for v in values]))
         qvalue = _joined([v[0] for v in values])
-        scales = [v[1] for v in values]
-        if len(values) > 1:  # per tensor -> per channel
-            scales = [namespace(s).repeat(s, n, axis=0) if s.shape[0] == 1 else s for s, n in _with_rows(scales, own)]
+        scales = [_spread(v[1], part, spec) for v, part in zip(values, own)]
         zeros = [v[2] for v in values]
         zero = None if zeros[0] is None else _joined(zeros)
         return QuantizedTensor(qvalue, _joined(scales), zero, first.get("perm"), first.get("input_scale"), spec)
 
 
-def _with_rows(scales: list[Any], specs: list[QuantSpec | None]) -> list[tuple[Any, int]]:
-    return [(scale, spec.shape[0] if spec else 0) for scale, spec in zip(scales, specs)]
+def _spread(scale: Any, own: QuantSpec | None, fused: QuantSpec) -> Any:
+    """A part's scales as the fused spec has them: per tensor becomes per channel."""
+    if own is None or own.group_shape[0] == fused.group_shape[0]:
+        return scale
+    return namespace(scale).repeat(scale, own.shape[0], axis=0)
 
 
 def _joined(arrays: list[Any]) -> Any:
@@ -84,10 +77,17 @@ def _joined(arrays: list[Any]) -> Any:
 
 
 def fused_spec(specs: list[QuantSpec | None], n: int) -> QuantSpec | None:
-    """The spec of parts concatenated along N. Raises ValueError where they do not agree."""
+    """The spec of parts concatenated along N. Raises ValueError, with the reason, where they do not agree."""
+    if all(s is not None and s.group_shape == BLOCKS for s in specs):
+        blocks = [s.replace(shape=(n, s.shape[1])) for s in specs if s is not None]
+        if any(s is not None and s.shape[0] % BLOCKS[0] for s in specs[:-1]):
+            raise ValueError("their rows do not fill whole 128x128 blocks")
+        if any(s != blocks[0] for s in blocks):
+            raise ValueError("schemes differ")
+        return blocks[0]
     per_channel = [s and s.replace(shape=(n, s.shape[1]), group_shape=(1, s.group_shape[1])) for s in specs]
     if any(s != per_channel[0] for s in per_channel):
-        raise ValueError(f"parts of different specs: {specs}")
+        raise ValueError("schemes differ")
     return per_channel[0]
 
 
@@ -97,8 +97,8 @@ def why_apart(parts: tuple[tuple[Scheme, int, int], ...], prepared: list[Prepare
         return None
     try:
         fused_spec([scheme.spec(n, k) for scheme, n, k in parts], sum(n for _, n, _ in parts))
-    except ValueError:
-        return "schemes differ"
+    except ValueError as error:
+        return str(error)
     if len(set(biases)) > 1:
         return "only some have a bias"
     for what in ("perm", "input_scale"):

@@ -17,9 +17,15 @@ FP8_TOKEN = ActivationSpec("dynamic_token", "float8_e4m3fn", 448.0)
 FP8_STATIC = ActivationSpec("static_tensor", "float8_e4m3fn", 448.0)
 #: compressed-tensors divides the range 255 by two (its `calculate_qparams`); kernels elsewhere take 127.
 INT8_TOKEN = ActivationSpec("dynamic_token", "int8", 127.5)
+#: What SGLang's and vLLM's int8 kernels do, and `--quantization w8a8_int8`.
+INT8_TOKEN_127 = ActivationSpec("dynamic_token", "int8", 127.0)
+#: DeepSeek-V3: a scale for each 128 consecutive features of a token.
+FP8_BLOCK = ActivationSpec("dynamic_block", "float8_e4m3fn", 448.0, 128)
 INT8_STATIC = ActivationSpec("static_tensor", "int8", 127.5)
 
 FLOATS = ("BF16", "F16", "F32")
+#: Suffixes of weight scales, whatever the format.
+SCALES = ("scales", "weight_scale", "weight_scale_inv", "_weight_scale", "s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +79,20 @@ class Scheme:
         """arrays -> (qvalue, scale, zero_point or None), canonical; a dense module gives (weight, None, None)."""
         raise NotImplementedError
 
-    def without_activation(self) -> Scheme:
-        """The same with the input left unquantized (`--activations none`)."""
+    def scale_dtype(self, stored: Mapping[str, str]) -> str:
+        """The dtype of the canonical scale, from the safetensors dtypes of the module's tensors by suffix."""
+        found = [word for suffix, word in stored.items() if suffix in SCALES]
+        return {"BF16": "bfloat16", "F16": "float16"}.get(found[0], "float32") if found else "float32"
+
+    def with_activation(self, activation: ActivationSpec) -> Scheme:
+        """The same with the input quantized in another way; a scheme that leaves it alone stays as it is."""
         if getattr(self, "activation", NO_ACTIVATION) == NO_ACTIVATION:
             return self
-        return dataclasses.replace(self, activation=NO_ACTIVATION)  # type: ignore[call-arg]
+        return dataclasses.replace(self, activation=activation)  # type: ignore[call-arg]
+
+    def without_activation(self) -> Scheme:
+        """The same with the input left unquantized (`--activations none`)."""
+        return self.with_activation(NO_ACTIVATION)
 
 
 def namespace(array: Any) -> Any:

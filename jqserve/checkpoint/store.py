@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from jqserve.checkpoint import manifest
+from jqserve.checkpoint.asked import Answer, answer
 from jqserve.checkpoint.hf import Checkpoint, read_json
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.model_config import model_config
-from jqserve.checkpoint.online import OnlineFp8, online_scheme
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row
 from jqserve.checkpoint.scheme import cast
@@ -133,21 +133,24 @@ def restore(
     config, generation, plan, sections = _described(path)
     dtype = config.dtype if dtype in (None, "auto") else str(dtype)
     check_dtype(dtype)
-    online = online_scheme(quantization, plan.method, activations)
+    specs = [leaf.spec for leaves in sections.values() for leaf in leaves.values() if leaf.spec is not None]
+    asked = answer(quantization, plan.method, specs, path)
     stored = {row.path: row for row in plan.rows}
     params: dict[str, Any] = {}
     rows: list[PlanRow] = []
     total = sum(map(len, sections.values()))
     for done, (name, leaf) in enumerate(_leaves(path, sections), 1):
-        leaf = _adapted(name, leaf, dtype, activations, online)
+        leaf = _adapted(name, leaf, dtype, activations, asked)
         if row := stored.get(name.removesuffix(".weight")):
-            rows.append(matrix_row(row.path, row.source, row.scheme.partition(":")[0], leaf, row.note))
+            online = asked.online is not None and isinstance(leaf, QuantizedTensor)
+            method = "online" if online else row.scheme.partition(":")[0]
+            rows.append(matrix_row(row.path, row.source, method, leaf, row.note))
         set_path(params, name, device_put(leaf))
         if progress:
             progress(done, total, name)
     plan = dataclasses.replace(plan, rows=tuple(rows))
-    if online:
-        plan = dataclasses.replace(plan, notes=(f"quantized while loading: --quantization {quantization}", *plan.notes))
+    if asked.note:
+        plan = dataclasses.replace(plan, notes=(asked.note, *plan.notes))
     return LoadedCheckpoint(dataclasses.replace(config, dtype=dtype), params, plan, generation)
 
 
@@ -218,13 +221,19 @@ def _section(path: Path, section: str, leaves: dict[str, LeafFacts]) -> dict[str
     }
 
 
-def _adapted(name: str, leaf: Weight, dtype: str, activations: Activations, online: OnlineFp8 | None) -> Weight:
+def _adapted(name: str, leaf: Weight, dtype: str, activations: Activations, asked: Answer) -> Weight:
     """A stored leaf as the caller's flags want it."""
     if isinstance(leaf, QuantizedTensor):
         if activations == "none":
             return leaf.replace(spec=leaf.spec.replace(activation=NO_ACTIVATION), input_scale=None)
+        if asked.activation is not None:
+            return leaf.replace(spec=leaf.spec.replace(activation=asked.activation), input_scale=None)
         return leaf
     quantizable = name.startswith("layers.") and name.endswith(".weight") and leaf.ndim == 2
-    if online is not None and quantizable:
-        return online.quantize(leaf)
+    if asked.online is not None and quantizable:
+        online = (
+            asked.online if activations == "config" else dataclasses.replace(asked.online, activation=NO_ACTIVATION)
+        )
+        leaf = online.quantize(leaf)
+        return leaf if isinstance(leaf, QuantizedTensor) else cast(leaf, dtype)
     return cast(leaf, dtype)

@@ -8,7 +8,14 @@ from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 from jqserve.quant import QuantSpec
 
-_STORED = {"uint4": "uint8", "uint8": "uint8", "int8": "int8", "float8_e4m3fn": "float8_e4m3fn"}
+_STORED = {
+    "uint4": "uint8",
+    "nf4": "uint8",
+    "fp4": "uint8",
+    "uint8": "uint8",
+    "int8": "int8",
+    "float8_e4m3fn": "float8_e4m3fn",
+}
 
 
 def check_modules(where: str, config: ModelConfig, leaves: dict[str, LeafFacts]) -> None:
@@ -46,7 +53,7 @@ def check_modules(where: str, config: ModelConfig, leaves: dict[str, LeafFacts])
 def _check_quantized(where: str, path: str, facts: LeafFacts, spec: QuantSpec, shape: tuple[int, ...]) -> None:
     n, k = spec.shape
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "qvalue": ((n, -(-k // 2) if spec.qtype == "uint4" else k), (_STORED[spec.qtype],)),
+        "qvalue": ((n, spec.row_bytes), (_STORED[spec.qtype],)),
         "scale": (spec.grid, ("float16", "bfloat16", "float32")),
     }
     if spec.zero != "none":

@@ -16,7 +16,6 @@ from jqserve.checkpoint.finite import all_finite
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.loaded import Place, Weight
 from jqserve.checkpoint.names import Vector
-from jqserve.checkpoint.online import OnlineFp8
 from jqserve.checkpoint.plan import PlanRow, matrix_row, source_text
 from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
 from jqserve.checkpoint.scheme import Arrays, Prepared, cast
@@ -53,12 +52,11 @@ class Stream:
         audited: Audit,
         *,
         dtype: str,
-        online: OnlineFp8 | None,
         place: Place,
         on_device: bool,
     ) -> None:
         self._checkpoint, self._modules = checkpoint, audited.modules
-        self._dtype, self._online, self._place, self._on_device = dtype, online, place, on_device
+        self._dtype, self._place, self._on_device = dtype, place, on_device
         self._flying: deque[tuple[str, Any]] = deque()  # path, whether it is finite (perhaps not computed yet)
 
     def __len__(self) -> int:
@@ -90,8 +88,7 @@ class Stream:
         prepared = [self._prepare(part) for part in source.parts]
         biases = [self._checkpoint.read(p.bias) if p.bias else None for p in source.parts]
         apart = why_apart(shapes, prepared, [b is not None for b in biases])
-        online = None if group.path == "lm_head" else self._online
-        recipe = Recipe(shapes, apart is None, self._dtype, online)
+        recipe = Recipe(shapes, apart is None, self._dtype)
         arrays = tuple(_with_options(p, bias) for p, bias in zip(prepared, biases))
         del prepared, biases
         linears, finite = (_build_on_device if self._on_device else Recipe.build)(recipe, arrays)

@@ -10,6 +10,7 @@ from jax.custom_batching import custom_vmap
 
 from jqserve.errors import UnsupportedError
 from jqserve.ops.activations import QuantizedRows, quantize_input
+from jqserve.ops.generic import generic_matmul, needs_generic
 from jqserve.ops.relayout import grid_per_row, to_canonical
 from jqserve.quant import QuantizedTensor, QuantSpec, dequantize
 from pallas_kernels.scaled_matmul.api import scaled_matmul
@@ -22,11 +23,8 @@ def check_supported(path: str, spec: QuantSpec) -> None:
     (n, k), (gn, gk) = spec.shape, spec.group_shape
     reason = None
     if spec.activation.kind == "none":
-        if gn != 1 and spec.qtype == "uint4":
-            reason = f"4-bit weights with scales shared by {gn} output features (supported: groups along the input)"
-        elif spec.qtype != "uint4" and spec.zero == "offset":
-            reason = "8-bit weights with float offsets (supported: no zero point, or an integer one)"
-    elif spec.qtype not in ("int8", "float8_e4m3fn"):
+        return
+    if spec.qtype not in ("int8", "float8_e4m3fn"):
         reason = f"{spec.qtype} weights with quantized activations (supported: int8 and float8_e4m3fn weights)"
     elif spec.activation.qtype != spec.qtype:
         reason = f"{spec.qtype} weights with {spec.activation.qtype} activations (supported: the same type for both)"
@@ -64,6 +62,9 @@ def _run_kernel(x: jax.Array, weight: QuantizedTensor, bias: jax.Array | None) -
         if weight.perm is not None:
             x = jnp.take(x, weight.perm, axis=1, unique_indices=True, mode="clip")
         return quantized_rows_matmul(quantize_input(x, weight), weight, bias)
+    if needs_generic(spec):
+        y = generic_matmul(x, weight)
+        return y if bias is None else y + bias.astype(y.dtype)
     scale, zero = weight.scale, weight.zero_point
     if spec.layout == "canonical":
         scale, zero = grid_per_row(scale, spec), None if zero is None else grid_per_row(zero, spec)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jqserve.ops.device import Device, current_device
+from jqserve.ops.generic import needs_generic
 from jqserve.quant import QuantizedTensor, QuantSpec
 from pallas_kernels.w4a16 import layout as w4a16_layout
 from pallas_kernels.w8a16 import layout as w8a16_layout
@@ -42,7 +43,7 @@ def relayout_leaf(weight: Any, device: Device | None = None) -> Any:
 def preferred_layout(weight: QuantizedTensor, device: Device) -> str:
     """The layout's name; "canonical" where the kernels read canonical arrays, as scaled_matmul always does."""
     spec = weight.spec
-    if spec.activation.kind != "none" or (spec.qtype != "uint4" and spec.zero == "offset"):
+    if spec.activation.kind != "none" or needs_generic(spec):
         return "canonical"
     n, k = spec.shape
     module = w4a16_layout if spec.qtype == "uint4" else w8a16_layout

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-QType = Literal["uint4", "int8", "uint8", "float8_e4m3fn"]
+QType = Literal["uint4", "nf4", "fp4", "int8", "uint8", "float8_e4m3fn"]
 ZeroKind = Literal["none", "int", "offset"]
 ActivationKind = Literal["none", "dynamic_token", "static_tensor", "dynamic_block"]
 
 #: Bits a value takes in memory.
-BITS: dict[str, int] = {"uint4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
+BITS: dict[str, int] = {"uint4": 4, "nf4": 4, "fp4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8}
 #: The zero point of unsigned types when the tensor carries none: values are symmetric around it.
 IMPLIED_ZERO: dict[str, int] = {"uint4": 8, "int8": 0, "uint8": 128, "float8_e4m3fn": 0}
 
@@ -50,6 +50,7 @@ class QuantSpec:
     shape        (N, K): output features, input features
     group_shape  (gn, gk): values that share a scale. (1, 128) group 128; (1, K) per channel; (N, K) per tensor;
                  (128, 128) blocks. Ragged last groups are allowed.
+    nf4 and fp4 are codes: value = codebook[q] * scale (`quant.codebook`); they take no zero.
     zero         none: value = (q - IMPLIED_ZERO[qtype]) * scale
                  int: value = (q - zero_point) * scale, zero_point uint8 of the scale's shape
                  offset: value = (q - IMPLIED_ZERO[qtype]) * scale + zero_point, zero_point float
@@ -69,12 +70,24 @@ class QuantSpec:
             raise ValueError(f"unknown qtype {self.qtype!r}; known: {', '.join(BITS)}")
         if self.zero not in get_args(ZeroKind):
             raise ValueError(f"unknown zero {self.zero!r}; known: {', '.join(get_args(ZeroKind))}")
+        if self.codebook and self.zero != "none":
+            raise ValueError(f"{self.qtype} is a code and takes no zero, found {self.zero!r}")
         if min(*self.shape, *self.group_shape) < 1:
             raise ValueError(f"shape {self.shape} and group_shape {self.group_shape} must be positive")
 
     @property
     def bits(self) -> int:
         return BITS[self.qtype]
+
+    @property
+    def codebook(self) -> bool:
+        """Whether a value is a code, to be looked up."""
+        return self.qtype in ("nf4", "fp4")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the canonical qvalue."""
+        return -(-self.shape[1] * self.bits // 8)
 
     @property
     def group_size(self) -> int:

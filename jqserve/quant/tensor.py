@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jqserve.quant import codebook
 from jqserve.quant.packing import unpack_uint4
 from jqserve.quant.spec import IMPLIED_ZERO, QuantSpec
 
@@ -17,7 +18,7 @@ from jqserve.quant.spec import IMPLIED_ZERO, QuantSpec
 class QuantizedTensor:
     """A weight matrix W [N, K] kept packed; every array has N first, so fusing and column sharding cut axis 0.
 
-    qvalue       canonical: [N, K] (8-bit types), or uint8 [N, ceil(K/2)] (uint4, low nibble = even k)
+    qvalue       canonical: [N, K] (8-bit types), or uint8 [N, ceil(K/2)] (4-bit types, low nibble = even k)
     scale        canonical: [ceil(N/gn), ceil(K/gk)], float16 | bfloat16 | float32
     zero_point   None, or of the scale's shape: uint8 (spec.zero "int") or float (spec.zero "offset")
     perm         None, or int32 [K]: the columns stored are W[:, perm] (act-order, sorted by group once), so a
@@ -56,16 +57,16 @@ def dequantize(tensor: QuantizedTensor, dtype: Any = jnp.float32) -> jax.Array:
         raise ValueError(f"dequantize needs the canonical layout, this tensor has {spec.layout!r}; use to_canonical")
     n, k = spec.shape
     gn, gk = spec.group_shape
-    q = unpack_uint4(tensor.qvalue, k) if spec.qtype == "uint4" else tensor.qvalue
+    q = unpack_uint4(tensor.qvalue, k) if spec.bits == 4 else tensor.qvalue
 
     def spread(grid: jax.Array) -> jax.Array:
         return jnp.repeat(jnp.repeat(grid.astype(jnp.float32), gn, axis=0)[:n], gk, axis=1)[:, :k]
 
-    value = q.astype(jnp.float32)
+    value = codebook.decode(q, spec.qtype) if spec.codebook else q.astype(jnp.float32)
     if spec.zero == "int":
         assert tensor.zero_point is not None
         value = value - spread(tensor.zero_point)
-    else:
+    elif not spec.codebook:
         value = value - IMPLIED_ZERO[spec.qtype]
     value = value * spread(tensor.scale)
     if spec.zero == "offset":

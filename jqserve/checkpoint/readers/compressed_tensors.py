@@ -156,6 +156,9 @@ class EightBit(Scheme):
         scale = static_input_scale(where, "input_scale", raw["input_scale"])
         return Prepared(arrays, input_scale=scale if self.activation.kind == "static_tensor" else None)
 
+    def scale_dtype(self, stored: Mapping[str, str]) -> str:
+        return super().scale_dtype(stored) if self.group_size > 0 else "float32"
+
     def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
         spec = self.spec(n, k)
         scale = arrays["scale"] if self.group_size > 0 else grid_f32(arrays["scale"], spec)

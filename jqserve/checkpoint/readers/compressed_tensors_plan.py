@@ -7,8 +7,9 @@ from typing import Any
 from jqserve.checkpoint.fields import Fields
 from jqserve.checkpoint.readers.compressed_tensors import EightBit, PackQuantized
 from jqserve.checkpoint.readers.dense import DENSE
+from jqserve.checkpoint.readers.fp8 import Fp8Block, block_size
 from jqserve.checkpoint.readers.patterns import regex_matches
-from jqserve.checkpoint.scheme import FP8_STATIC, FP8_TOKEN, INT8_STATIC, INT8_TOKEN, Scheme
+from jqserve.checkpoint.scheme import FP8_BLOCK, FP8_STATIC, FP8_TOKEN, INT8_STATIC, INT8_TOKEN, Scheme
 from jqserve.errors import UnsupportedError
 from jqserve.quant import NO_ACTIVATION, ActivationSpec
 from jqserve.quant.spec import QType
@@ -88,6 +89,8 @@ def _scheme(group: Fields, top_format: str | None) -> Scheme:
     if kind != form.removesuffix("-quantized"):
         raise weights.error("type", f"{form.removesuffix('-quantized')!r}, as the format is {form}")
     weights.one_of("num_bits", (8,))
+    if weights.data.get("strategy") == "block":
+        return _block(weights, inputs, kind)
     group_size = _group_size(weights, ("tensor", "channel", "group"))
     symmetric = weights.flag("symmetric", True)
     activation, static, asymmetric = _activation(inputs, kind)
@@ -100,6 +103,23 @@ def _scheme(group: Fields, top_format: str | None) -> Scheme:
         raise weights.unsupported("symmetric", "true for float8")
     qtype: QType = "float8_e4m3fn" if kind == "float" else "int8"
     return EightBit(qtype, group_size, symmetric, static, asymmetric, activation)
+
+
+def _block(weights: Fields, inputs: Fields | None, kind: str) -> Fp8Block:
+    """FP8_BLOCK: weights in 128x128 blocks, inputs in groups of 128 features (or 16 bit)."""
+    if kind != "float" or not weights.flag("symmetric", True):
+        raise weights.unsupported("strategy", "'block' for symmetric float8 alone")
+    block_size(weights, "block_structure")
+    activation = NO_ACTIVATION
+    if inputs is not None:
+        inputs.one_of("type", ("float",))
+        inputs.one_of("num_bits", (8,), 8)
+        inputs.one_of("strategy", ("group",))
+        inputs.one_of("group_size", (128,))
+        if inputs.data.get("dynamic") is not True or not inputs.flag("symmetric", True):
+            raise inputs.unsupported("dynamic", "true, symmetric, with weights in blocks")
+        activation = FP8_BLOCK
+    return Fp8Block("weight_scale", activation, "compressed-tensors float-quantized")
 
 
 def _packed(group: Fields, weights: Fields, inputs: Fields | None, kind: str) -> PackQuantized:

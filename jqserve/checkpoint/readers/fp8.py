@@ -1,4 +1,4 @@
-"""`quant_method: fp8` with one scale a tensor (AutoFP8, vLLM; FORMATS.md section 4). Blocks are not read yet."""
+"""`quant_method: fp8` (FORMATS.md section 4): one scale a tensor (AutoFP8, vLLM) or 128x128 blocks (DeepSeek, Qwen)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jqserve.checkpoint.readers.dense import DENSE
 from jqserve.checkpoint.readers.patterns import regex_matches
 from jqserve.checkpoint.scheme import (
     FLOATS,
+    FP8_BLOCK,
     FP8_STATIC,
     FP8_TOKEN,
     Arrays,
@@ -26,6 +27,7 @@ from jqserve.checkpoint.scheme import (
 from jqserve.errors import CheckpointError
 from jqserve.quant import ActivationSpec, QuantSpec
 
+BLOCK = 128
 #: Scales multiply, also the one that transformers calls the inverse.
 WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")
 INPUT_SCALES = ("input_scale", "activation_scale")
@@ -62,6 +64,47 @@ class Fp8PerTensor(Scheme):
     def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
         return arrays["weight"], grid_f32(arrays["scale"], self.spec(n, k)), None
 
+    def scale_dtype(self, stored: Mapping[str, str]) -> str:
+        return "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Block(Scheme):
+    """W[n, k] = weight[n, k] * scale[n // 128, k // 128]; the last row and column of blocks may be partial.
+
+    suffix  weight_scale_inv (DeepSeek), weight_scale (compressed-tensors)
+    """
+
+    suffix: str
+    activation: ActivationSpec
+    format: str = "fp8"
+
+    @property
+    def method(self) -> str:
+        return self.format
+
+    def spec(self, n: int, k: int) -> QuantSpec:
+        return QuantSpec("float8_e4m3fn", (n, k), (BLOCK, BLOCK), "none", self.activation)
+
+    def needs(self, n: int, k: int) -> dict[str, Need]:
+        grid = self.spec(n, k).grid
+        return {"weight": Need(("F8_E4M3",), ((n, k),)), self.suffix: Need((*FLOATS, "F8_E8M0"), (grid,))}
+
+    def prepare(self, where: str, raw: Mapping[str, np.ndarray], n: int, k: int) -> Prepared:
+        return Prepared({"weight": raw["weight"], "scale": finite(where, self.suffix, raw[self.suffix])})
+
+    def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
+        return arrays["weight"], grid_f32(arrays["scale"], self.spec(n, k)), None
+
+    def scale_dtype(self, stored: Mapping[str, str]) -> str:
+        return "float32"
+
+
+def block_size(config: Fields, key: str) -> None:
+    """Raises UnsupportedError for blocks that scaled_matmul does not take."""
+    if config.data.get(key) != [BLOCK, BLOCK]:
+        raise config.unsupported(key, f"[{BLOCK}, {BLOCK}]")
+
 
 def _the_one(where: str, names: tuple[str, ...], raw: Mapping[str, np.ndarray]) -> str:
     found = [name for name in names if name in raw]
@@ -77,15 +120,16 @@ class Fp8Plan:
     method = "fp8"
 
     def __init__(self, config: Fields) -> None:
-        if config.data.get("weight_block_size") is not None:
-            raise config.unsupported(
-                "weight_block_size",
-                "null (one scale a tensor); block scales are not supported yet: use a "
-                "compressed-tensors FP8 checkpoint, or --quantization fp8 on the unquantized one",
-            )
         config.one_of("fmt", ("e4m3",), "e4m3")
-        static = config.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
-        self._scheme = Fp8PerTensor(static, FP8_STATIC if static else FP8_TOKEN)
+        config.one_of("scale_fmt", ("float", "ue8m0"), "float")
+        self._scheme: Scheme
+        if config.data.get("weight_block_size") is not None:
+            block_size(config, "weight_block_size")
+            config.one_of("activation_scheme", ("dynamic",), "dynamic")
+            self._scheme = Fp8Block("weight_scale_inv", FP8_BLOCK)
+        else:
+            static = config.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
+            self._scheme = Fp8PerTensor(static, FP8_STATIC if static else FP8_TOKEN)
         self._patterns = config.texts("modules_to_not_convert")
         self._exact = frozenset(config.texts("ignored_layers"))
         self._where = f"{config.where}, modules_to_not_convert"

@@ -1,0 +1,168 @@
+"""What the user asked for, `--quantization` or `--torchao-config`, against what the checkpoint is.
+
+Judged on the schemes of the modules (bits, dtype, granularity), never on names alone, before anything is loaded. A
+flag quantizes an unquantized checkpoint, repeats what a quantized one is, overrides how its inputs are quantized
+(w8a8_int8), or contradicts it: then UnsupportedError says what the checkpoint is, what was asked, and a command that
+works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from jqserve.checkpoint.online import ONLINE, TORCHAO, Online
+from jqserve.checkpoint.plan import activation_text, scheme_text
+from jqserve.checkpoint.scheme import FP8_TOKEN, INT8_TOKEN_127
+from jqserve.errors import UnsupportedError
+from jqserve.quant import ActivationSpec, QuantSpec
+
+#: The prefix under which a --torchao-config travels through the engine's `quantization` option.
+TORCHAO_PREFIX = "torchao:"
+#: Names that SGLang and vLLM give to formats -> our name of the format. Their kernels are not what runs here.
+FORMATS = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "marlin": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "compressed_tensors": "compressed-tensors",
+    "torchao": "torchao",
+    "gguf": "gguf",
+}
+NOTHING = (None, "none", "auto")
+CALIBRATED = {
+    "awq": "AWQ needs calibration, which does not run while serving",
+    "gptq": "GPTQ needs calibration, which does not run while serving",
+}
+Test = Callable[[QuantSpec], bool]
+
+
+def _dynamic(spec: QuantSpec, qtype: str) -> bool:
+    """Per-channel weights and per-token inputs of one 8-bit type."""
+    channel = spec.group_shape == (1, spec.shape[1])
+    activation = spec.activation
+    return spec.qtype == qtype and channel and activation.kind == "dynamic_token" and activation.qtype == qtype
+
+
+def _weights(spec: QuantSpec, *qtypes: str) -> bool:
+    return spec.qtype in qtypes and spec.activation.kind == "none"
+
+
+#: scheme name -> (what it asks for, whether a quantized weight is that already)
+SCHEMES: dict[str, tuple[str, Test]] = {
+    "fp8": ("float8 weights and inputs", lambda s: s.qtype == "float8_e4m3fn" and s.activation.qtype == s.qtype),
+    "w8a8_fp8": ("float8 weights per channel, inputs per token", lambda s: _dynamic(s, "float8_e4m3fn")),
+    "fp8_block": (
+        "float8 weights in 128x128 blocks, inputs in blocks of 128",
+        lambda s: s.group_shape == (128, 128) and s.activation.kind == "dynamic_block",
+    ),
+    "w8a8_int8": ("int8 weights per channel, inputs per token", lambda s: _dynamic(s, "int8")),
+    "int8": ("8-bit integer weights, 16-bit inputs", lambda s: _weights(s, "int8", "uint8")),
+    "int4": ("4-bit integer weights, 16-bit inputs", lambda s: _weights(s, "uint4")),
+    **{
+        f"int4-{g}": (
+            f"4-bit integer weights in groups of {g}, 16-bit inputs",
+            lambda s, g=g: _weights(s, "uint4") and s.group_size == g,  # type: ignore[misc]
+        )
+        for g in (32, 64, 128, 256)
+    },
+    "bitsandbytes": ("bitsandbytes weights", lambda s: s.codebook),
+}
+#: Overrides: the config's ways with the input give way to our kernels' own; its ignore list stays.
+OVERRIDES: dict[str, ActivationSpec] = {"w8a8_fp8": FP8_TOKEN, "w8a8_int8": INT8_TOKEN_127}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """online: quantize what is dense by this; activation: replaces that of every quantized module; note: for the plan
+    and the log."""
+
+    online: Online | None = None
+    activation: ActivationSpec | None = None
+    note: str = ""
+
+
+def supported() -> str:
+    return f"{', '.join(ONLINE)}; --torchao-config {', '.join(TORCHAO)}"
+
+
+def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], path: Any) -> Answer:
+    """name    the flag; "torchao:NAME" for --torchao-config NAME
+    method  of the checkpoint: "none", "awq", ...
+    specs   of its Linears, None for a dense one
+    path    the checkpoint's, for the command that works
+
+    Raises UnsupportedError: see above.
+    """
+    if name in NOTHING:
+        return Answer()
+    assert name is not None
+    flag = f"--torchao-config {name.removeprefix(TORCHAO_PREFIX)}" if is_torchao(name) else f"--quantization {name}"
+    online = TORCHAO.get(name.removeprefix(TORCHAO_PREFIX)) if is_torchao(name) else ONLINE.get(name)
+    if online is None and name not in FORMATS:
+        raise UnsupportedError(
+            f"{flag}: there is no such scheme; on unquantized weights: {supported()}; a quantized checkpoint needs no "
+            f"flag (its own names are taken: {', '.join(FORMATS)})"
+        )
+    if method == "none":
+        return _on_dense(flag, name, online, path)
+    found = list(dict.fromkeys((s.shape, s) for s in specs if s is not None))
+    kinds = list(dict.fromkeys(describe(method, spec) for _, spec in found))
+    if name in FORMATS:
+        if FORMATS[name] == method:
+            return Answer(note=_alias(flag, name, method))
+        raise _contradiction(flag, f"a {FORMATS[name]} checkpoint", kinds, path)
+    assert online is not None
+    asks, test = SCHEMES.get(name, (f"torchao's {name.removeprefix(TORCHAO_PREFIX)}", None))
+    if test is None:
+        test = lambda spec: _same(spec, online.spec(*spec.shape))  # noqa: E731
+    if name == method or (found and all(test(spec) for _, spec in found)):
+        activation = OVERRIDES.get(name) if method == "compressed-tensors" else None
+        if activation is None or all(spec.activation == activation for _, spec in found):
+            return Answer(note=f"{flag}: the checkpoint is that already ({'; '.join(kinds)})")
+        how = activation_text(activation)
+        return Answer(
+            activation=activation, note=f"{flag}: inputs as our kernels quantize them, {how}; ignore list kept"
+        )
+    raise _contradiction(flag, asks, kinds, path)
+
+
+def is_torchao(name: str | None) -> bool:
+    return name is not None and name.startswith(TORCHAO_PREFIX)
+
+
+def describe(method: str, spec: QuantSpec) -> str:
+    """ "gptq: uint4, groups of 128", "fp8: float8_e4m3fn, per tensor, inputs fp8 per token"."""
+    text = scheme_text(method, spec)
+    return text if spec.activation.kind == "none" else f"{text}, inputs {activation_text(spec.activation)}"
+
+
+def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:
+    if online is not None:
+        return Answer(online=online, note=f"quantized while loading: {flag}")
+    kind = FORMATS[name]
+    why = CALIBRATED.get(kind, f"{kind} is a format of checkpoints, and this one is not quantized")
+    raise UnsupportedError(
+        f"{flag}: the checkpoint is not quantized; {why}. Load a checkpoint in that format, or round to nearest while "
+        f"loading: `jqserve-server --model-path {path} --quantization int4` (on unquantized weights: {supported()})"
+    )
+
+
+def _same(spec: QuantSpec, wanted: QuantSpec | None) -> bool:
+    return wanted is not None and spec.replace(layout="canonical") == wanted
+
+
+def _alias(flag: str, name: str, method: str) -> str:
+    if name in (method, "compressed_tensors"):
+        return f"{flag}: the checkpoint is that already"
+    return f"{flag}: the checkpoint is {method}; the name is accepted, the kernels are jqserve's own (see the plan)"
+
+
+def _contradiction(flag: str, asks: str, kinds: list[str], path: Any) -> UnsupportedError:
+    return UnsupportedError(
+        f"{flag} asks for {asks}, but the checkpoint is quantized already: {'; '.join(kinds) or 'nothing of it'}. "
+        f"Leave the flag out: `jqserve-server --model-path {path}`; or give the flag with the unquantized original"
+    )
