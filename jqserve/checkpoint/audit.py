@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from jqserve.checkpoint.extras import Extra, classify
 from jqserve.checkpoint.hf import Checkpoint
-from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, modules
+from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, module_and_suffix, modules
 from jqserve.checkpoint.quant_config import QuantPlan
 from jqserve.checkpoint.scheme import FLOATS, SCALES, Need, Scheme
 from jqserve.errors import CheckpointError
@@ -52,7 +52,7 @@ def audit(checkpoint: Checkpoint, config: ModelConfig, plan: QuantPlan) -> Audit
     """
     of_module: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.names():
-        of_module[name.rpartition(".")[0]].append(name)
+        of_module[module_and_suffix(name)[0]].append(name)
     claimed: set[str] = set()
     found: list[Vector | GroupSource] = []
     for module in modules(config):
@@ -100,7 +100,7 @@ def _check(checkpoint: Checkpoint, name: str, need: Need) -> None:
 def _part(checkpoint: Checkpoint, key: str, slot: LinearSlot, plan: QuantPlan, present: list[str]) -> Part:
     scheme = plan.scheme(slot.name)
     needs = scheme.needs(slot.n, slot.k)
-    suffixes = {name.rpartition(".")[2] for name in present}
+    suffixes = {module_and_suffix(name)[1] for name in present}
     missing = [s for s, need in needs.items() if need.required and s not in suffixes]
     dense = "weight" in suffixes and checkpoint.dtype(f"{slot.name}.weight") in FLOATS
     takes_dense = "weight" in needs and set(needs["weight"].dtypes) >= set(FLOATS)
@@ -122,7 +122,7 @@ def _disagree(
 ) -> CheckpointError:
     if not present:
         return CheckpointError(f"{checkpoint.path}: no tensor of module {slot.name!r} is there; is a shard missing?")
-    found = ", ".join(f"{name.rpartition('.')[2]} {checkpoint.dtype(name)}" for name in present)
+    found = ", ".join(f"{module_and_suffix(name)[1]} {checkpoint.dtype(name)}" for name in present)
     need = f"needs {', '.join(missing)}" if missing else "has no dense weight"
     return CheckpointError(
         f"{checkpoint.file_of(present[0])}: {slot.name}: config.json makes this module {scheme.method}, which {need}; "

@@ -8,6 +8,15 @@ from collections.abc import Iterator
 from jqserve.models.config import ModelConfig
 
 
+def module_and_suffix(tensor: str) -> tuple[str, str]:
+    """ "a.q_proj.weight" -> ("a.q_proj", "weight"); bitsandbytes' "a.q_proj.weight.absmax" -> (.., "weight.absmax")."""
+    module, _, suffix = tensor.partition(".weight.")
+    if suffix:
+        return module, f"weight.{suffix}"
+    module, _, suffix = tensor.rpartition(".")
+    return module, suffix
+
+
 @dataclasses.dataclass(frozen=True)
 class LinearSlot:
     """One Hugging Face Linear: `name` without suffix, out features n, in features k."""

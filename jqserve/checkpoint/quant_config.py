@@ -11,19 +11,18 @@ from typing import Protocol
 from jqserve.checkpoint.fields import Fields
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.readers.awq import AwqPlan
+from jqserve.checkpoint.readers.bitsandbytes import BitsAndBytesPlan
 from jqserve.checkpoint.readers.compressed_tensors_plan import CompressedTensorsPlan
 from jqserve.checkpoint.readers.dense import DENSE
 from jqserve.checkpoint.readers.fp8 import Fp8Plan
 from jqserve.checkpoint.readers.gptq import GptqPlan
+from jqserve.checkpoint.readers.torchao import TorchaoPlan
 from jqserve.checkpoint.scheme import Scheme
 from jqserve.errors import CheckpointError, UnsupportedError
 
-SUPPORTED = "awq, gptq, compressed-tensors, fp8 (one scale a tensor), or no quantization_config at all"
+SUPPORTED = "awq, gptq, compressed-tensors, fp8, bitsandbytes, torchao, or no quantization_config at all"
 #: Methods that people have; each with what to do instead.
 REFUSED = {
-    "bitsandbytes": "its blocks are not read yet; quantize with GPTQ, AWQ or llm-compressor instead",
-    "torchao": "its tensor subclasses are not read yet; quantize with llm-compressor instead",
-    "gguf": "GGUF is not read yet; use a safetensors checkpoint",
     "fbgemm_fp8": "use a compressed-tensors FP8 checkpoint",
     "modelopt": "use a compressed-tensors FP8 checkpoint",
     "quark": "use a compressed-tensors checkpoint",
@@ -84,6 +83,10 @@ def quant_plan(checkpoint: Checkpoint) -> QuantPlan:
         return CompressedTensorsPlan(found)
     if method == "fp8":
         return Fp8Plan(found)
+    if method == "bitsandbytes":
+        return BitsAndBytesPlan(found)
+    if method == "torchao":
+        return TorchaoPlan(found)
     reason = f": {REFUSED[method]}" if method in REFUSED else ""
     raise UnsupportedError(f"{found.where}: quant_method {method!r} is not supported{reason}; supported: {SUPPORTED}")
 

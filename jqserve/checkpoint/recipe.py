@@ -50,7 +50,9 @@ class Recipe:
             if "bias" in arrays[indices[0]]:
                 linear["bias"] = _joined([cast(arrays[i]["bias"], self.dtype) for i in indices])
                 finite = finite & all_finite(linear["bias"])
-            for leaf in jax.tree.leaves(linear["weight"]):
+            # What is quantized here is looked at before: integers have no NaN, and XLA's maximum may lose one.
+            raw = [arrays[i]["weight"] for i in indices if spec is not None and "weight" in arrays[i]]
+            for leaf in [*raw, *jax.tree.leaves(linear["weight"])]:
                 finite = finite & all_finite(leaf)
             linears.append(linear)
         return tuple(linears), finite

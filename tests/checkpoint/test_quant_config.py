@@ -14,6 +14,7 @@ from jqserve.checkpoint.readers.dense import DENSE
 from jqserve.checkpoint.readers.gptq import Gptq
 from jqserve.errors import CheckpointError, JqserveError, UnsupportedError
 from tests.checkpoint import configs as c
+from tests.checkpoint import tiny_more as m
 from tests.checkpoint.tiny import CONFIG
 
 Q, DOWN, HEAD = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"
@@ -128,21 +129,51 @@ DYNAMIC_TENSOR = {**c.inputs("float"), "strategy": "tensor"}
 REFUSED: dict[str, tuple[Any, type[JqserveError], tuple[str, ...]]] = {
     "no method": ({"bits": 4}, CheckpointError, ("quant_method", "missing")),
     "unknown method": ({"quant_method": "aqlm"}, UnsupportedError, ("'aqlm'", "gptq", "awq")),
-    "bitsandbytes": ({"quant_method": "bitsandbytes"}, UnsupportedError, ("bitsandbytes", "not read yet")),
+    "bnb of both kinds": (m.bnb(load_in_4bit=True, load_in_8bit=True), CheckpointError, ("load_in_4bit", "one of")),
+    "bnb of no kind": (m.bnb(), CheckpointError, ("load_in_4bit",)),
+    "bnb storage": (
+        m.bnb(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16"),
+        UnsupportedError,
+        ("bnb_4bit_quant_storage", "bfloat16", "uint8"),
+    ),
+    "bnb kind": (m.bnb(load_in_4bit=True, bnb_4bit_quant_type="int4"), UnsupportedError, ("int4", "nf4", "fp4")),
+    "torchao of several": (
+        {"quant_method": "torchao", "quant_type": {"default": None, "q_proj": {}}},
+        UnsupportedError,
+        ("quant_type", "default"),
+    ),
+    "torchao as text": ({"quant_method": "torchao", "quant_type": "int8wo"}, CheckpointError, ("quant_type", "object")),
+    "torchao unknown": (m.torchao("UIntXWeightOnlyConfig"), UnsupportedError, ("UIntX", "Int4WeightOnlyConfig")),
+    "torchao tiles": (
+        m.torchao("Int4WeightOnlyConfig", int4_packing_format={"_data": "TILE_PACKED_TO_4D"}),
+        UnsupportedError,
+        ("int4_packing_format", "PLAIN"),
+    ),
+    "torchao asymmetric": (
+        m.torchao("Int8DynamicActivationInt8WeightConfig", act_mapping_type={"_data": "ASYMMETRIC"}),
+        UnsupportedError,
+        ("act_mapping_type", "SYMMETRIC"),
+    ),
     "not an object": ("gptq", CheckpointError, ("quantization_config", "object")),
     "awq gemv": (c.awq(version="gemv"), UnsupportedError, ("version", "gemv", "gemm")),
     "awq 8 bit": (c.awq(bits=8), UnsupportedError, ("bits", "8", "4")),
     "awq without zeros": (c.awq(zero_point=False), UnsupportedError, ("zero_point",)),
     "awq group 0": (c.awq(0), CheckpointError, ("group_size", "0")),
     "gptq 3 bit": (c.gptq(3), UnsupportedError, ("bits", "3", "4, 8")),
-    "gptq marlin": (c.gptq(is_marlin_format=True), UnsupportedError, ("is_marlin_format",)),
-    "gptq format": (c.gptq(checkpoint_format="marlin"), UnsupportedError, ("checkpoint_format", "marlin", "gptq_v2")),
+    "gptq marlin asym": (c.gptq(sym=False, is_marlin_format=True), UnsupportedError, ("sym", "Marlin")),
+    "gptq format": (c.gptq(checkpoint_format="bitblas"), UnsupportedError, ("checkpoint_format", "bitblas", "gptq_v2")),
     "gptq two formats": (c.gptq(format="gptq_v2"), CheckpointError, ("checkpoint_format", "gptq_v2")),
     "gptq pack": (c.gptq(pack_dtype="int16"), UnsupportedError, ("pack_dtype", "int16")),
     "gptq dynamic bits": (c.gptq(dynamic={"+:.*": {"bits": 2}}), UnsupportedError, ("dynamic", "bits", "2")),
     "gptq bad pattern": (c.gptq(dynamic={"-:(": {}}), CheckpointError, ("dynamic", "regular expression")),
     "gptq group is text": (c.gptq(group_size="128"), CheckpointError, ("group_size", "'128'")),
-    "fp8 blocks": (c.fp8(weight_block_size=[128, 128]), UnsupportedError, ("weight_block_size", "[128, 128]")),
+    "fp8 blocks": (
+        c.fp8(weight_block_size=[64, 64]),
+        UnsupportedError,
+        ("weight_block_size", "[64, 64]", "[128, 128]"),
+    ),
+    "fp8 blocks, static": (c.fp8("static", weight_block_size=[128, 128]), UnsupportedError, ("activation_scheme",)),
+    "fp8 block scales": (c.fp8(weight_block_size=[128, 128], scale_fmt="x"), UnsupportedError, ("scale_fmt",)),
     "fp8 e5m2": (c.fp8(fmt="e5m2"), UnsupportedError, ("fmt", "e5m2")),
     "fp8 scheme": (c.fp8("blockwise"), UnsupportedError, ("activation_scheme", "blockwise")),
     "ct marlin": (ct(W4, "marlin-24"), UnsupportedError, ("marlin-24", "pack-quantized")),
@@ -154,9 +185,9 @@ REFUSED: dict[str, tuple[Any, type[JqserveError], tuple[str, ...]]] = {
     "ct bits": (ct({**W4, "num_bits": 3}), UnsupportedError, ("num_bits", "3", "4, 8")),
     "ct w4a8": (ct(W4, inputs=c.inputs("int")), UnsupportedError, ("input_activations",)),
     "ct fp8 block": (
-        ct({**F8, "strategy": "block", "block_structure": [128, 128]}, "float-quantized"),
+        ct({**F8, "strategy": "block", "block_structure": [64, 128]}, "float-quantized"),
         UnsupportedError,
-        ("strategy", "block", "channel"),
+        ("block_structure", "[64, 128]", "[128, 128]"),
     ),
     "ct kind against format": (ct(F8, "int-quantized"), CheckpointError, ("type", "int-quantized")),
     "ct dynamic per tensor": (

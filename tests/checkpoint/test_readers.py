@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from jqserve.checkpoint.loaded import keep_on_host
 from jqserve.quant import QuantizedTensor
 from tests.checkpoint import configs as c
 from tests.checkpoint import decoders, files, tiny
+from tests.checkpoint import tiny_more as m
 
 FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 SINGLE = {
@@ -137,7 +139,7 @@ def canonical(weight: QuantizedTensor) -> np.ndarray:
     spec = weight.spec
     (n, k), (gn, gk) = spec.shape, spec.group_shape
     q = np.asarray(weight.qvalue)
-    if spec.qtype == "uint4":
+    if spec.qtype in ("uint4", "nf4", "fp4"):
         q = np.stack([q & 15, q >> 4], axis=2).reshape(n, -1)[:, :k]
     rows, columns = np.arange(n) // gn, np.arange(k) // gk
 
@@ -145,7 +147,10 @@ def canonical(weight: QuantizedTensor) -> np.ndarray:
         return np.asarray(grid).astype(np.float32)[rows][:, columns]
 
     zero = spread(weight.zero_point) if spec.zero == "int" else {"uint4": 8, "uint8": 128}.get(spec.qtype, 0)
-    value = (q.astype(np.float32) - zero) * spread(weight.scale)
+    value = m.TABLES[spec.qtype][q] if spec.qtype in m.TABLES else q.astype(np.float32) - zero
+    value = value * spread(weight.scale)
+    if spec.zero == "offset":
+        value = value + spread(weight.zero_point)
     if weight.perm is None:
         return value
     ordered = np.empty_like(value)
@@ -176,6 +181,40 @@ def check_tree(params: dict[str, Any], truth: Any) -> None:
         np.testing.assert_array_equal(value, np.concatenate([truth(name) for name in names]), err_msg=str(names))
 
 
+PER_TENSOR = {"_type": "PerTensor", "_data": {}}
+BLOCK_WEIGHTS = {**c.weights(8, "float", "block"), "block_structure": [128, 128]}
+BLOCK_INPUTS = {**c.inputs("float"), "strategy": "group", "group_size": 128}
+CASES |= {
+    "fp8 blocks": (m.blocks(), c.fp8(weight_block_size=[128, 128])),
+    "fp8 blocks, ue8m0": (
+        m.blocks(dtype=ml_dtypes.float8_e8m0fnu),
+        c.fp8(weight_block_size=[128, 128], scale_fmt="ue8m0", fmt="e4m3"),
+    ),
+    "ct fp8 blocks": (
+        m.blocks("weight_scale", ml_dtypes.bfloat16),
+        c.compressed("float-quantized", BLOCK_WEIGHTS, BLOCK_INPUTS),
+    ),
+    "bnb nf4": (m.bnb4(), m.bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+    "bnb fp4": (m.bnb4("fp4"), m.bnb(load_in_4bit=True, bnb_4bit_quant_type="fp4")),
+    "bnb fp4 double": (
+        m.bnb4("fp4", True),
+        m.bnb(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True),
+    ),
+    "bnb int8": (m.bnb8, m.bnb(load_in_8bit=True)),
+    "torchao int8wo": (m.torchao8(), m.torchao("Int8WeightOnlyConfig")),
+    "torchao fp8dq row": (m.torchao8("fp8"), m.torchao("Float8DynamicActivationFloat8WeightConfig")),
+    "torchao fp8wo tensor": (m.torchao8("fp8", True), m.torchao("Float8WeightOnlyConfig", granularity=PER_TENSOR)),
+    "torchao int4wo": (m.torchao4(), m.torchao("Int4WeightOnlyConfig", group_size=64)),
+    "torchao int4wo, o_proj and others left dense": (
+        m.torchao4(256),
+        m.torchao("Int4WeightOnlyConfig", group_size=256, int4_packing_format={"_data": "PLAIN"}),
+    ),
+    "marlin": (m.marlin(64), c.gptq(4, 64, checkpoint_format="marlin", format="marlin")),
+    "marlin, old, one group": (
+        m.marlin(-1),
+        {"quant_method": "gptq", "bits": 4, "group_size": -1, "sym": True, "is_marlin_format": True},
+    ),
+}
 #: Decoded under jit as well, as on a GPU: one of each kind of arithmetic.
 ON_DEVICE = [
     "bf16",
@@ -185,6 +224,10 @@ ON_DEVICE = [
     "ct w4a16 actorder group asym",
     "ct fp8 static",
     "ct int8 weights only, asym",
+    "fp8 blocks, ue8m0",
+    "bnb fp4 double",
+    "torchao int4wo",
+    "marlin",
 ]
 
 
@@ -228,17 +271,3 @@ def test_peer_checkpoints_decode_exactly(name: str, fixtures_dir: Path) -> None:
     embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(loaded.params["embed"]["weight"], embedding)
     assert ("lm_head" in loaded.params) == (not config["tie_word_embeddings"])
-
-
-@pytest.mark.parametrize("name", ["bnb-nf4-double", "gguf-q4_0", "torchao-int8dq", "fp8-block"])
-def test_formats_that_are_not_read_are_refused_by_name(name: str, fixtures_dir: Path) -> None:
-    from jqserve.errors import UnsupportedError
-
-    word = {
-        "bnb-nf4-double": "bitsandbytes",
-        "gguf-q4_0": "GGUF",
-        "torchao-int8dq": "torchao",
-        "fp8-block": "weight_block_size",
-    }
-    with pytest.raises(UnsupportedError, match=word[name]):
-        load(str(fixtures_dir / name))

@@ -10,7 +10,7 @@ import numpy as np
 
 from jqserve.checkpoint.fields import Fields
 from jqserve.checkpoint.readers.dense import DENSE
-from jqserve.checkpoint.readers.patterns import regex_matches
+from jqserve.checkpoint.readers.patterns import SkipList
 from jqserve.checkpoint.scheme import (
     FLOATS,
     FP8_BLOCK,
@@ -130,13 +130,8 @@ class Fp8Plan:
         else:
             static = config.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
             self._scheme = Fp8PerTensor(static, FP8_STATIC if static else FP8_TOKEN)
-        self._patterns = config.texts("modules_to_not_convert")
+        self._skip = SkipList(config, "modules_to_not_convert")
         self._exact = frozenset(config.texts("ignored_layers"))
-        self._where = f"{config.where}, modules_to_not_convert"
 
     def scheme(self, module: str) -> Scheme:
-        if module == "lm_head" or module in self._exact:
-            return DENSE
-        if any(module.endswith(p) or regex_matches(p, module, self._where) for p in self._patterns):
-            return DENSE
-        return self._scheme
+        return DENSE if module == "lm_head" or module in self._exact or module in self._skip else self._scheme

@@ -11,6 +11,7 @@ import numpy as np
 from jqserve.checkpoint.fields import Fields
 from jqserve.checkpoint.readers.columns import permute_columns
 from jqserve.checkpoint.readers.dense import DENSE
+from jqserve.checkpoint.readers.marlin import Marlin
 from jqserve.checkpoint.readers.patterns import regex_matches
 from jqserve.checkpoint.scheme import (
     Arrays,
@@ -28,7 +29,7 @@ from jqserve.quant import QuantSpec
 
 #: What v1 subtracted from each word, by bits: one from every field, with borrows between them.
 V1_ONES = {4: 0x11111111, 8: 0x01010101}
-FORMATS = ("gptq", "gptq_v2")
+FORMATS = ("gptq", "gptq_v2", "marlin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +111,8 @@ class GptqPlan:
     method = "gptq"
 
     def __init__(self, config: Fields) -> None:
-        if config.data.get("is_marlin_format"):
-            raise config.unsupported("is_marlin_format", "false: repacked files cannot be read, use the original")
         formats = [config.one_of(key, FORMATS, None) for key in ("checkpoint_format", "format")]
+        marlin = config.flag("is_marlin_format") or "marlin" in formats
         if None not in formats and formats[0] != formats[1]:
             raise config.error("checkpoint_format", f"the same as format {formats[1]!r}")
         if config.text("method", "gptq").lower() != "gptq":
@@ -120,7 +120,9 @@ class GptqPlan:
         if config.text("pack_dtype", "int32") != "int32":
             raise config.unsupported("pack_dtype", "'int32'")
         base = Gptq(4, 128, False, True, v2="gptq_v2" in formats)
-        self._base = _override(config, base)
+        self._base: Scheme = _override(config, base)
+        if marlin:
+            self._base = _marlin(config)
         self._lm_head = config.flag("lm_head")
         self._dynamic: list[tuple[bool, str, Scheme]] = []
         dynamic = config.child("dynamic")
@@ -130,6 +132,8 @@ class GptqPlan:
                 self._dynamic.append((False, pattern[2:], DENSE))
             else:
                 overrides = dynamic.child(pattern) or Fields({}, dynamic.where)
+                if not isinstance(self._base, Gptq):
+                    raise config.unsupported("dynamic", "only exclusions (-:) in Marlin's layout")
                 self._dynamic.append((True, pattern.removeprefix("+:"), _override(overrides, self._base)))
         self._where = f"{config.where}, dynamic"
         self._inside = _block_modules(config)
@@ -143,6 +147,13 @@ class GptqPlan:
         if self._inside is not None and not any(module.endswith("." + name) for name in self._inside):
             return DENSE
         return self._base
+
+
+def _marlin(config: Fields) -> Marlin:
+    config.one_of("bits", (4,), 4)
+    if not config.flag("sym", True) or config.flag("desc_act"):
+        raise config.unsupported("sym", "true, without desc_act, in Marlin's layout")
+    return Marlin(config.integer("group_size", 128, minimum=-1) or -1)
 
 
 def _override(config: Fields, base: Gptq) -> Gptq:

@@ -7,6 +7,7 @@ from typing import Any
 
 import regex  # `re` with a time limit: "(x+)+!" of a hostile config would keep `re` busy for years
 
+from jqserve.checkpoint.fields import Fields
 from jqserve.errors import CheckpointError
 
 MAX_PATTERN = 2000
@@ -36,3 +37,16 @@ def regex_matches(pattern: str, name: str, where: str) -> bool:
             f"{where}: the pattern {pattern[:80]!r} takes more than {SECONDS} s on {name!r} (nested repetitions?); "
             "write it simpler"
         ) from error
+
+
+class SkipList:
+    """Modules that transformers did not quantize: an entry is a prefix by `re.match`, or a suffix of the name.
+
+    Source: transformers 5, quantizers_utils.should_convert_module.
+    """
+
+    def __init__(self, config: Fields, key: str) -> None:
+        self._entries, self._where = config.texts(key), f"{config.where}, {key}"
+
+    def __contains__(self, module: str) -> bool:
+        return any(module.endswith(entry) or regex_matches(entry, module, self._where) for entry in self._entries)

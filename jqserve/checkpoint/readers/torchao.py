@@ -1,0 +1,165 @@
+"""torchao as transformers saves it to safetensors: each Linear's tensors stand beside each other, `_weight_qdata` and
+its scales (FORMATS.md section 6; torchao 0.18, quantize_/workflows)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jqserve.checkpoint.fields import Fields
+from jqserve.checkpoint.readers.dense import DENSE
+from jqserve.checkpoint.readers.patterns import SkipList
+from jqserve.checkpoint.scheme import (
+    FLOATS,
+    FP8_TOKEN,
+    INT8_TOKEN,
+    Arrays,
+    Need,
+    Prepared,
+    Scheme,
+    finite,
+    grid_f32,
+    transposed,
+)
+from jqserve.errors import CheckpointError
+from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantSpec
+from jqserve.quant.spec import QType
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchaoEight(Scheme):
+    """Int8Tensor or Float8Tensor: W = qdata * scale, scale a row or one (`tensor`); zero points must be 0."""
+
+    qtype: QType
+    tensor: bool
+    activation: ActivationSpec
+
+    @property
+    def method(self) -> str:
+        return "torchao"
+
+    def spec(self, n: int, k: int) -> QuantSpec:
+        return QuantSpec(self.qtype, (n, k), (n if self.tensor else 1, k), "none", self.activation)
+
+    def needs(self, n: int, k: int) -> dict[str, Need]:
+        shapes: tuple[tuple[int, ...], ...] = ((1, 1), (1,), ()) if self.tensor else ((n, 1), (n,))
+        needs = {
+            "_weight_qdata": Need(("I8" if self.qtype == "int8" else "F8_E4M3",), ((n, k),)),
+            "_weight_scale": Need(FLOATS, shapes),
+        }
+        if self.qtype == "int8":
+            needs["_weight_zero_point"] = Need(("I8", "I32", "I64"), shapes, required=False)
+        return needs
+
+    def prepare(self, where: str, raw: Mapping[str, np.ndarray], n: int, k: int) -> Prepared:
+        if "_weight_zero_point" in raw and raw["_weight_zero_point"].any():
+            raise CheckpointError(f"{where}._weight_zero_point: is not 0, though the config's mapping is symmetric")
+        return Prepared({"weight": raw["_weight_qdata"], "scale": finite(where, "_weight_scale", raw["_weight_scale"])})
+
+    def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
+        return arrays["weight"], grid_f32(arrays["scale"], self.spec(n, k)), None
+
+    def scale_dtype(self, stored: Mapping[str, str]) -> str:
+        return "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchaoInt4(Scheme):
+    """Int4Tensor in the plain packing: signed nibbles, the low one first; W = q * scale + zero_point, both [G, N]."""
+
+    group_size: int
+
+    @property
+    def method(self) -> str:
+        return "torchao"
+
+    def spec(self, n: int, k: int) -> QuantSpec | None:
+        return QuantSpec("uint4", (n, k), (1, self.group_size), "offset") if k % self.group_size == 0 else None
+
+    def needs(self, n: int, k: int) -> dict[str, Need]:
+        if k % self.group_size:  # torchao leaves such a Linear as it is
+            return DENSE.needs(n, k)
+        grid = ((k // self.group_size, n),)
+        return {
+            "_weight_qdata": Need(("I8", "U8"), ((n, k // 2),)),
+            "_weight_scale": Need(FLOATS, grid),
+            "_weight_zero_point": Need(FLOATS, grid),
+        }
+
+    def prepare(self, where: str, raw: Mapping[str, np.ndarray], n: int, k: int) -> Prepared:
+        if k % self.group_size:
+            return DENSE.prepare(where, raw, n, k)
+        scale, zero = (finite(where, name, raw[name]) for name in ("_weight_scale", "_weight_zero_point"))
+        return Prepared({"packed": raw["_weight_qdata"], "scale": scale, "zeros": zero})
+
+    def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
+        if "packed" not in arrays:
+            return DENSE.decode(arrays, n, k)
+        # Two's complement to unsigned around 8: the top bit of each nibble turns.
+        qvalue = arrays["packed"].view(np.uint8) ^ np.uint8(0x88)
+        return qvalue, transposed(arrays["scale"]), transposed(arrays["zeros"])
+
+
+class TorchaoPlan:
+    """One config for all Linears but lm_head and modules_to_not_convert."""
+
+    method = "torchao"
+
+    def __init__(self, config: Fields) -> None:
+        quant_type = config.child("quant_type")
+        if quant_type is None or list(quant_type.data) != ["default"]:
+            raise config.unsupported("quant_type", "one config for all modules, {'default': {...}}")
+        if config.flag("include_input_output_embeddings"):
+            raise config.unsupported("include_input_output_embeddings", "false")
+        chosen = quant_type.child("default")
+        data = chosen and chosen.child("_data")
+        if chosen is None or data is None:
+            raise quant_type.error("default", "a config with _type and _data")
+        self._scheme = _scheme(chosen, data)
+        self._skip = SkipList(config, "modules_to_not_convert")
+
+    def scheme(self, module: str) -> Scheme:
+        return DENSE if module == "lm_head" or module in self._skip else self._scheme
+
+
+def _scheme(chosen: Fields, data: Fields) -> Scheme:
+    match chosen.text("_type"):
+        case "Int8WeightOnlyConfig":
+            if data.data.get("group_size") is not None:
+                raise data.unsupported("group_size", "null (one scale a row)")
+            return TorchaoEight("int8", _per_tensor(data), NO_ACTIVATION)
+        case "Int8DynamicActivationInt8WeightConfig":
+            mapping = data.child("act_mapping_type")
+            if mapping is not None and mapping.data.get("_data") != "SYMMETRIC":
+                raise data.unsupported("act_mapping_type", "SYMMETRIC")
+            if data.flag("weight_only_decode"):
+                raise data.unsupported("weight_only_decode", "false")
+            return TorchaoEight("int8", _per_tensor(data), INT8_TOKEN)
+        case "Float8WeightOnlyConfig":
+            return TorchaoEight("float8_e4m3fn", _per_tensor(data), NO_ACTIVATION)
+        case "Float8DynamicActivationFloat8WeightConfig":
+            return TorchaoEight("float8_e4m3fn", _per_tensor(data), FP8_TOKEN)
+        case "Int4WeightOnlyConfig":
+            packing = data.child("int4_packing_format")
+            name = packing.data.get("_data") if packing is not None else data.data.get("int4_packing_format", "PLAIN")
+            if str(name).upper() != "PLAIN":
+                raise data.unsupported("int4_packing_format", "PLAIN (others are layouts of one kernel)")
+            return TorchaoInt4(data.one_of("group_size", (32, 64, 128, 256), 128))
+    raise chosen.unsupported(
+        "_type",
+        "Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Float8WeightOnlyConfig, "
+        "Float8DynamicActivationFloat8WeightConfig, Int4WeightOnlyConfig",
+    )
+
+
+def _per_tensor(data: Fields) -> bool:
+    """Of the weight: `granularity` is one, or [activation's, weight's]; the default is a row."""
+    value = data.data.get("granularity")
+    last = value[-1] if isinstance(value, list) and value else value
+    kind = last.get("_type") if isinstance(last, dict) else last
+    if kind not in (None, "PerRow", "PerTensor"):
+        raise data.unsupported("granularity", "PerRow, PerTensor")
+    return kind == "PerTensor"
