@@ -1,0 +1,87 @@
+"""Flags against checkpoints: the checked-in table is what happens, and some of its pairs are what they must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jqserve.checkpoint.convert import keep_on_host, load
+from jqserve.errors import UnsupportedError
+from tests.checkpoint import configs as c
+from tests.checkpoint import flag_table, tiny
+
+
+def test_the_table_is_what_happens(tmp_path: Path) -> None:
+    """`python -m tests.checkpoint.flag_table` writes it anew."""
+    found, stored = flag_table.text(tmp_path).splitlines(), flag_table.TABLE.read_text().splitlines()
+    differ = [f"- {a}\n+ {b}" for a, b in zip(stored, found) if a != b]
+    assert not differ and len(found) == len(stored), "\n".join(differ[:5])
+    pairs = sum(line.startswith("| `--") for line in found)
+    assert pairs == len(flag_table.CHECKPOINTS) * len(flag_table.FLAGS) > 400
+
+
+def test_what_a_refusal_says(tmp_path: Path) -> None:
+    """What the checkpoint is, what was asked, and a command that works."""
+    accepted = 0
+    for name, flag, schemes, ok, text in flag_table.rows(tmp_path):
+        accepted += ok
+        if ok:
+            continue
+        shown = f"--torchao-config {flag[8:]}" if flag.startswith("torchao:") else f"--quantization {flag}"
+        assert text.startswith(shown) and not schemes, (name, flag)
+        if flag != "w4afp8":
+            assert "`jqserve-server --model-path MODEL" in text and "the checkpoint is " in text, text
+    assert 60 < accepted < 200
+
+
+PAIRS = {  # checkpoint, flag -> accepted
+    ("compressed-tensors INT8 dynamic", "w8a8_int8"): True,
+    ("compressed-tensors FP8 dynamic", "w8a8_fp8"): True,
+    ("compressed-tensors FP8 static", "w8a8_fp8"): False,  # per tensor, static: not what was asked
+    ("compressed-tensors INT8 dynamic", "w8a8_fp8"): False,
+    ("AWQ", "awq_marlin"): True,
+    ("AWQ", "gptq_marlin"): False,
+    ("GPTQ 4-bit", "gptq_marlin"): True,
+    ("GPTQ 4-bit", "awq"): False,
+    ("GPTQ 4-bit", "int4-128"): True,
+    ("GPTQ 4-bit", "int4-64"): False,
+    ("fp8 in blocks (DeepSeek)", "fp8"): True,
+    ("fp8 in blocks (DeepSeek)", "w8a8_fp8"): False,
+    ("unquantized", "awq"): False,
+    ("unquantized", "int4-32"): True,
+    ("bitsandbytes nf4", "bitsandbytes"): True,
+    ("torchao int8dq", "torchao:int8dq"): True,
+    ("torchao int8dq", "torchao:int8wo"): False,
+    ("torchao int4wo-64", "torchao:int4wo-64"): True,
+}
+
+
+def test_pairs(tmp_path: Path) -> None:
+    found = {(name, flag): ok for name, flag, _, ok, _ in flag_table.rows(tmp_path)}
+    assert {pair: found[pair] for pair in PAIRS} == PAIRS
+
+
+def test_w8a8_int8_keeps_the_ignore_list_and_takes_our_divisor(tmp_path: Path) -> None:
+    """SGLang's w8a8_fp8 forgets the list."""
+    ignored = "model.layers.0.mlp.down_proj"
+    quantization = c.compressed(
+        "int-quantized", c.weights(8, "int", "channel"), c.inputs("int"), ignore=["lm_head", ignored]
+    )
+    made = tiny.make(tmp_path, tiny.eight("int"), quantization, num_hidden_layers=1)
+    for suffix in ("weight", "weight_scale"):
+        del made.tensors[f"{ignored}.{suffix}"]
+    made.tensors[f"{ignored}.weight"] = made.weights[ignored].astype(made.tensors["model.norm.weight"].dtype)
+    made.save()
+    plain, asked = (load(str(tmp_path), quantization=q, device_put=keep_on_host) for q in (None, "w8a8_int8"))
+    layers = [x.params["layers"]["0"] for x in (plain, asked)]
+    assert [layer["attn"]["o"]["weight"].spec.activation.divisor for layer in layers] == [127.5, 127.0]
+    assert all(isinstance(layer["mlp"]["down"]["weight"], np.ndarray) for layer in layers)
+    assert "absmax/127" in asked.plan.notes[0] and "ignore list kept" in asked.plan.notes[0]
+
+
+def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
+    tiny.make(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"int3: there is no such scheme.*fp8_block.*int4wo-128.*awq_marlin"):
+        load(str(tmp_path), quantization="int3", device_put=keep_on_host)
