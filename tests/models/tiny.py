@@ -53,9 +53,9 @@ def random_weight(rng: np.random.Generator, n: int, k: int, scheme: Scheme) -> A
         return jnp.asarray(rng.normal(size=(n, k)).astype(np.float32) * k**-0.5)
     gn, gk = (n if scheme.group[0] < 1 else scheme.group[0]), (k if scheme.group[1] < 1 else scheme.group[1])
     spec = QuantSpec(scheme.qtype, (n, k), (gn, gk), scheme.zero, scheme.activation)
-    spread = {"uint4": 4.6, "int8": 74.0, "uint8": 74.0, "float8_e4m3fn": 1.0}[scheme.qtype]
+    spread = {"uint4": 4.6, "nf4": 0.55, "fp4": 0.5, "int8": 74.0, "uint8": 74.0, "float8_e4m3fn": 1.0}[scheme.qtype]
     scale = (rng.uniform(0.5, 1.5, spec.grid) * k**-0.5 / spread).astype(np.float32)
-    if scheme.qtype == "uint4":
+    if spec.bits == 4:
         q = rng.integers(0, 256, (n, k // 2), dtype=np.uint8)
     elif scheme.qtype == "float8_e4m3fn":
         q = rng.normal(size=(n, k)).astype(ml_dtypes.float8_e4m3fn)
