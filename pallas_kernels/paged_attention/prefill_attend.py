@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -202,7 +203,7 @@ class Attend:
         self.your_turn()
         s = self.ready(acc, 0)
         self.release("k", base)
-        peak, _, weights, total = self.softmax(s, limit, row_of(LOWEST), row_of(0.0), True)
+        peak, _, _, weights, total = self.softmax(s, limit, row_of(LOWEST), row_of(0.0), True)
         weights = weights.astype(self.dtype)
 
         def step(j: Reg, carry: list[Any], masked: bool) -> list[Any]:
@@ -217,12 +218,12 @@ class Attend:
             self.your_turn()
             s = self.ready(acc, 1)
             self.release("k", at)
-            peak, alpha, weights, total = self.softmax(s, limit - j * block, peak, total, masked)
+            peak, alpha, grown, weights, total = self.softmax(s, limit - j * block, peak, total, masked)
             weights, alpha, total = fa.optimization_barrier(weights, alpha, total)
             self._after(total)
             out, weights = self.ready(out_acc, 0, weights)
             self.release("v", at - 1)
-            return [self._scaled(out, alpha), peak, total, weights.astype(self.dtype)]
+            return [self._scaled(out, alpha, grown), peak, total, weights.astype(self.dtype)]
 
         def loop(low: Reg, high: Reg, carry: list[Any], masked: bool) -> list[Any]:
             bound = ops.max_int(high - low, 0).value
@@ -251,7 +252,11 @@ class Attend:
         self.release("v", last)
 
         unit = ops.load_global_f32("v_scale", kv_head << 2) if p.v_scaled else ops.const_f32(1.0)
-        out = out * self._wide(total._pointwise(lambda t: _reciprocal(ops, t, unit)))
+        lanes = [_scalar(r) for r in total.registers.flat]
+        for distance in (1, 2):
+            lanes = [t + ops.shuffle_xor(t, distance) for t in lanes]
+        inverse = [ops.select(t.equals(0.0), ops.const_f32(0.0), ops.reciprocal(t)) * unit for t in lanes]
+        out = out * self._wide(_row_array(inverse, total))
         live = work.left - self.warpgroup * ROWS
         nothing = arith.constant(ops.f32, 0.0)
 
@@ -266,15 +271,9 @@ class Attend:
     def _wide(self, x: Any) -> Any:
         return x.broadcast_in_dim((ROWS, self.p.head_dim), (0,), fa.WGMMA_LAYOUT)
 
-    def _scaled(self, out: Any, alpha: Any) -> Any:
+    def _scaled(self, out: Any, alpha: Any, grown: Reg) -> Any:
         """out * alpha; skipped by warps all of whose rows have alpha 1."""
-        ops = self.ops
-        changed = None
-        for register in alpha.registers.flat:
-            moved = Reg(vector.extract(register, dynamic_position=[], static_position=[0])) < 1.0
-            changed = moved if changed is None else ops.either(changed, moved)
-        types = [r.type for r in out.registers.flat]
-        branch = scf.IfOp(ops.any_lane(changed).value, types, has_else=True)
+        branch = scf.IfOp(grown.value, [r.type for r in out.registers.flat], has_else=True)
         with ir.InsertionPoint(branch.then_block):
             scf.yield_(list((out * self._wide(alpha)).registers.flat))
         with ir.InsertionPoint(branch.else_block):
@@ -323,7 +322,10 @@ class Attend:
         utils.commit_shared()
 
     def softmax(self, s: Any, limit: Reg, peak: Any, total: Any, masked: bool) -> tuple[Any, ...]:
-        """(maximum, factor of what was summed before, weights, sum); `limit`: the last key that row 0 sees."""
+        """(maximum, factor of earlier sums, whether it is not 1, weights, sum in this lane's columns).
+
+        `limit`: the last key that row 0 sees.
+        """
         ops, p = self.ops, self.p
         factor = self.scale
         if p.soft_cap:
@@ -340,23 +342,71 @@ class Attend:
                 return arith.select(seen.value, value, lowest)
 
             s = s.foreach(hide, create_array=True)
-        half = p.config.block_kv // 2  # halves first: the chain of dependent maxima is half as long
-        high = s[:, :half].max(s[:, half:]).reduce("max", 1) * factor.value
-        new = high._pointwise(functools.partial(_lazy_maximum, ops), peak)
-        alpha = (peak - new).exp2(approx=True)
+        new, alpha, grown = self._maximum(s, factor, peak)
         minus = (new * -1.0).broadcast_in_dim((ROWS, p.config.block_kv), (0,), fa.WGMMA_LAYOUT)
 
         def shifted(x: ir.Value, m: ir.Value) -> ir.Value:
             return mlir_math.fma(x, vector.broadcast(x.type, factor.value), m)
 
         weights = s._pointwise(shifted, minus).exp2(approx=True)
-        return new, alpha, weights, total * alpha + weights.reduce("add", 1)
+        sums = _row_array([_tree(row, lambda x, y: x + y) for row in _lane_rows(weights)], total)
+        return new, alpha, grown, weights, total * alpha + sums
+
+    def _maximum(self, s: Any, factor: Reg, peak: Any) -> tuple[Any, Any, Reg]:
+        """(maximum, factor of what was summed before, whether any of this warp's changed), in units of log2.
+
+        The maximum follows a row's largest score only when that has grown by more than 2^LAG, which after a sequence's
+        first block is rare: then the four lanes of a row need not even tell each other theirs.
+        """
+        ops = self.ops
+        lane_high = [_tree(row, ops.max) * factor for row in _lane_rows(s)]
+        old = [_scalar(r) for r in peak.registers.flat]
+        above = [was + LAG < high for was, high in zip(old, lane_high, strict=True)]
+        grown = ops.any_lane(ops.either(*above))
+        branch = scf.IfOp(grown.value, [ops.f32] * 4, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
+            new, alpha = [], []
+            for was, high in zip(old, lane_high, strict=True):
+                for distance in (1, 2):
+                    high = ops.max(high, ops.shuffle_xor(high, distance))
+                new.append(ops.select(was + LAG < high, high, was))
+                alpha.append(ops.exp2(was - new[-1]))
+            scf.yield_([r.value for r in new + alpha])
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_([*(r.value for r in old), *[arith.constant(ops.f32, 1.0)] * 2])
+        results = [Reg(r) for r in branch.results]
+        return _row_array(results[:2], peak), _row_array(results[2:], peak), grown
 
 
-def _lazy_maximum(ops: Mlir, high: ir.Value, peak: ir.Value) -> ir.Value:
-    """The running maximum, in units of log2, which follows `high` only when it has grown by more than 2^LAG."""
-    h, old = (Reg(vector.extract(x, dynamic_position=[], static_position=[0])) for x in (high, peak))
-    return vector.broadcast(high.type, ops.select(old + LAG < h, h, old).value)
+def _scalar(register: ir.Value) -> Reg:
+    return Reg(vector.extract(register, dynamic_position=[], static_position=[0]))
+
+
+def _lane_rows(x: Any) -> list[list[Reg]]:
+    """The elements that a lane holds of its two rows (r and r + 8) of an array in wgmma's layout."""
+    rows = []
+    for half in range(2):
+        registers = x.registers[0, :, 0, 0, half].flat
+        rows.append(
+            [Reg(vector.extract(r, dynamic_position=[], static_position=[e])) for r in registers for e in range(2)]
+        )
+    return rows
+
+
+def _row_array(rows: list[Reg], like: Any) -> Any:
+    """One value a row. Where the four lanes of a row hold different ones, only elementwise use is defined."""
+    registers = np.empty(2, dtype=object)
+    registers[:] = [vector.broadcast(old.type, r.value) for old, r in zip(like.registers.flat, rows, strict=True)]
+    return fa.FragmentedArray(
+        _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=like.is_signed
+    )
+
+
+def _tree(values: list[Reg], op: Callable[[Reg, Reg], Reg]) -> Reg:
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [op(x, y) for x, y in zip(values[:half], values[half:])] + values[2 * half :]
+    return values[0]
 
 
 def _capped(ops: Mlir, cap: float, factor: Reg, x: ir.Value) -> ir.Value:
@@ -368,13 +418,6 @@ def _capped(ops: Mlir, cap: float, factor: Reg, x: ir.Value) -> ir.Value:
         v = ops.fma(r, ops.const_f32(-2 * cap * LOG2E), ops.const_f32(cap * LOG2E))
         out = vector.insert(v.value, out, dynamic_position=[], static_position=[e])
     return out
-
-
-def _reciprocal(ops: Mlir, total: ir.Value, unit: Reg) -> ir.Value:
-    """unit / total, 0 where total is 0."""
-    t = Reg(vector.extract(total, dynamic_position=[], static_position=[0]))
-    r = ops.select(t.equals(0.0), ops.const_f32(0.0), ops.reciprocal(t)) * unit
-    return vector.broadcast(total.type, r.value)
 
 
 def _wgmma_registers(acc: Any, a: Any, b: ir.Value, swizzle: int) -> Any:

@@ -8,6 +8,7 @@ eight threads hit all 32 banks.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from jax.experimental.mosaic.gpu import launch_context, utils
@@ -55,7 +56,7 @@ def load(ctx: Any, ops: Mlir, p: Problem, refs: dict[str, ir.Value], rings: dict
 
             for ahead in range(p.raw_stages):
                 at = ops.const_i32(ahead)
-                ops.when(at < work.count, lambda at=at: fetch(at))
+                ops.when(at < work.count, functools.partial(fetch, at))
             ops.loop(work.count, [], converted)
         return [base + work.count, *following]
 
