@@ -2,21 +2,23 @@
 
     python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--dry]
 
-A call's time is a jitted chain of calls, each with a weight (an input) of its own so that it comes from HBM, replayed
-by XLA from a command buffer whose nodes run one after the other: wall clock / calls. Beside it the sum of CUPTI kernel
+A call's time is a jitted chain of calls, each with a weight (an input) of its own so that it comes from HBM and each
+waiting for the one before, replayed by XLA from a command buffer: wall clock / calls. Beside it the sum of CUPTI kernel
 durations. Up to M = 64 the inputs of the quantization ops are those that the last op left in L2, as in a server.
 
-One process per shape and mode compiles on the CPU at the same time as the others; they take the GPU in turns (a file
-lock), first for the heuristic's choice at every M, then for the alternatives. A kernel that hangs takes its process
-with it after 12 s, no other. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry` compiles everything for an H200
-where there is no GPU, and runs nothing.
+One process per shape and mode compiles on the CPU at the same time as the others; they take the GPU in turns, first for
+the heuristic's choice at every M, then for the alternatives. A kernel that hangs takes its process with it after 12 s,
+no other. The worker "mlp" times a decoder's MLP (norm, gate_up, SiLU, down) as a chain; "mlp-stream" does so without
+command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry` compiles
+everything for an H200 where there is no GPU, and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import fcntl
+import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -27,9 +29,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from bench.timing import GpuLock
 
 MODES = ("row", "block", "int8")
 SHAPES = ("qkv", "o", "gate_up", "down")
@@ -40,7 +44,13 @@ BARS = {
     "block": {1: 70, 16: 70, 64: 75, 256: 110, 4096: 1320},
     "int8": {1: 68, 16: 68, 64: 70, 256: 105, 4096: 1155},
 }
-WORKERS = ("cases", "quant", *(f"{shape}-{mode}" for mode in MODES for shape in ("gate_up", "down", "qkv", "o")))
+WORKERS = (
+    "mlp",
+    "mlp-stream",
+    "cases",
+    "quant",
+    *(f"{shape}-{mode}" for mode in MODES for shape in ("gate_up", "down", "qkv", "o")),
+)
 # Relative Frobenius error against float32: bf16's rounding is 0.00166; fp8 sums that are never promoted add to it.
 ERROR = {"promoted": 0.0022, "fast": 0.0045}
 
@@ -52,7 +62,6 @@ class Session:
         self.worker, self.start, self.budget, self.dry = worker, args.start, args.budget, args.dry
         self.folder = Path(args.folder)
         self.log_file = os.open(args.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        self.lock = open(self.folder / "gpu.lock", "w")  # noqa: SIM115
         self.beat, self.doing = 0.0, ""
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -81,14 +90,15 @@ class Session:
         while len(list(self.folder.glob("ready.*"))) < expected and self.left > self.budget * 0.45:
             time.sleep(0.2)
 
-    def __enter__(self) -> Session:
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
-        self.doing_now("start")
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.beat = 0
-        fcntl.flock(self.lock, fcntl.LOCK_UN)
+    @contextlib.contextmanager
+    def gpu(self, rank: int) -> Iterator[None]:
+        """The GPU alone; of those that wait the lowest rank first."""
+        with GpuLock(self.folder, rank).hold(self.worker):
+            self.doing_now("start")
+            try:
+                yield
+            finally:
+                self.beat = 0.0
 
 
 def compiler(session: Session) -> Callable[..., Any]:
@@ -123,14 +133,14 @@ def kernel_times(call: Callable[[], Any]) -> tuple[float, int]:
 
 
 def measure(fn: Any, args: tuple[Any, ...], calls: int, seconds: float) -> dict[str, Any]:
-    """us per call: wall clock (median of 3 bursts of about `seconds`) and kernel durations (median of 3 chains)."""
+    """us per call: wall clock (median of 3 bursts of about `seconds`) and kernel durations."""
     import jax
 
     for _ in range(3):
         jax.block_until_ready(fn(*args))
-    kernels = [kernel_times(lambda: fn(*args)) for _ in range(3)]
-    kernel = statistics.median(us for us, _ in kernels) / calls
-    chains = max(2, min(200, int(seconds * 1e6 / (kernel * calls))))
+    begin = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    chains = max(2, min(200, int(seconds / (time.perf_counter() - begin))))
     walls = []
     for _ in range(3):
         out = None
@@ -140,6 +150,8 @@ def measure(fn: Any, args: tuple[Any, ...], calls: int, seconds: float) -> dict[
             out = fn(*args)
         jax.block_until_ready(out)
         walls.append((time.perf_counter() - begin) / (chains * calls) * 1e6)
+    kernels = [kernel_times(lambda: fn(*args)) for _ in range(2)]
+    kernel = min(us for us, _ in kernels) / calls
     return {
         "us": round(statistics.median(walls), 2),
         "kernel_us": round(kernel, 2),
@@ -147,12 +159,22 @@ def measure(fn: Any, args: tuple[Any, ...], calls: int, seconds: float) -> dict[
     }
 
 
-def chain(fn: Callable[..., Any], shared: int) -> Callable[..., Any]:
-    """fn(*first `shared` arguments, w) for every further argument w: a list of results."""
+def chain(fn: Callable[..., Any], shared: int, rounds: int) -> Callable[..., Any]:
+    """fn(*first `shared` arguments, w, after=result before) for every further argument w, `rounds` times over.
+
+    Only the last result is returned: dozens of outputs would cost the host more than such kernels take.
+    """
     import jax
 
     inner = jax.jit(fn)
-    return lambda *args: [inner(*args[:shared], w) for w in args[shared:]]
+
+    def run(*args: Any) -> Any:
+        result = inner(*args[:shared], args[shared])
+        for w in (args[shared:] * rounds)[1:]:
+            result = inner(*args[:shared], w, after=jax.tree.leaves(result)[0])
+        return result
+
+    return run
 
 
 # --- matmuls ---------------------------------------------------------------------------------------------------------
@@ -189,7 +211,9 @@ def alternatives(shape: str, m: int, mode: str) -> list[Any]:
             add(112, "111", 256), add(112, "121", 128, cluster=2, cluster_axis="n"), add(64, "112", 512)
     elif m == 256:
         tile = {"qkv": 96, "o": 64, "down": 64, "gate_up": 112 if block else 224}[shape]
-        add(tile, "211", 128), add(tile, "211", 256), add(tile, "211", 128, cluster=2), add(tile, "212", 128)
+        add(tile, "211", 128), add(tile, "211", 256), add(tile, "211", 128, cluster=2)
+        if tile < 200:
+            add(tile, "212", 128)
         add(tile, "211", 128, cluster=2, cluster_axis="n")
         if shape == "gate_up":
             add(128, "211", 128, m_groups=1 if block else 2), add(112, "211", 128, m_groups=1 if block else 2)
@@ -266,11 +290,12 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
     def build(job: tuple[int, Any, bool]) -> Any:
         m, config, _ = job
 
-        def op(x: Any, x_scale: Any, w_scale: Any, w: Any) -> Any:
-            return mosaic_sm90.scaled_matmul(x, w, x_scale, w_scale, config=config)
+        def op(x: Any, x_scale: Any, w_scale: Any, w: Any, after: Any = None) -> Any:
+            return mosaic_sm90.scaled_matmul(x, w, x_scale, w_scale, config=config, after=after)
 
         try:
-            return compile_(chain(op, 3), *operand_shapes(m, n, k, mode, 1 if session.dry else calls_of(m)))
+            shapes = operand_shapes(m, n, k, mode, 1 if session.dry else calls_of(m))
+            return compile_(chain(op, 3, 1), *shapes)
         except Exception as error:
             session.log(shape=shape, mode=mode, m=m, config=str(config), failed=repr(error)[:300])
             return None
@@ -284,7 +309,7 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
     dtype = jnp.int8 if mode == "int8" else jnp.float8_e4m3fn
     make = jax.jit(random_values, static_argnums=(0, 1))
     reference = jax.jit(exact_product)
-    with session:
+    with session.gpu(0):
         ws = [jax.block_until_ready(make((n, k), dtype, seed)) for seed in range(weights)]
         for rows in (1, 16, 64):
             session.doing_now(f"reference {rows}")
@@ -292,7 +317,7 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
     session.wait_for_others()
     pairs = list(zip(jobs, built))
     for first in (True, False):
-        with session:
+        with session.gpu(0 if first else 3):
             time_matmuls(session, shape, mode, [p for p in pairs if p[0][2] == first], ws, calls_of, make, reference)
 
 
@@ -314,8 +339,8 @@ def time_matmuls(
         x_scale = jax.random.uniform(jax.random.key(5), xs_.shape) * 0.01 + 0.001
         w_scale = jax.random.uniform(jax.random.key(6), wsc_.shape) * 0.01 + 0.001
         rows = np.arange(m) if m <= 64 else np.linspace(0, m - 1, 64).astype(int)
-        want = np.asarray(reference(x[rows], x_scale[rows], w_scale, ws[0]))
         calls = calls_of(m)
+        want = np.asarray(reference(x[rows], x_scale[rows], w_scale, ws[calls - 1]))
         args = (x, x_scale, w_scale, *ws[:calls])
         for (_, config, chosen), fn in mine:
             if session.left < 2:
@@ -324,7 +349,7 @@ def time_matmuls(
             session.doing_now(f"{shape} {mode} {m} {config}")
             row: dict[str, Any] = dict(op="scaled_matmul", shape=shape, mode=mode, m=m, heuristic=chosen)
             try:
-                one, two = fn(*args)[0], fn(*args)[0]
+                one, two = fn(*args), fn(*args)
                 got = np.asarray(one[rows].astype(jnp.float32))
                 error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
                 row["error"], row["repeats"] = round(error, 5), bool((one == two).all())
@@ -332,7 +357,7 @@ def time_matmuls(
                 if not error < ERROR["fast" if fast else "promoted"] or not row["repeats"]:
                     row["WRONG"] = True
                 del one, two
-                row |= measure(fn, args, calls, 0.02 if chosen else 0.008)
+                row |= measure(fn, args, calls, 0.02 if chosen else 0.006)
                 row["TBs"] = round(n * k / row["us"] / 1e6, 2)
                 row["TFLOPs"] = round(2 * m * n * k / row["us"] / 1e6)
             except Exception as error:
@@ -359,55 +384,48 @@ def quant_worker(session: Session) -> None:
         qdtype, block, divisor = kinds[kind]
         common = dict(block=block, divisor=divisor, **more)
         if op == "quantize_rows":
-            return lambda weight, x: module.quantize_rows(x, qdtype, **common)
+            return lambda weight, x, **after: module.quantize_rows(x[0], qdtype, **common, **after)
         if op == "silu":
-            return lambda weight, x: module.silu_mul_quantize(x, qdtype=qdtype, **common)
-        # Two inputs a call: they travel stacked on the first axis, a copy-free slice apart.
-        return lambda weight, x: module.rms_norm_quantize(x[0], weight, x[1], eps=1e-5, qdtype=qdtype, **common)
+            return lambda weight, x, **after: module.silu_mul_quantize(x[0], qdtype=qdtype, **common, **after)
+        return lambda weight, x, **after: module.rms_norm_quantize(
+            x[0], weight, x[1], eps=1e-5, qdtype=qdtype, **common, **after
+        )
 
-    jobs: list[tuple[str, str, int, str, Any]] = []
+    jobs: list[tuple[str, str, int, Any]] = []
     for m in (16, 1, 64, 4096, 16384):
         for op, k in widths.items():
             for kind in kinds:
-                jobs.append((op, kind, m, "mosaic", None))
-            if op != "quantize_rows" or m in (16, 4096):
-                jobs.append((op, "row fp8", m, "xla", None))
-            if m in (1, 64, 4096):
+                jobs.append((op, kind, m, None))
+            if m in (16, 4096):
                 best = mosaic_sm90.split(m, k)
                 for runs in (1, 2):
                     for wgs in (1, 2, 4, 7, 8):
                         unit = 512 * runs * wgs
                         other = mosaic_sm90.Split(wgs, runs, k // unit)
                         if k % unit == 0 and 4 <= k // (128 * wgs) <= 64 and other != best:
-                            jobs.append((op, "row fp8", m, "mosaic", other))
+                            jobs.append((op, "row fp8", m, other))
 
     def shapes_of(op: str, m: int) -> tuple[int, Any, Any]:
         """(inputs in the chain, the weight, one input)"""
         k = widths[op]
-        x = {"quantize_rows": (m, k), "silu": (m, 2 * k), "residual_norm": (2, m, k)}[op]
-        count = 16 if m <= 64 else max(3, math.ceil(300e6 / (2 * math.prod(x))))
-        return count, S((k,), jnp.bfloat16), S(x, jnp.bfloat16)
+        width = 2 * k if op == "silu" else k
+        count = 8 if m <= 64 else max(3, math.ceil(300e6 / (2 * m * width)))
+        return count, S((k,), jnp.bfloat16), (S((m, width), jnp.bfloat16),) * (2 if op == "residual_norm" else 1)
 
-    def build(job: tuple[str, str, int, str, Any]) -> Any:
-        op, kind, m, implementation, split = job
+    def build(job: tuple[str, str, int, Any]) -> Any:
+        op, kind, m, split = job
         count, weight, x = shapes_of(op, m)
-        more = {"config": split} if implementation == "mosaic" else {}
-        fn = op_of(mosaic_sm90 if implementation == "mosaic" else reference, op, kind, **more)
-        if op == "residual_norm":  # separate arguments, so that nothing is copied
-
-            def pairs(weight: Any, *xs: Any) -> Any:
-                inner = jax.jit(lambda weight, x, r: fn(weight, (x, r)))
-                return [inner(weight, xs[i], xs[i + 1]) for i in range(0, len(xs), 2)]
-
-            half = S(x.shape[1:], x.dtype)
-            return compile_(pairs, weight, *[half] * (2 * (1 if session.dry else count)))
-        return compile_(chain(fn, 1), weight, *[x] * (1 if session.dry else count))
+        fn = op_of(mosaic_sm90, op, kind, config=split)
+        rounds = 1 if session.dry or m > 64 else 4
+        timed = compile_(chain(fn, 1, rounds), weight, *[x] * (1 if session.dry else count))
+        check = None if split or m > 4096 or session.dry else compile_(op_of(reference, op, kind), weight, x)
+        return timed, check, rounds
 
     def try_build(job: Any) -> Any:
         try:
             return build(job)
         except Exception as error:
-            session.log(op=job[0], kind=job[1], m=job[2], split=str(job[4]), failed=repr(error)[:300])
+            session.log(op=job[0], kind=job[1], m=job[2], split=str(job[3]), failed=repr(error)[:300])
             return None
 
     with concurrent.futures.ThreadPoolExecutor(1 if session.dry else 4) as pool:
@@ -416,39 +434,44 @@ def quant_worker(session: Session) -> None:
     if session.dry:
         return
     session.wait_for_others()
-    with session:
-        for job, fn in zip(jobs, built):
-            op, kind, m, implementation, split = job
-            if fn is None:
-                continue
-            if session.left < 2:
-                session.log(out_of_time=f"quant {m}")
-                return
-            session.doing_now(job)
-            count, weight_, x_ = shapes_of(op, m)
-            row: dict[str, Any] = dict(op=op, kind=kind, m=m, implementation=implementation, heuristic=split is None)
-            try:
-                row |= time_quant(op_of(reference, op, kind), job, fn, weight_, x_, count)
-            except Exception as error:
-                row["failed"] = repr(error)[:300]
-            session.log(**row, split=str(split))
+    built_jobs = [(job, b) for job, b in zip(jobs, built) if b is not None]
+    for chosen in (True, False):
+        with session.gpu(1 if chosen else 2):
+            time_quants(session, [(j, b) for j, b in built_jobs if (j[3] is None) == chosen], shapes_of)
 
 
-def time_quant(reference: Any, job: Any, fn: Any, weight_: Any, x_: Any, count: int) -> dict[str, Any]:
+def time_quants(session: Session, pairs: Any, shapes_of: Any) -> None:
     import jax
     import jax.numpy as jnp
 
-    op, _, m, implementation, split = job
     normal = jax.jit(lambda seed, shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16), static_argnums=1)
-    weight = normal(3, weight_.shape)
-    inputs = [normal(i, x_.shape) for i in range(count)]
-    if op == "residual_norm":
-        inputs = [half for x in inputs for half in (x[0], x[1])]
+    made: dict[Any, Any] = {}
+    for job, (fn, check, rounds) in pairs:
+        op, kind, m, split = job
+        if session.left < 2:
+            session.log(out_of_time=f"quant {m}")
+            return
+        session.doing_now(job)
+        count, weight_, x_ = shapes_of(op, m)
+        row: dict[str, Any] = dict(op=op, kind=kind, m=m, heuristic=split is None)
+        try:
+            if (op, m) not in made:
+                made.clear()
+                inputs = [tuple(normal(17 * i + j, x.shape) for j, x in enumerate(x_)) for i in range(count)]
+                made[op, m] = (normal(3, weight_.shape), *inputs)
+            row |= time_quant(job, fn, check, made[op, m], rounds)
+        except Exception as error:
+            row["failed"] = repr(error)[:300]
+        session.log(**row, split=str(split))
+
+
+def time_quant(job: Any, fn: Any, check: Any, args: tuple[Any, ...], rounds: int) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    op, _, m, _ = job
     row: dict[str, Any] = {}
-    if implementation == "mosaic" and split is None and m <= 4096:
-        got = fn(weight, *inputs)[0]
-        first = (inputs[0], inputs[1]) if op == "residual_norm" else inputs[0]
-        want = jax.jit(reference)(weight, first)
+    if check is not None:
+        got, want = fn(*args), check(args[0], args[-1])
         a, b = got[0].astype(jnp.float32), want[0].astype(jnp.float32)
         row["differing"] = float((a != b).mean())  # 0 for quantize_rows; the others' sums and exponentials differ
         row["worst"] = float((jnp.abs(a - b) / jnp.maximum(jnp.abs(b), 1)).max())
@@ -458,12 +481,80 @@ def time_quant(reference: Any, job: Any, fn: Any, weight_: Any, x_: Any, count: 
         # One step of fp8 is 1/8 of a value at most, one of int8 is 1.
         if row["worst"] > 1 or row["scale_error"] > 1e-5 or (op == "quantize_rows" and row["differing"] > 0):
             row["WRONG"] = True
-    row |= measure(fn, (weight, *inputs), count, 0.01)
-    k = weight_.shape[0]
-    moved = m * k * {"quantize_rows": 3, "silu": 5, "residual_norm": 7}[op]
+    row |= measure(fn, args, (len(args) - 1) * rounds, 0.01)
+    moved = m * args[0].shape[0] * {"quantize_rows": 3, "silu": 5, "residual_norm": 7}[op]
     row["TBs"] = round(moved / row["us"] / 1e6, 2)
     row["kernel_TBs"] = round(moved / row["kernel_us"] / 1e6, 2)
     return row
+
+
+# --- a decoder's MLP as a chain --------------------------------------------------------------------------------------
+
+
+def mlp_worker(session: Session) -> None:
+    """norm + quantize, gate_up, SiLU + quantize, down; with and without `early_launch`."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from pallas_kernels.quantize import mosaic_sm90 as quantize
+    from pallas_kernels.scaled_matmul import mosaic_sm90 as matmul
+    from pallas_kernels.scaled_matmul.config import fill_stages, heuristic
+
+    d, f, layers, rounds = 4096, 14336, 3, 4
+    f8, S = jnp.float8_e4m3fn, jax.ShapeDtypeStruct
+    compile_ = compiler(session)
+
+    def config(m: int, n: int, k: int, early: bool, spare: int) -> Any:
+        c = fill_stages(heuristic(m, n, k, block=False), m, k)
+        # A multiprocessor that still runs a block of the kernel before has a little less shared memory.
+        return dataclasses.replace(c, early_launch=early, stages=max(2, c.stages - spare))
+
+    def layer(x: Any, residual: Any, norm: Any, up: Any, up_scale: Any, down: Any, down_scale: Any, how: Any) -> Any:
+        m, (early, spare) = x.shape[0], how
+        options = dict(qdtype=f8, divisor=448.0, early_launch=early)
+        xq, scale, residual = quantize.rms_norm_quantize(x, norm, residual, eps=1e-5, **options)
+        y = matmul.scaled_matmul(xq, up, scale, up_scale, config=config(m, 2 * f, d, early, spare))
+        yq, scale = quantize.silu_mul_quantize(y, **options)
+        return matmul.scaled_matmul(yq, down, scale, down_scale, config=config(m, d, f, early, spare)), residual
+
+    def build(job: Any) -> Any:
+        m, how = job
+        inner = jax.jit(functools.partial(layer, how=how))
+
+        def run(x: Any, residual: Any, norm: Any, up_scale: Any, down_scale: Any, *ws: Any) -> Any:
+            for _ in range(1 if session.dry else rounds):
+                for i in range(0, len(ws), 2):
+                    x, residual = inner(x, residual, norm, ws[i], up_scale, ws[i + 1], down_scale)
+            return x
+
+        bf, f32 = jnp.bfloat16, jnp.float32
+        weights = [S((2 * f, d), f8), S((d, f), f8)] * (1 if session.dry else layers)
+        fixed = S((m, d), bf), S((m, d), bf), S((d,), bf), S((2 * f, 1), f32), S((d, 1), f32)
+        return compile_(run, *fixed, *weights)
+
+    jobs = [(m, how) for m in (1, 16, 64) for how in ((False, 0), (True, 0), (True, 1))]
+    with concurrent.futures.ThreadPoolExecutor(1 if session.dry else 4) as pool:
+        built = list(pool.map(build, jobs))
+    session.log(compiled=len(built))
+    if session.dry:
+        return
+    make = jax.jit(random_values, static_argnums=(0, 1))
+    session.wait_for_others()
+    with session.gpu(0):
+        ws = [make(s, f8, i) for i in range(layers) for s in ((2 * f, d), (d, f))]
+        up_scale, down_scale = (jnp.full((n, 1), 1 / (64 * k**0.5), jnp.float32) for n, k in ((2 * f, d), (d, f)))
+        plain: dict[int, Any] = {}
+        for (m, how), fn in zip(jobs, built):
+            session.doing_now(f"mlp {m} {how}")
+            x = jax.random.normal(jax.random.key(1), (m, d), jnp.bfloat16)
+            args = (x, x * 0.5, jnp.ones((d,), jnp.bfloat16), up_scale, down_scale, *ws)
+            got = np.asarray(fn(*args).astype(jnp.float32))
+            row: dict[str, Any] = {"op": "mlp", "m": m, "early_launch": how[0], "stages_less": how[1]}
+            if not np.array_equal(plain.setdefault(m, got), got) or not np.isfinite(got).all():
+                row["WRONG"] = True
+            row |= measure(fn, args, layers * rounds, 0.02)
+            session.log(**row)
 
 
 # --- the test tables -------------------------------------------------------------------------------------------------
@@ -495,7 +586,7 @@ def cases_worker(session: Session) -> None:
     if session.dry:
         return
     session.wait_for_others()
-    with session:
+    with session.gpu(1):
         for case, operands, fn in ready:
             session.doing_now(case)
             try:
@@ -518,6 +609,8 @@ def run_worker(args: argparse.Namespace) -> None:
             cases_worker(session)
         elif args.worker == "quant":
             quant_worker(session)
+        elif args.worker.startswith("mlp"):
+            mlp_worker(session)
         else:
             matmul_worker(session, *args.worker.split("-"))
     except Exception as error:
@@ -568,7 +661,9 @@ def main() -> None:
         workers = []
         for name in names:
             with open(f"{folder}/{name}.err", "w") as errors:
-                workers.append(subprocess.Popen([*command, "--worker", name], env=environment, stderr=errors))
+                stream = {"XLA_FLAGS": flags + " --xla_gpu_enable_command_buffer="} if name == "mlp-stream" else {}
+                call = [*command, "--worker", name]
+                workers.append(subprocess.Popen(call, env={**environment, **stream}, stderr=errors))
         for name, worker in zip(names, workers):
             try:
                 worker.wait(timeout=max(1, args.start + args.budget + 3 - time.time()))

@@ -69,7 +69,7 @@ def split(m: int, k: int) -> Split:
 
 def _kernel(
     op: str, s: Split, width: int, block: bool, eps: float, divisor: float, qdtype, static: bool, interpretable: bool,
-    *args,
+    early_launch: bool, *args,
 ):  # fmt: skip
     refs: list[Any] = list(args)
     x_gmem = refs.pop(0)
@@ -79,9 +79,12 @@ def _kernel(
     q_gmem = refs.pop(0)
     scale_gmem: Any = None if static else refs.pop(0)
     sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
-    partial, ready = refs
+    partial, ready = refs[-2:]
     row, wg = lax.axis_index("row"), lax.axis_index("wg")
     layout = s.layout
+    if early_launch:  # see `scaled_matmul.mosaic_sm90`
+        plgpu.griddepcontrol_launch_dependents()
+        plgpu.griddepcontrol_wait()
 
     def load(ref):
         return plgpu.load(ref, layout=layout, optimized=False)
@@ -160,7 +163,17 @@ def _kernel(
         q_gmem[row, wg] = (jnp.clip(y, -FP8_MAX, FP8_MAX) if static else y).astype(qdtype)
 
 
-def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divisor, config, interpretable):
+def _run(
+    op: str, x, weight, residual, static_scale, *, eps: float = 0.0, qdtype, block, divisor: float,
+    config: Split | None = None, interpretable: bool = False, early_launch: bool = False, after=None,
+):  # fmt: skip
+    """Runs one op.
+
+    config         None chooses.
+    interpretable  divides with Pallas' own operation, for interpret mode.
+    early_launch   starts beside the kernel before; see `scaled_matmul.mosaic_sm90`.
+    after          an array that is waited for and not read: benchmarks chain calls by it.
+    """
     m, k = x.shape
     if op == "silu":
         k //= 2
@@ -187,10 +200,15 @@ def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divis
         outputs.append(jax.ShapeDtypeStruct((m, *parts[:-1]) if block else (m, 1), jnp.float32))
     if residual is not None:
         outputs.append(jax.ShapeDtypeStruct((m, *parts), x.dtype))
+    static = static_scale is not None
+    kernel = functools.partial(
+        _kernel, op, s, k, block is not None, eps, divisor, qdtype, static, interpretable, early_launch
+    )
+    given = len(operands)
+    if after is not None:
+        operands.append(after)
     results = plgpu.kernel(
-        functools.partial(
-            _kernel, op, s, k, block is not None, eps, divisor, qdtype, static_scale is not None, interpretable
-        ),
+        lambda *refs: kernel(*refs[:given], *refs[len(operands) :]),
         out_type=outputs,
         scratch_types=[plgpu.SMEM((2, s.wgs, 4), jnp.float32), plgpu.Barrier(num_arrivals=s.wgs)],
         grid=(m,),
@@ -207,37 +225,17 @@ def _run(op, x, weight, residual, static_scale, *, eps=0.0, qdtype, block, divis
     return xq, scale, (results[-1].reshape(m, k) if residual is not None else x)
 
 
-def quantize_rows(
-    x,
-    qdtype,
-    *,
-    block=None,
-    divisor: float,
-    static_scale=None,
-    config: Split | None = None,
-    interpretable: bool = False,
-):
-    """See `api.quantize_rows`; raises NotImplementedError for rows that do not fit.
-
-    Here and below, `config` None chooses; `interpretable` divides with Pallas' own operation, for interpret mode.
-    """
-    common = dict(qdtype=qdtype, block=block, divisor=divisor, config=config, interpretable=interpretable)
-    return _run("rows", x, None, None, static_scale, **common)[:2]
+def quantize_rows(x, qdtype, *, block=None, divisor: float, static_scale=None, **internal: Any):
+    """See `api.quantize_rows`; `internal` of `_run`. Raises NotImplementedError for rows that do not fit."""
+    return _run("rows", x, None, None, static_scale, qdtype=qdtype, block=block, divisor=divisor, **internal)[:2]
 
 
-def rms_norm_quantize(
-    x, weight, residual=None, *, eps: float, qdtype, block=None, divisor: float, config: Split | None = None,
-    interpretable: bool = False,
-):  # fmt: skip
-    """See `api.rms_norm_quantize`; raises NotImplementedError for rows that do not fit."""
+def rms_norm_quantize(x, weight, residual=None, *, eps: float, qdtype, block=None, divisor: float, **internal: Any):
+    """See `api.rms_norm_quantize`; `internal` of `_run`. Raises NotImplementedError for rows that do not fit."""
     op = "norm" if residual is None else "residual_norm"
-    common = dict(qdtype=qdtype, block=block, divisor=divisor, config=config, interpretable=interpretable)
-    return _run(op, x, weight, residual, None, eps=eps, **common)
+    return _run(op, x, weight, residual, None, eps=eps, qdtype=qdtype, block=block, divisor=divisor, **internal)
 
 
-def silu_mul_quantize(
-    gate_up, *, qdtype, block=None, divisor: float, config: Split | None = None, interpretable: bool = False
-):
-    """See `api.silu_mul_quantize`; raises NotImplementedError for rows that do not fit."""
-    common = dict(qdtype=qdtype, block=block, divisor=divisor, config=config, interpretable=interpretable)
-    return _run("silu", gate_up, None, None, None, **common)[:2]
+def silu_mul_quantize(gate_up, *, qdtype, block=None, divisor: float, **internal: Any):
+    """See `api.silu_mul_quantize`; `internal` of `_run`. Raises NotImplementedError for rows that do not fit."""
+    return _run("silu", gate_up, None, None, None, qdtype=qdtype, block=block, divisor=divisor, **internal)[:2]

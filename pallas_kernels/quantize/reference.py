@@ -53,6 +53,14 @@ def quantize_rows(
     return _quantize(y, qdtype, block, divisor)
 
 
+def _add(x: jax.Array, residual: jax.Array) -> jax.Array:
+    """x + residual, rounded to their dtype also where XLA would keep the float32 sum for its next use (on a GPU the
+    scales then differed by up to 0.4 % from those of the stored sum)."""
+    total = x.astype(jnp.float32) + residual.astype(jnp.float32)
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(total, info.nexp, info.nmant).astype(x.dtype)
+
+
 def rms_norm_quantize(
     x: jax.Array,
     weight: jax.Array,
@@ -65,7 +73,7 @@ def rms_norm_quantize(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `api.rms_norm_quantize`."""
     if residual is not None:
-        x = (x.astype(jnp.float32) + residual.astype(jnp.float32)).astype(x.dtype)
+        x = _add(x, residual)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * weight.astype(jnp.float32)
     return *_quantize(y, qdtype, block, divisor), x

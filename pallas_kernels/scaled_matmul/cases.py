@@ -113,7 +113,8 @@ def error_bound(case: Case, want: np.ndarray, magnitude: np.ndarray, tensor_core
     """How far a right result may be from float64's.
 
     One rounding to the output type; float32 sums of exact products err by well under 1e-5 of sum|x||w|. Hopper's fp8
-    sums are shorter: `mosaic_sm90` says by how much, 2^-12 of sum|x||w| covers every promotion interval.
+    sums are shorter: `mosaic_sm90` says by how much, 2^-11 of sum|x||w| covers every promotion interval (the worst of
+    1.6 million outputs at K = 2048 was 2^-11.7).
     """
-    sums = 2.0**-12 if tensor_cores and case.qdtype == "float8_e4m3fn" else 1e-5
+    sums = 2.0**-11 if tensor_cores and case.qdtype == "float8_e4m3fn" else 1e-5
     return _OUTPUT_ERROR[case.out_dtype] * np.abs(want) + sums * magnitude + 1e-6

@@ -31,6 +31,7 @@ class Config:
     epilogue_n: int = 64  # columns staged at a time for the copy out: 16, 32 or 64, dividing wg_n; two buffers each
     cluster: int = 1  # thread blocks that share a multicast tile
     cluster_axis: str = "m"  # "m": they differ in m and share the weight tile; "n": they share the x tile
+    early_launch: bool = False  # fetch the first weights while the kernel before still runs; see `mosaic_sm90`
     minor: str = "m"  # tile order: "m" walks m fastest inside stripes of `stripe` tiles
     stripe: int = 8
 

@@ -7,6 +7,11 @@ scales it is not, which is what cuBLASLt's fast accumulation and CUTLASS do and 
 to the exact result (Frobenius) for normal data at K = 14336, before the rounding to bf16 (0.0017): never promoted
 0.0028, every 1024 0.0005, every 512 0.0003, every 256 0.0002, 128 0.0001. Measured on an H200 at the first three, and
 reproduced by emulating the sum (tests/pallas_kernels/test_scaled_matmul.py). int8 sums are exact.
+
+`Config.early_launch` (off; compiled, its effect not measured yet) is for chains of small kernels on a plain stream:
+Hopper's programmatic dependent launch starts this kernel when the one before has begun its last blocks. The weights of
+the first stages, which no kernel writes, are fetched at once; x, and by it every store, waits for that kernel's end.
+Within a command buffer XLA captures each kernel by itself and the launch is an ordinary one.
 """
 
 from __future__ import annotations
@@ -99,7 +104,26 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         slot = slot + by
         return lax.select(slot >= c.stages, slot - c.stages, slot)
 
+    prefetched = min(c.stages, k_steps) if c.early_launch else 0  # K steps whose weights are fetched ahead of all else
+
     def producer():
+        def load_w(n0, ki, slot):
+            plgpu.copy_gmem_to_smem(
+                w_gmem.at[pl.ds(n0, c.tile_n), pl.ds(ki * c.tile_k, c.tile_k)],
+                w_tile(slot, 0, c.tile_n),
+                full.at[slot],
+                collective_axes="cluster" if share_w else None,
+            )
+
+        if c.early_launch:
+            plgpu.griddepcontrol_launch_dependents()
+
+            @pl.when(local_tiles > 0)
+            def _():
+                lax.fori_loop(0, prefetched, lambda ki, _: load_w(tile_origin(0)[1], ki, ki), None)
+
+            plgpu.griddepcontrol_wait()
+
         def tile(i, slot):
             m0, n0 = tile_origin(i)
             if epilogue_copies:
@@ -124,15 +148,12 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
-                k_slice = pl.ds(ki * c.tile_k, c.tile_k)
+                if prefetched:
+                    pl.when(g >= prefetched)(lambda: load_w(n0, ki, slot))
+                else:
+                    load_w(n0, ki, slot)
                 plgpu.copy_gmem_to_smem(
-                    w_gmem.at[pl.ds(n0, c.tile_n), k_slice],
-                    w_tile(slot, 0, c.tile_n),
-                    full.at[slot],
-                    collective_axes="cluster" if share_w else None,
-                )
-                plgpu.copy_gmem_to_smem(
-                    x_gmem.at[pl.ds(m0, load_m), k_slice],
+                    x_gmem.at[pl.ds(m0, load_m), pl.ds(ki * c.tile_k, c.tile_k)],
                     x_tile(slot, 0, load_m),
                     full.at[slot],
                     collective_axes="cluster" if share_x else None,
@@ -398,8 +419,12 @@ def scaled_matmul(
     *,
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     config: Config | None = None,
+    after: jax.Array | None = None,
 ) -> jax.Array:
-    """See `api.scaled_matmul`; raises NotImplementedError for what this kernel does not take."""
+    """See `api.scaled_matmul`; raises NotImplementedError for what this kernel does not take.
+
+    `config` None chooses. `after` is an array that is waited for and not read: benchmarks chain calls by it.
+    """
     (m, k), n = xq.shape, wq.shape[0]
     out_dtype = jnp.dtype(out_dtype)
     _refuse(m, n, k, xq.dtype)
@@ -408,7 +433,7 @@ def scaled_matmul(
         xq = jnp.pad(xq, ((0, whole_m - m), (0, 0)))
         if x_scale.shape[0] != 1:
             x_scale = jnp.pad(x_scale, ((0, whole_m - m), (0, 0)))
-        return scaled_matmul(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype, config=config)[:m]
+        return scaled_matmul(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype, config=config, after=after)[:m]
     x_kind, w_kind = _kind(x_scale), _kind(w_scale)
     if w_kind == "vector" and w_scale.shape[0] != n:  # K <= 128: blocks of rows only
         w_scale = jnp.repeat(w_scale, 128, axis=0)[:n]
@@ -493,8 +518,12 @@ def scaled_matmul(
         m_tiles, n_tiles = (
             (-(-m_tiles // c.cluster), n_tiles) if c.cluster_axis == "m" else (m_tiles, -(-n_tiles // c.cluster))
         )
+    operands = [xq, wq, x_scale, w_scale, *([] if bias is None else [bias])]
+    given = len(operands)
     kernel = plgpu.kernel(
-        lambda *refs: pl.run_scoped(lambda scratch: body(*refs, scratch), scratch, collective_axes="wg"),
+        lambda *refs: pl.run_scoped(
+            lambda scratch: body(*refs[:given], refs[-1], scratch), scratch, collective_axes="wg"
+        ),
         out_type=jax.ShapeDtypeStruct((m, out_n), out_dtype),
         grid=(min(m_tiles * n_tiles, sms // c.cluster),),
         grid_names=("grid",),
@@ -507,5 +536,4 @@ def scaled_matmul(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    operands = (xq, wq, x_scale, w_scale) + (() if bias is None else (bias,))
-    return kernel(*operands)[:, :n]
+    return kernel(*operands, *([] if after is None else [after]))[:, :n]

@@ -220,3 +220,22 @@ def test_error_of_fp8_sums(k, interval, stated):
     assert 0.75 * stated < relative < 1.3 * stated, relative
     case = Case(12, 12, k, out_dtype="float32")
     assert (error <= error_bound(case, want, np.abs(x) @ np.abs(w).T, tensor_cores=True)).all()
+
+
+def test_early_launch(monkeypatch):
+    """The same numbers with the first weights fetched ahead (the interpreter knows no dependent launches)."""
+    for name in ("griddepcontrol_wait", "griddepcontrol_launch_dependents"):
+        monkeypatch.setattr(mosaic_sm90.plgpu, name, lambda: None)
+    monkeypatch.setitem(KNOWN_DEVICES, "h200", dataclasses.replace(KNOWN_DEVICES["h200"], core_count=2))
+    case = Case(8, 144, 640)
+    config = Config(48, tile_k=128, stages=3, epilogue_n=16, early_launch=True)
+    operands = make(case)
+    call = functools.partial(mosaic_sm90.scaled_matmul, config=config, after=jnp.zeros(3))
+    check(case, interpret(call, *map(as_jax, operands)), operands)
+
+
+def test_early_launch_compiles():
+    config = dataclasses.replace(fill_stages(heuristic(16, 4096, 4096, block=False), 16, 4096), early_launch=True)
+    shapes = [s for s in shapes_of(Case(16, 4096, 4096)) if s is not None]
+    compiled = compile_for_h200(functools.partial(mosaic_sm90.scaled_matmul, config=config), *shapes)
+    assert compiled.count("griddepcontrol.wait") == compiled.count("griddepcontrol.launch_dependents") == 1
