@@ -80,8 +80,8 @@ def write_kv(
     Args:
       k_pages, v_pages: [P, Hkv, Ps, Dh].
       k, v: [T, Hkv, Dh], any float dtype; stored as x / scale (scale None = 1), clamped to the range of fp8 pages.
-      slots: [T] int32, page * Ps + offset. Padding tokens name a slot of page 0. Two tokens must not share a slot
-        outside page 0. A slot past the pool is dropped.
+      slots: [T] int32, page * Ps + offset. Padding tokens name a slot of page 0, whose contents are undefined
+        afterwards. Two tokens must not share a slot outside page 0. A slot past the pool is dropped.
 
     Returns the new (k_pages, v_pages). Raises ValueError on shapes or dtypes that do not fit.
     """

@@ -109,15 +109,19 @@ def write_kv(k_pages, v_pages, k, v, slots, *, k_scale=None, v_scale=None):
     """See api.write_kv.
 
     The pool is seen as rows of Dh, one index per (token, head). Scattering into [P, :, Ps] with two index dimensions
-    instead makes XLA transpose the whole pool, twice, around the scatter.
+    instead makes XLA transpose the whole pool, twice, around the scatter. Padding (page 0) is sent past the pool, each
+    row to a place of its own: XLA's scatter to places that may repeat is a compare-and-swap loop for 16-bit elements,
+    and 1,000 padding rows at one slot of page 0 took 3.7 ms of a layer on an H200.
     """
     pages, kv_heads, page_size, head_dim = k_pages.shape
     page, offset = slots // page_size, slots % page_size
     rows = (page[:, None] * kv_heads + lax.iota(jnp.int32, kv_heads)[None]) * page_size + offset[:, None]
+    past = pages * kv_heads * page_size + lax.iota(jnp.int32, rows.size).reshape(rows.shape)
+    rows = jnp.where(((page > 0) & (page < pages))[:, None], rows, past)
 
     def put(pool: jax.Array, x: jax.Array, scale: jax.Array | float | None) -> jax.Array:
         flat = pool.reshape(pages * kv_heads * page_size, head_dim)
         update = to_page_dtype(x, pool.dtype, scale).reshape(-1, head_dim)
-        return flat.at[rows.reshape(-1)].set(update, mode="drop").reshape(pool.shape)
+        return flat.at[rows.reshape(-1)].set(update, mode="drop", unique_indices=True).reshape(pool.shape)
 
     return put(k_pages, k, k_scale), put(v_pages, v, v_scale)
