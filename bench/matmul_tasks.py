@@ -259,3 +259,13 @@ def matmul_task(kind: Kind, shape: str, weight: Weights, m: int) -> Task:
 
     exclusive = kind.name.startswith("xla")
     return Task(f"{kind.name} {shape} {m}", compile, run, exclusive_compile=exclusive)
+
+
+def once(name: str, m: int, n: int, k: int) -> float:
+    """The error of one call, relative to the Frobenius norm."""
+    kind, rng = KINDS[name], np.random.default_rng(0)
+    host, inputs = kind.weight(rng, n, k), kind.inputs(rng, m, k)
+    weight = jax.jit(lambda w: kind.layout(w, n, k))({a: jnp.asarray(x) for a, x in host.items()})
+    got = np.asarray(jax.jit(functools.partial(kind.op, n=n))(*inputs, *weight), np.float32)
+    want = kind.x_value(*inputs) @ kind.w_value(host, np.arange(n)).T
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))

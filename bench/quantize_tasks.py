@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -49,23 +50,39 @@ def quantize_tasks(ms: Sequence[int], hidden: int = HIDDEN, ffn: int = FFN) -> l
     return [_task(name, m, ffn if name == "silu_mul" else hidden, block) for name, block in cases for m in ms]
 
 
+def _host(name: str, m: int, k: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Inputs shared by all calls of a chain, and those of each."""
+    rng = np.random.default_rng(m)
+    tile = rng.standard_normal((min(m, 256), 2 * k)).astype(ml_dtypes.bfloat16)
+    rows = np.tile(tile, (-(-m // len(tile)), 1))[:m]
+    fixed: tuple[np.ndarray, ...] = ()
+    rotated: tuple[np.ndarray, ...] = (rows[:, :k],)
+    if name == "silu_mul":
+        rotated = (rows,)
+    elif name == "residual_rms_norm":
+        fixed, rotated = ((1 + rng.standard_normal(k) / 8).astype(ml_dtypes.bfloat16),), (rows[:, :k], rows[:, k:])
+    return fixed, tuple(np.ascontiguousarray(a) for a in rotated)
+
+
+def _error(name: str, q: np.ndarray, scale: np.ndarray, arrays: Sequence[np.ndarray]) -> float:
+    want = _want(name, arrays)
+    got = q.astype(np.float32) * np.repeat(scale, q.shape[1] // scale.shape[1], axis=1)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def once(name: str, m: int, k: int, block: int | None) -> float:
+    """The error of one call, relative to the Frobenius norm."""
+    fixed, rotated = _host(name, m, k)
+    q, scale = (np.asarray(a) for a in jax.jit(_call(name, block))(*fixed, *rotated)[:2])
+    return _error(name, q, scale, (*fixed, *rotated))
+
+
 def _task(name: str, m: int, k: int, block: int | None) -> Task:
     reads, writes = _OPS[name]
     moved = m * k * (2 * reads + 2 * writes + 1) + 4 * m * (k // block if block else 1)
     count = replicas(moved, 2) if m > 256 else 16 if k >= 1024 else 2
 
-    @functools.cache
-    def host() -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-        rng = np.random.default_rng(m)
-        tile = rng.standard_normal((min(m, 256), 2 * k)).astype(ml_dtypes.bfloat16)
-        rows = np.tile(tile, (-(-m // len(tile)), 1))[:m]
-        fixed: tuple[np.ndarray, ...] = ()
-        rotated: tuple[np.ndarray, ...] = (rows[:, :k],)
-        if name == "silu_mul":
-            rotated = (rows,)
-        elif name == "residual_rms_norm":
-            fixed, rotated = ((1 + rng.standard_normal(k) / 8).astype(ml_dtypes.bfloat16),), (rows[:, :k], rows[:, k:])
-        return fixed, tuple(np.ascontiguousarray(a) for a in rotated)
+    host = functools.cache(functools.partial(_host, name, m, k))
 
     def compile() -> Any:
         fixed, rotated = abstract(host())
@@ -77,9 +94,7 @@ def _task(name: str, m: int, k: int, block: int | None) -> Task:
         rotated = (first, *(tuple(jnp.copy(a) for a in first) for _ in range(count - 1)))
         q, scale = (np.asarray(a[: min(m, 32)]) for a in compiled(fixed, rotated)[-1][:2])
         few = (*host()[0], *(a[: min(m, 32)] for a in host()[1]))
-        want = _want(name, few)
-        got = q.astype(np.float32) * np.repeat(scale, k // scale.shape[1], axis=1)
-        error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        error = _error(name, q, scale, few)
         timing = time_chain(lambda: compiled(fixed, rotated), count)
         return {
             "op": name + ("_block" if block else ""),

@@ -1,0 +1,132 @@
+"""compute-sanitizer over small cases of every op: stray accesses (memcheck) and races in shared memory (racecheck).
+
+    python -m bench.sanitize [--tools memcheck,racecheck] [--groups w4a16,...] [--budget SECONDS] [--out DIR]
+
+Each (tool, group) is a process of its own under the sanitizer, which only instruments this package's kernels. Buffers
+are allocated one by one (XLA's pool would hide an access past the end of one) and command buffers are off. Every result
+is also compared with its reference. Writes DIR/sanitize.json; exits 1 where the sanitizer found something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MATMULS = ("w4a16", "w8a16", "fp8_row", "fp8_block", "int8_row")
+GROUPS = (*MATMULS, "quantize", "decode", "prefill")
+MATMUL_CASES = ((1, 256, 512), (16, 384, 512), (64, 256, 1024), (130, 256, 512))  # M, N, K
+ATTENTION_CASES = {
+    "decode": ("llama8b", "page64", "mqa", "window", "fp8"),
+    "prefill": ("chunks", "window", "fp8", "head256"),
+}
+
+
+def run_group(group: str, few: bool) -> list[dict[str, Any]]:
+    """Runs the group's cases once each in this process."""
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, call: Any, limit: float) -> None:
+        try:
+            error = call()
+            rows.append({"case": name, "error": round(error, 5), "ok": error < limit})
+        except Exception as problem:
+            rows.append({"case": name, "failed": repr(problem)[:300]})
+
+    if group in ATTENTION_CASES:
+        from bench.kernel_paged_attention import check_task
+
+        for name in ATTENTION_CASES[group][: 1 if few else None]:
+            task = check_task(group, name)
+            add(name, lambda task=task: task.run(task.compile())["error"], 0.02)
+    elif group == "quantize":
+        from bench.quantize_tasks import once
+
+        for name, m, k, block in (("residual_rms_norm", 5, 1024, None), ("silu_mul", 3, 384, 128))[
+            : 1 if few else None
+        ]:
+            add(f"{name} {m}x{k}", lambda a=(name, m, k, block): once(*a), 0.04)
+    else:
+        from bench.matmul_tasks import once as multiply
+
+        for case in MATMUL_CASES[: 1 if few else None]:
+            add("x".join(map(str, case)), lambda case=case: multiply(group, *case), 0.02)
+    return rows
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer on PATH, in the CUDA toolkit, or in a wheel."""
+    found = shutil.which("compute-sanitizer")
+    places = [Path(found)] if found else []
+    places += sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
+    places += [p for folder in sys.path for p in Path(folder).glob("nvidia/*/bin/compute-sanitizer")]
+    return str(places[0]) if places else None
+
+
+def findings(text: str) -> int:
+    """The number in the sanitizer's last summary line; -1 without one (it died)."""
+    counts = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    return int(counts[-1]) if counts else -1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", default="memcheck,racecheck")
+    parser.add_argument("--groups", default=",".join(GROUPS))
+    parser.add_argument("--budget", type=float, default=280, help="seconds")
+    parser.add_argument("--out", help="folder of the result file (default bench/results)")
+    parser.add_argument("--few", action="store_true", help="one case of each group")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(run_group(args.one, args.few)))
+        return
+    tool = sanitizer()
+    if tool is None:
+        sys.exit(
+            "compute-sanitizer not found: on PATH, in /usr/local/cuda*/bin, or as a wheel (nvidia-cuda-sanitizer-api)"
+        )
+    deadline = time.time() + args.budget
+    env = {
+        **os.environ,
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=",
+    }
+    rows: list[dict[str, Any]] = []
+    for name in args.tools.split(","):
+        for group in args.groups.split(","):
+            left = deadline - time.time()
+            row: dict[str, Any] = {"tool": name, "group": group}
+            if left < 10:
+                rows.append(row | {"skipped": "out of time"})
+                continue
+            command = [tool, "--tool", name, "--kernel-name", "kernel_substring=mosaic_gpu", "--print-limit", "5"]
+            command += [sys.executable, "-m", "bench.sanitize", "--one", group] + ["--few"] * args.few
+            try:
+                done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=left)
+            except subprocess.TimeoutExpired:
+                rows.append(row | {"skipped": f"not done after {left:.0f} s"})
+                continue
+            lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]
+            row |= {"findings": findings(done.stdout + done.stderr), "cases": json.loads(lines[-1]) if lines else []}
+            if row["findings"]:
+                row["report"] = "\n".join(s for s in (done.stdout + done.stderr).splitlines() if "=====" in s)[:3000]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    from bench.record import write
+
+    print(write("sanitize", rows, args.out))
+    bad = [r for r in rows if r.get("findings") or any(not c.get("ok") for c in r.get("cases", ()))]
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
