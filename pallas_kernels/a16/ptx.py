@@ -240,8 +240,21 @@ def set_registers(count: int, increase: bool) -> None:
     asm(f"setmaxnreg.{'inc' if increase else 'dec'}.sync.aligned.u32 {count};")
 
 
-def named_barrier(index: int, threads: int) -> None:
-    asm(f"bar.sync {index}, {threads};")
+def named_barrier(index: Int | int, threads: int) -> None:
+    if isinstance(index, int):
+        asm(f"bar.sync {index}, {threads};")
+    else:
+        asm("bar.sync $0, $1;", index, const(threads))
+
+
+def fence_async_shared() -> None:
+    """Writes to shared memory become visible to the copy engine."""
+    asm("fence.proxy.async.shared::cta;")
+
+
+def bulk_store_read() -> None:
+    """Waits until the copy engine has read the sources of all copies that this thread committed."""
+    asm("cp.async.bulk.wait_group.read 0;")
 
 
 def stmatrix_x4_trans(address: Int, values: Sequence[Int]) -> None:

@@ -58,7 +58,8 @@ def estimate(plan: Plan) -> float:
     busy = tensor + convert if c.warpgroups == 1 else max(tensor * 1.05, convert) + 0.15 * min(tensor, convert)
     per_step = (plan.copied_bytes - plan.x_bytes * (1 - 1 / c.share)) / 24.0  # bytes per cycle from L2
     copies = plan.steps * per_step
-    meet = 900 + (c.m_tile * c.rows / 40 if c.split == 1 else 600 + c.m_tile * c.rows / 16)
+    # Blocks of a cluster read each other's float32 sums at some 25 bytes per cycle.
+    meet = 900 + (c.m_tile * c.rows / 40 if c.split == 1 else 600 + c.m_tile * c.rows * 4 / 25)
     # The producer must be far enough ahead to hide a copy's latency of some 1000 cycles behind other stages' products.
     ahead = (plan.stages - 1) * max(busy, copies) / plan.steps
     copies += plan.steps * max(0.0, 1000 - ahead) / plan.stages

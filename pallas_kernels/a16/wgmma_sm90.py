@@ -134,7 +134,7 @@ class Plan(Problem):
         c = self.config
         if c.split > 1:  # float32 [m_tile][rows + 4]
             return c.m_tile * (c.rows + 4) * 4
-        return c.m_tile * (c.rows * 2 + 16)  # 16-bit [m_tile][rows + 8]
+        return c.m_tile * c.rows * 2  # 16-bit [warpgroup][m_tile][64]
 
     @property
     def one_round(self) -> bool:
@@ -261,7 +261,7 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
             _produce(plan, ctx, b, tile_count, x_ref, w_ref, [*([] if plan.scales_in_epilogue else [s_ref]), *optional])
     with ptx.when(producer):
         ptx.set_registers(plan.consumer_registers, increase=True)
-        _consume(plan, b, tile_count, s_ref, y_ref)
+        _consume(plan, ctx, b, tile_count, s_ref, y_ref)
     if c.cluster > 1:  # the other blocks may still read this one's sums, send it x or free a stage of it
         ptx.cluster_leave()
 
@@ -344,7 +344,7 @@ def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) 
     ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
 
 
-def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
+def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
     c = plan.config
     count = c.m_tile // 2
     y_base = ptx.global_address(y_ref)
@@ -392,10 +392,13 @@ def _consume(plan: Plan, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
         if c.split > 1:
             _meet(plan, b, i, n_tile, m_tile, acc, s_ref, y_base)
         else:
-            _write(plan, b, n_tile, m_tile, acc, s_ref, y_base)
+            _write(plan, ctx, b, n_tile, m_tile, acc, s_ref, y_ref)
         return [stage, phase]
 
     ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
+    if c.split == 1:
+        with ptx.when((b.tid % 128).eq(0)):
+            ptx.bulk_store_read()
 
 
 def _free(plan: Plan, b: _Block, stage: Int) -> None:
@@ -472,33 +475,42 @@ def _scaled(plan: Plan, b: _Block, n_tile: Int, acc, s_ref):
     return [arith.mulf(v, pair[i // 2 % 2]) for i, v in enumerate(acc)]
 
 
-def _write(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
-    """Sums -> shared memory, transposed to [x row][W row] -> 16-byte stores to y."""
+def _write(plan: Plan, ctx, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_ref) -> None:
+    """Sums -> shared memory as [x row][64 rows of W], transposed, in the 128-byte swizzle -> y by TMA.
+
+    Each warpgroup writes its own box, and the copy goes on while the next tile is multiplied.
+    """
     c = plan.config
     acc = _scaled(plan, b, n_tile, acc, s_ref)
-    threads = 128 * c.warpgroups
-    stride = c.rows * 2 + 16
-    ptx.named_barrier(1, threads)  # the tile before has been read
+    if plan.one_round:  # the boxes lie over stages that other warpgroups may still multiply
+        ptx.named_barrier(1, 128 * c.warpgroups)
+    group = b.warp // 4
+    first = b.tid.eq(group * 128)
+    with ptx.when(first):
+        ptx.bulk_store_read()  # the tile before has left
+    ptx.named_barrier(group + 2, 128)
+    box = b.out + group * (c.m_tile * 128)
     # Matrices of a stmatrix: (rows g, x rows 0-7), (rows g + 8, 0-7), (g, 8-15), (g + 8, 8-15).
-    row = (b.lane % 8) + (b.lane // 16) * 8
-    lane_at = b.out + row * stride + (b.warp * ROWS + (b.lane // 8 % 2) * 8) * 2
+    chunk = (b.warp % 4) * 2 + b.lane // 8 % 2  # of 16 bytes in a row of the box
+    lane_at = box + ((b.lane % 8) + (b.lane // 16) * 8) * 128 + (chunk ^ (b.lane % 8)) * 16
     for t in range(c.m_tile // 16):
         part = acc[8 * t : 8 * t + 8]
         words = [ptx.pack16(plan.x_dtype, part[2 * i], part[2 * i + 1]) for i in range(4)]
-        ptx.stmatrix_x4_trans(lane_at + t * 16 * stride, words)
-    ptx.named_barrier(1, threads)
-    chunks = c.rows // 8  # of 16 bytes in a row
-    m_left = Int.of(plan.m) - m_tile * c.m_tile
-    for start in range(0, c.m_tile * chunks, threads):
-        index = b.tid + start
-        m, chunk = index // chunks, index % chunks
-        inside = m.lt(m_left)
-        if c.m_tile * chunks % threads:
-            inside = arith.andi(inside, index.lt(c.m_tile * chunks))
-        with ptx.when(inside):
-            words = ptx.load_shared(b.out + m * stride + chunk * 16, 4)
-            y_row = arith.muli((m_tile * c.m_tile + m).i64(), arith.constant(ptx.i64_type(), plan.n * 2))
-            ptx.store_global(ptx.offset(y_base, y_row, ((n_tile * c.rows + chunk * 8) * 2).i64()), words)
+        ptx.stmatrix_x4_trans(lane_at + t * 16 * 128, words)
+    ptx.fence_async_shared()
+    ptx.named_barrier(group + 2, 128)
+    index = ir.IndexType.get()
+    box_type = ir.MemRefType.get((c.m_tile, 64), ir.MemRefType(y_ref.type).element_type, memory_space=mgpu.smem())
+    ctx.async_copy(
+        src_ref=memref.view(box_type, b.smem, arith.index_cast(index, (box - b.stages).value), []),
+        dst_ref=y_ref,
+        gmem_slice=(
+            mgpu.ds(arith.index_cast(index, (m_tile * c.m_tile).value), c.m_tile),
+            mgpu.ds(arith.index_cast(index, (n_tile * c.rows + group * 64).value), 64),
+        ),
+        swizzle=128,
+        predicate=first,
+    )
 
 
 def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:

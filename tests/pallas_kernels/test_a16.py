@@ -225,7 +225,7 @@ def abstract(case: Case):
     return S((case.m, case.k), case.x_dtype), packed, dict(group_size=group, layout=layout)
 
 
-@pytest.mark.parametrize("case", list({dataclasses.replace(c, span=1.0, poison=False): None for c in CASES}), ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.m in (0, 2, 3, 64)], ids=str)
 def test_every_case_has_a_kernel_or_says_why_not(case: Case) -> None:
     """On abstract shapes: a kernel takes everything but M = 0 and float32 x."""
     x, (q, s, z, *o), kwargs = abstract(case)
