@@ -367,6 +367,7 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
                 fragments = _fragments(plan, b, base, block)
                 # The tensor core works on the block before while the line above runs, and is waited for only after it.
                 ptx.keep_alive([r for a in fragments for r in a])
+                ptx.wgmma_fence()  # ptxas would move the conversion behind the wait if the fence stood there
                 ptx.wgmma_wait(0)
                 ptx.keep_alive(previous)
                 if block == 0 and sub == 0:
@@ -374,7 +375,6 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
                         _free(plan, b, last)
                 elif block == 0:
                     _free(plan, b, last)
-                ptx.wgmma_fence()
                 for s, a in enumerate(fragments):
                     column = block * plan.kind.block_k + 16 * s
                     at = base + (column // 64) * c.m_tile * 128 + (column % 64) * 2
