@@ -82,12 +82,15 @@ def _kernel(
     partial, ready = refs[-2:]
     row, wg = lax.axis_index("row"), lax.axis_index("wg")
     layout = s.layout
-    if early_launch:  # see `scaled_matmul.mosaic_sm90`
-        plgpu.griddepcontrol_launch_dependents()
-        plgpu.griddepcontrol_wait()
 
     def load(ref):
         return plgpu.load(ref, layout=layout, optimized=False)
+
+    # All loads are issued before anything waits: one latency of memory, not two.
+    weight = None if weight_gmem is None else load(weight_gmem.at[wg])
+    if early_launch:  # see `scaled_matmul.mosaic_sm90`; nobody writes the weight
+        plgpu.griddepcontrol_launch_dependents()
+        plgpu.griddepcontrol_wait()
 
     def over_row(values, combine):
         """Combines one [4] array (a number a warp) per entry of `values` over all warps of the row."""
@@ -115,9 +118,9 @@ def _kernel(
             sum_gmem[row, wg] = y
         y = y.astype(jnp.float32)
     total: Any = None
-    if weight_gmem is not None:
+    if weight is not None:
         total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)
-        y = y * load(weight_gmem.at[wg]).astype(jnp.float32)
+        y = y * weight.astype(jnp.float32)
 
     # max|y| is taken before the norm's factor: rounding is monotonic, so that factor * max|y| = max|factor * y|.
     magnitude: Any = None if static else jnp.abs(y).max(axis=3)

@@ -217,6 +217,18 @@ def test_quotient_is_rounded_once(error):
         np.testing.assert_array_equal(divide_as_kernel(-magnitude[normal], scale, error), -magnitude[normal] / scale)
 
 
+def test_shared_reciprocal_of_two_sigmoids():
+    """`exact.sigmoid` in numpy, over all pairs of gates that bf16 activations come with."""
+    x = np.concatenate([np.linspace(-43, 43, 401), [-1e30, -100, 100, 1e30]]).astype(np.float32)
+    a = (1 + np.exp(np.minimum(-x, 43))).astype(np.float32)
+    product = a[:, None] * a[None, :]
+    reciprocal = np.float32(1) / product
+    assert np.isfinite(product).all() and (reciprocal >= np.finfo(np.float32).tiny).all()
+    got = reciprocal * a[None, :]  # of the rows' x
+    want = np.broadcast_to(1 / (1 + np.exp(-np.maximum(x, -43).astype(np.float64)))[:, None], got.shape)
+    np.testing.assert_allclose(got, want, rtol=4e-7)
+
+
 def test_refusals_give_the_reason():
     S = jax.ShapeDtypeStruct
     h200 = KNOWN_DEVICES["h200"]
