@@ -38,8 +38,12 @@ class Problem:
         return -(-self.k // self.group)
 
     def most_clusters(self, split: int) -> int:
-        """Clusters of `split` blocks that run at once: Hopper's SMs come in 8 groups that a cluster cannot straddle."""
-        return self.sms // split if split <= 2 else max(1, self.sms // 8 // split * 8)
+        """Clusters of `split` blocks that surely run at once, one block an SM.
+
+        A cluster lives within one GPC, and which SMs of a GPC work differs from chip to chip. On an H100 with 132 SMs
+        66 clusters of 2 fit and 24 of 4, but not 32 of 4: the last ones had to wait, and the kernel took twice as long.
+        """
+        return {1: self.sms, 2: self.sms // 2, 4: self.sms * 28 // 132, 8: self.sms * 12 // 132}[split] or 1
 
     @property
     def scale_record(self) -> int:  # bytes of one group's 16 scales
