@@ -3,6 +3,7 @@ through the `attend` function that the caller passes."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,8 +18,19 @@ from jqserve.models.rope import rotate
 from jqserve.ops.activations import QuantizedRows, fusible_activation
 from jqserve.quant import ActivationSpec
 
-#: (q [..., H, Dh], k [..., Hkv, Dh], v [..., Hkv, Dh]) -> ([..., H, Dh], whatever the caller keeps: the new pages)
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Rope = tuple[jax.Array, jax.Array]  # cos, sin float32 [..., Dh/2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attend:
+    """What the caller does with queries, keys and values; both forms return ([..., H, Dh], what the caller keeps).
+
+    turned      takes q [..., H, Dh], k, v [..., Hkv, Dh], with the rotary embedding applied
+    projection  takes the fused projection [..., (H + 2 Hkv) * Dh] as it is, and the angles; None: there is no such form
+    """
+
+    turned: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    projection: Callable[[jax.Array, Rope], tuple[jax.Array, Any]] | None = None
 
 
 class Attention(nnx.Module):
@@ -37,16 +49,17 @@ class Attention(nnx.Module):
         """The activation scheme that the norm before may produce for all projections; see fusible_activation."""
         return fusible_activation(*(p.matrix for p in self.projections))
 
-    def __call__(
-        self, x: jax.Array | QuantizedRows, rope: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array | QuantizedRows, rope: Rope, attend: Attend) -> tuple[jax.Array, Any]:
         """x [..., D], rope = (cos, sin) [..., Dh/2] -> ([..., D], what `attend` kept)."""
         parts = [projection(x) for projection in self.projections]
-        if len(parts) == 1:
-            widths = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
-            parts = jnp.split(parts[0], widths, axis=-1)
-        q, k, v = (part.reshape(*part.shape[:-1], -1, self.head_dim) for part in parts)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out, kept = attend(rotate(q, *rope), rotate(k, *rope), v)
+        if len(parts) == 1 and attend.projection is not None and self.q_norm is None:
+            out, kept = attend.projection(parts[0], rope)
+        else:
+            if len(parts) == 1:
+                widths = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
+                parts = jnp.split(parts[0], widths, axis=-1)
+            q, k, v = (part.reshape(*part.shape[:-1], -1, self.head_dim) for part in parts)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            out, kept = attend.turned(rotate(q, *rope), rotate(k, *rope), v)
         return self.o(out.reshape(*out.shape[:-2], self.heads * self.head_dim)), kept

@@ -15,19 +15,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jqserve.models.attention import Attend, Attention
+from jqserve.models.attention import Attend, Attention, Rope
 from jqserve.models.config import ModelConfig
 from jqserve.models.linear import Linear
 from jqserve.models.mlp import MLP
 from jqserve.models.norm import RMSNorm
 from jqserve.models.rope import rope_table
-from jqserve.ops.attention import AttentionMetadata, full_attention, paged_attention
+from jqserve.ops.attention import (
+    AttentionMetadata,
+    full_attention,
+    paged_attention,
+    paged_attention_of_projection,
+)
 from jqserve.ops.device import Device, current_device
 from jqserve.ops.linear import dense_matmul
 from jqserve.quant import QuantizedTensor
 
 Pages = tuple[jax.Array, jax.Array]  # k_pages, v_pages [P, Hkv, Ps, Dh] of one layer
-Rope = tuple[jax.Array, jax.Array]  # cos, sin float32 [..., Dh/2]
 
 
 class Layer(nnx.Module):
@@ -136,7 +140,10 @@ def _paged_layer(
     meta: AttentionMetadata,
 ) -> tuple[jax.Array, jax.Array, Pages]:
     layer: Layer = nnx.merge(structure, arrays)
-    attend = functools.partial(paged_attention, pages=pages, meta=meta, sm_scale=layer.sm_scale, window=layer.window)
+    given: dict[str, Any] = dict(pages=pages, meta=meta, sm_scale=layer.sm_scale, window=layer.window)
+    attend = Attend(
+        functools.partial(paged_attention, **given), functools.partial(paged_attention_of_projection, **given)
+    )
     return layer(x, residual, rope, attend, fuse=True)
 
 
@@ -149,5 +156,5 @@ def _full_layer(
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
         return full_attention(q, k, v, sm_scale=layer.sm_scale, window=layer.window), None
 
-    x, residual, _ = layer(x, residual, rope, attend, fuse=False)
+    x, residual, _ = layer(x, residual, rope, Attend(attend), fuse=False)
     return x, residual

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.paged_attention.api import decode_attention, prefill_attention, write_kv
+from pallas_kernels.rope_write.api import rope_write
 
 _QUERY_BLOCK = 1024  # rows of scores held at once in `full_attention`: float32 [H, 1024, S]
 
@@ -50,7 +51,38 @@ def paged_attention(
 
     Returns ([T, H, Dh], new pages). Padding rows come out as zeros. `window` w: position p sees keys in (p - w, p].
     """
-    k_pages, v_pages = write_kv(*pages, k, v, meta.kv_slots)
+    pages = write_kv(*pages, k, v, meta.kv_slots)
+    return attend_pages(q, pages, meta, sm_scale=sm_scale, window=window), pages
+
+
+def paged_attention_of_projection(
+    qkv: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    pages: tuple[jax.Array, jax.Array],
+    meta: AttentionMetadata,
+    *,
+    sm_scale: float,
+    window: int | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """`paged_attention` of a fused projection qkv [T, (H + 2 Hkv) * Dh], queries and keys not turned yet.
+
+    rope: cos, sin float32 [T, Dh/2]. Turning them and writing the pages is one kernel where a device has it.
+    """
+    q, *written = rope_write(qkv, *rope, meta.kv_slots, *pages)
+    pages = (written[0], written[1])
+    return attend_pages(q, pages, meta, sm_scale=sm_scale, window=window), pages
+
+
+def attend_pages(
+    q: jax.Array,
+    pages: tuple[jax.Array, jax.Array],
+    meta: AttentionMetadata,
+    *,
+    sm_scale: float,
+    window: int | None,
+) -> jax.Array:
+    """q [T, H, Dh] over pages that hold this step's keys and values already -> [T, H, Dh]."""
+    k_pages, v_pages = pages
     decodes, tiles = meta.decode_len.shape[0], meta.tile_len.shape[0]
     outputs = []
     if decodes:
@@ -78,7 +110,7 @@ def paged_attention(
             window=window,
         )
         outputs.append(out.reshape(-1, *q.shape[1:]))
-    return (outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)), (k_pages, v_pages)
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
 
 
 def full_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, sm_scale: float, window: int | None) -> jax.Array:
