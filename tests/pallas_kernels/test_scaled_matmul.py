@@ -157,7 +157,7 @@ def test_refusals_give_the_reason():
     ):
         choice = explain("scaled_matmul", *shapes_of(case)[:4], device=h200)
         assert choice.chosen == "xla" and reason in dict(choice.refused)["mosaic_sm90"]
-    for case in (*CASES, *DEVICE_CASES):
+    for case in (CASES[0], CASES[8], CASES[14], *DEVICE_CASES[3:5]):  # a second of tracing each
         choice = explain("scaled_matmul", *shapes_of(case), device=h200, out_dtype=case.out_dtype)
         shape_fits = case.m and case.n % 8 == 0 and (case.k % 128 == 0 or case.k < 128)
         assert choice.chosen == ("mosaic_sm90" if shape_fits else "xla"), choice
