@@ -89,3 +89,15 @@ def sigmoid(x: jax.Array, layout: Any) -> jax.Array:
         return x._pointwise(one)
 
     return reciprocal(1.0 + jnp.exp(jnp.minimum(-x, 43.0)))
+
+
+def cluster_fence() -> None:
+    """Orders this thread's accesses to its peers' shared memory around a cluster barrier, whose arrivals do not."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    @plgpu.inline_mgpu()
+    def fence(ctx: Any) -> None:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], "fence.acq_rel.cluster;", "", has_side_effects=True)
+
+    fence()

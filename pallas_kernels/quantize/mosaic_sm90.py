@@ -27,11 +27,12 @@ _MOST_PER_THREAD = 64  # elements of a row in one thread's registers
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a row lies in registers: [wgs, 4 warps, repeats, runs, 128]."""
+    """How a row lies in registers: [blocks, wgs, 4 warps, repeats, runs, 128]."""
 
-    wgs: int  # warpgroups
+    wgs: int  # warpgroups of a block
     runs: int  # 128-runs that a warp holds side by side: 2 (8 elements a lane) or 1 (4)
     repeats: int
+    blocks: int = 1  # a cluster that shares the row (compiled, not run yet: the heuristic has 1)
 
     @property
     def layout(self) -> Any:
@@ -81,13 +82,14 @@ def _kernel(
     sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
     partial, ready = refs[-2:]
     row, wg = lax.axis_index("row"), lax.axis_index("wg")
+    part = lax.axis_index("part") if s.blocks > 1 else 0
     layout = s.layout
 
     def load(ref):
         return plgpu.load(ref, layout=layout, optimized=False)
 
     # All loads are issued before anything waits: one latency of memory, not two.
-    weight = None if weight_gmem is None else load(weight_gmem.at[wg])
+    weight = None if weight_gmem is None else load(weight_gmem.at[part, wg])
     if early_launch:  # see `scaled_matmul.mosaic_sm90`; nobody writes the weight
         plgpu.griddepcontrol_launch_dependents()
         plgpu.griddepcontrol_wait()
@@ -95,11 +97,20 @@ def _kernel(
     def over_row(values, combine):
         """Combines one [4] array (a number a warp) per entry of `values` over all warps of the row."""
         for i, value in enumerate(values):
-            partial[i, wg] = value
+            if s.blocks == 1:
+                partial[i, 0, wg] = value
+            else:
+                for peer in range(s.blocks):
+                    plgpu.cluster_ref(partial, {"part": peer})[i, part, wg] = value
+        if s.blocks > 1:  # a few threads arrive for all on a cluster's barrier: all must have written
+            plgpu.commit_smem()
+            exact.cluster_fence()
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
+        if s.blocks > 1:
+            exact.cluster_fence()
         return [
-            functools.reduce(fn, [partial[i, w, j] for w in range(s.wgs) for j in range(4)])
+            functools.reduce(fn, [partial[i, b, w, j] for b in range(s.blocks) for w in range(s.wgs) for j in range(4)])
             for i, fn in enumerate(combine)
         ]
 
@@ -108,14 +119,14 @@ def _kernel(
         return plgpu.layout_cast(lax.broadcast_in_dim(value, y.shape, axes), layout)
 
     if op == "silu":
-        gate = load(x_gmem.at[row, 0, wg]).astype(jnp.float32)
-        up = load(x_gmem.at[row, 1, wg]).astype(jnp.float32)
+        gate = load(x_gmem.at[row, 0, part, wg]).astype(jnp.float32)
+        up = load(x_gmem.at[row, 1, part, wg]).astype(jnp.float32)
         y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout)) * up
     else:
-        y = load(x_gmem.at[row, wg])
+        y = load(x_gmem.at[row, part, wg])
         if op == "residual_norm":
-            y = (y.astype(jnp.float32) + load(residual_gmem.at[row, wg]).astype(jnp.float32)).astype(y.dtype)
-            sum_gmem[row, wg] = y
+            y = (y.astype(jnp.float32) + load(residual_gmem.at[row, part, wg]).astype(jnp.float32)).astype(y.dtype)
+            sum_gmem[row, part, wg] = y
         y = y.astype(jnp.float32)
     total: Any = None
     if weight is not None:
@@ -145,10 +156,10 @@ def _kernel(
             scale = exact.divide_by(magnitude, divisor, layout.reduce((3,)) if block else exact.SCALAR)
         scale = jnp.where(scale == 0.0, 1.0, scale)
         if block:
-            scale_gmem[row, wg] = scale
+            scale_gmem[row, part, wg] = scale
         else:
 
-            @pl.when(wg == 0)
+            @pl.when(jnp.logical_and(wg == 0, part == 0) if s.blocks > 1 else wg == 0)
             def _():
                 scale_gmem[row, 0] = scale
 
@@ -161,9 +172,9 @@ def _kernel(
         if static or divisor > 127:  # otherwise |y| <= 127 (1 + 2^-22), which rounds to 127
             y = jnp.clip(y, -128.0, 127.0)
         # Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low mantissa bits.
-        q_gmem[row, wg] = lax.bitcast_convert_type(y + 12582912.0, jnp.int32).astype(jnp.int8)
+        q_gmem[row, part, wg] = lax.bitcast_convert_type(y + 12582912.0, jnp.int32).astype(jnp.int8)
     else:
-        q_gmem[row, wg] = (jnp.clip(y, -FP8_MAX, FP8_MAX) if static else y).astype(qdtype)
+        q_gmem[row, part, wg] = (jnp.clip(y, -FP8_MAX, FP8_MAX) if static else y).astype(qdtype)
 
 
 def _run(
@@ -190,7 +201,7 @@ def _run(
         heuristic=lambda: split(m, k),
         space=lambda: splits(k),
     )
-    parts = (s.wgs, 4, s.repeats, s.runs, 128)
+    parts = (s.blocks, s.wgs, 4, s.repeats, s.runs, 128)
     operands = [x.reshape((m, 2, *parts) if op == "silu" else (m, *parts))]
     if weight is not None:
         operands.append(weight.reshape(parts))
@@ -213,7 +224,14 @@ def _run(
     results = plgpu.kernel(
         lambda *refs: kernel(*refs[:given], *refs[len(operands) :]),
         out_type=outputs,
-        scratch_types=[plgpu.SMEM((2, s.wgs, 4), jnp.float32), plgpu.Barrier(num_arrivals=s.wgs)],
+        scratch_types=[
+            plgpu.SMEM((2, s.blocks, s.wgs, 4), jnp.float32),
+            plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=s.wgs)
+            if s.blocks > 1
+            else plgpu.Barrier(num_arrivals=s.wgs),
+        ],
+        cluster=(s.blocks,) if s.blocks > 1 else (),
+        cluster_names=("part",) if s.blocks > 1 else (),
         grid=(m,),
         grid_names=("row",),
         num_threads=s.wgs,

@@ -211,6 +211,13 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             columns = w_tile(slot, wg_n * c.wg_n, c.wg_n).at[:, k_slice]
             return rows, columns.transpose((1, 0))
 
+        def release(slot):
+            if c.cluster > 1:
+                # A few threads of a warpgroup arrive for all of it on a cluster's barrier (on a block's own every
+                # thread does): the other warps must be done with the slot too.
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(empty.at[slot])
+
         def partial_sums(slot, parts: int, length: int):
             """`parts` sums over `length` of K each, all issued before the first is awaited."""
 
@@ -243,13 +250,13 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
 
                     @pl.when(previous >= 0)
                     def _():
-                        plgpu.barrier_arrive(empty.at[previous])
+                        release(previous)
 
                     return slot
 
                 last, slot_after = steps(step, jnp.int32(-1), slot)
                 total = acc[...]
-                plgpu.barrier_arrive(empty.at[last])
+                release(last)
                 return total, slot_after
 
             return pl.run_scoped(scope, plgpu.ACC(shape, acc_dtype))
@@ -258,7 +265,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             def step(ki, slot, total):
                 plgpu.barrier_wait(full.at[slot])
                 [part] = partial_sums(slot, 1, c.tile_k)
-                plgpu.barrier_arrive(empty.at[slot])
+                release(slot)
                 return total + part
 
             return steps(step, plgpu.layout_cast(jnp.zeros(shape, acc_dtype), _L), slot)
@@ -299,7 +306,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                     elif factor is not None:
                         part = part * factor
                     total = total + part
-                plgpu.barrier_arrive(empty.at[slot])
+                release(slot)
                 return total
 
             return steps(step, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _L), slot)

@@ -184,6 +184,17 @@ def test_hopper_kernel_compiles(op, m, k, block):
     assert "fusion(" not in compiled.hlo
 
 
+def test_cluster_of_blocks_compiles():
+    """A row shared by two blocks: each warp's number goes to both, and a barrier of the whole warpgroup comes before
+    the few threads that arrive for it."""
+    config = mosaic_sm90.Split(wgs=7, runs=2, repeats=1, blocks=2)
+    call = functools.partial(mosaic_sm90.silu_mul_quantize, qdtype=jnp.int8, divisor=127.0, config=config)
+    compiled = compile_for_h200(call, jax.ShapeDtypeStruct((16, 28672), jnp.bfloat16))
+    assert compiled.spill_bytes == 0 and compiled.count("st.shared::cluster") == 2
+    exchange = compiled.ptx[compiled.ptx.index("st.shared::cluster") : compiled.ptx.index("mbarrier.arrive.shared::cl")]
+    assert "bar.sync" in exchange or "barrier.sync" in exchange
+
+
 def fused(a, b, c):
     """fma in float32: the product is exact in float64."""
     return np.float32(a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64))
