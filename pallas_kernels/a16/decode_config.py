@@ -24,6 +24,12 @@ def heuristic(plan: Plan) -> Config:
     return ranked[0][1]
 
 
+def best_estimate(plan: Plan) -> float:
+    """Microseconds that the heuristic's configuration is expected to take; inf where none can run the problem."""
+    ranked = _ranked(dataclasses.replace(plan, config=Config()))
+    return ranked[0][0] if ranked else float("inf")
+
+
 @functools.lru_cache(maxsize=1024)
 def _ranked(plan: Plan) -> tuple[tuple[float, Config], ...]:
     found = []
@@ -65,5 +71,5 @@ def estimate(plan: Plan) -> float:
     issue = words / 4 * per_word / busy / 1750
     smem = words * (128 * 2 + 256 * plan.n_tiles / c.row_tiles / plan.kind.words) / 128 / 1750
     partial = c.k_warps * plan.n_tiles * 8 * c.rows * 4
-    meet = rounds * (0.35 + (1.2 if c.split > 1 else 0) + partial * 2 / 60e3)
+    meet = rounds * (0.35 + (0.6 * c.split if c.split > 1 else 0) + partial * 2 / 60e3)
     return max(hbm, issue, smem) + 0.2 * issue + 0.6 * load_x + meet + 2.0

@@ -279,6 +279,10 @@ def store_global(address: ir.Value, words: Sequence[Int]) -> None:
     asm(f"st.global.v{len(words)}.b32 [$0], {{{names}}};", address, *words)
 
 
+def store_global_f32(address: ir.Value, value: ir.Value, offset: int) -> None:
+    asm(f"st.global.f32 [$0+{offset}], $1;", address, value)
+
+
 def mbarrier_arrive_remote(address: Int) -> None:
     """Arrives at a barrier given by `cluster_map`, releasing this thread's writes to the cluster."""
     asm("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", address)

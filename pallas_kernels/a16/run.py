@@ -107,6 +107,10 @@ def decode(p: Prepared) -> jax.Array:
     if m > decode_config.MAX_M:
         raise NotImplementedError(f"decode kernel: M = {m} is larger than {decode_config.MAX_M}")
     plan = decode_sm90.Plan(**p.problem, config=decode_sm90.Config())
+    if m > 8:  # x of a large K leaves little shared memory for the weights, or must be cut over clusters
+        mine, other = decode_config.best_estimate(plan), _wgmma_estimate(p)
+        if other < mine:
+            raise NotImplementedError(f"decode kernel: some {mine:.0f} us expected, of the wgmma kernel {other:.0f} us")
     config = tuning.choose(
         p.op,
         _key("decode", plan),
@@ -114,6 +118,10 @@ def decode(p: Prepared) -> jax.Array:
         space=lambda: decode_config.search_space(plan)[:_TRIED],
     )
     return _decode(dataclasses.replace(plan, config=config), p.x, *p.arrays)[:, : p.n]
+
+
+def _wgmma_estimate(p: Prepared) -> float:
+    return wgmma_config.best_estimate(wgmma_sm90.Plan(**p.problem, config=wgmma_sm90.Config()))
 
 
 def wgmma(p: Prepared) -> jax.Array:

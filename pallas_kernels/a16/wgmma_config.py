@@ -26,6 +26,12 @@ def heuristic(plan: Plan) -> Config:
     return ranked[0][1]
 
 
+def best_estimate(plan: Plan) -> float:
+    """Microseconds that the heuristic's configuration is expected to take; inf where none can run the problem."""
+    ranked = _ranked(dataclasses.replace(plan, config=Config()))
+    return ranked[0][0] if ranked else float("inf")
+
+
 @functools.lru_cache(maxsize=1024)
 def _ranked(plan: Plan) -> tuple[tuple[float, Config], ...]:
     found = []
@@ -36,8 +42,12 @@ def _ranked(plan: Plan) -> tuple[tuple[float, Config], ...]:
             continue
         if split > 1 and plan.m > 1024:  # there are tiles for everybody
             continue
-        for share in (1, 2) if split == 1 and plan.m > 128 else (1,):
-            config = Config(warpgroups, m_tile, k_step, split, share=share)
+        pairs = [(1, 1)]
+        if split == 1:
+            pairs += [(2, 1)] if plan.m > 128 else []
+            pairs += [(1, parts) for parts in (2, 4, 8)] if plan.m <= 512 else []
+        for share, parts in pairs:
+            config = Config(warpgroups, m_tile, k_step, split, share=share, parts=parts)
             candidate = dataclasses.replace(plan, config=config)
             try:
                 candidate.check()
@@ -65,4 +75,6 @@ def estimate(plan: Plan) -> float:
     copies += plan.steps * max(0.0, 1000 - ahead) / plan.stages
     cycles = rounds * (max(busy, copies) + meet)
     hbm = plan.n * plan.k * plan.kind.words / 2 / 4.6e6
-    return max(cycles / CLOCK, hbm) + 3.5
+    # XLA's sum of the parts: a kernel more, and float32 written and read.
+    reduce = 2.5 + c.parts * plan.m * plan.n * 8 / 4e6 if c.parts > 1 else 0.0
+    return max(cycles / CLOCK, hbm) + 3.5 + reduce

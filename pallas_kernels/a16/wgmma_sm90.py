@@ -11,6 +11,7 @@ dtype are rounded to x's first. With one scale per row they multiply the finishe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -35,7 +36,8 @@ CHUNK = 256  # bytes: the widest box of single bytes that TMA copies
 class Config:
     """warpgroups: consumers, 64 rows of W each; m_tile: rows of x; k_step: columns of a stage (multiple of 64);
     split: blocks of a cluster along K; stages: 0 is as many as fit; share: blocks of a cluster that take neighbouring
-    rows of W and load a part of their common x tile each, for all (only without split)."""
+    rows of W and load a part of their common x tile each, for all (only without split); parts: tiles along K, summed
+    in float32 by XLA afterwards (only without the two others)."""
 
     warpgroups: int = 2
     m_tile: int = 64
@@ -43,6 +45,7 @@ class Config:
     split: int = 1
     stages: int = 0
     share: int = 1
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -69,7 +72,7 @@ class Plan(Problem):
 
     @property
     def tiles(self) -> int:
-        return self.n_tiles // self.config.share * self.m_tiles
+        return self.n_tiles // self.config.share * self.m_tiles * self.config.parts
 
     @property
     def clusters(self) -> int:
@@ -77,7 +80,7 @@ class Plan(Problem):
 
     @property
     def k_block(self) -> int:
-        return self.k // self.config.split
+        return self.k // (self.config.split * self.config.parts)
 
     @property
     def steps(self) -> int:
@@ -132,6 +135,8 @@ class Plan(Problem):
     @property
     def out_bytes(self) -> int:
         c = self.config
+        if c.parts > 1:
+            return 0
         if c.split > 1:  # float32 [m_tile][rows + 4]
             return c.m_tile * (c.rows + 4) * 4
         return c.m_tile * c.rows * 2  # 16-bit [warpgroup][m_tile][64]
@@ -159,7 +164,9 @@ class Plan(Problem):
             problem = f"N = {self.n} is not a multiple of {c.rows}"
         elif self.n_tiles % c.share or (c.share > 1 and c.split > 1):
             problem = f"N = {self.n} has no {c.share} tiles of {c.rows} to share x"
-        elif self.k % (c.split * c.k_step * self.unroll) or c.k_step % 64:
+        elif c.parts > 1 and (c.cluster > 1 or self.n * c.m_tile * 4 >= 1 << 23):
+            problem = "parts do not go with clusters, or the rows of y are too long for a store's offset"
+        elif self.k % (c.split * c.parts * c.k_step * self.unroll) or c.k_step % 64:
             problem = f"K = {self.k} is not a multiple of {c.split} x {c.k_step}"
         elif not self.scales_in_epilogue and (
             self.k % self.group or (c.k_step % self.group and self.group % c.k_step) or self.group % 16
@@ -198,7 +205,7 @@ def matmul(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((plan.m, plan.n), x.dtype),
+        out_type=jax.ShapeDtypeStruct((c.parts * plan.m, plan.n), x.dtype if c.parts == 1 else jnp.float32),
         grid=(plan.clusters,),
         grid_names=("tile",),
         cluster=(c.cluster,) if c.cluster > 1 else (),
@@ -210,7 +217,8 @@ def matmul(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
-    return kernel(x, weight, *tables, *([] if after is None else [after]))
+    y = kernel(x, weight, *tables, *([] if after is None else [after]))
+    return y if c.parts == 1 else y.reshape(c.parts, plan.m, plan.n).sum(axis=0).astype(x.dtype)
 
 
 class _Block:
@@ -266,10 +274,12 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
         ptx.cluster_leave()
 
 
-def _coordinates(plan: Plan, b: _Block, i: Int) -> tuple[Int, Int]:
-    """(row tile of W, row tile of x) of the i'th tile: neighbours share the weights."""
+def _coordinates(plan: Plan, b: _Block, i: Int) -> tuple[Int, Int, Int]:
+    """(row tile of W, row tile of x, part of K) of the i'th tile: neighbours share the weights."""
     tile = b.cluster + i * plan.clusters
-    return tile // plan.m_tiles * plan.config.share + b.n_rank, tile % plan.m_tiles
+    part = tile % plan.config.parts if plan.config.parts > 1 else b.rank
+    tile = tile // plan.config.parts
+    return tile // plan.m_tiles * plan.config.share + b.n_rank, tile % plan.m_tiles, part
 
 
 def _next(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
@@ -301,13 +311,13 @@ def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) 
         )
 
     def tile_body(i: Int, carry):
-        n_tile, m_tile = _coordinates(plan, b, i)
+        n_tile, m_tile, k_part = _coordinates(plan, b, i)
 
         def step_body(step: Int, carry):
             stage, phase = Int(carry[0]), Int(carry[1])
             ptx.mbarrier_wait(b.empty + stage * 8, phase ^ 1)
             barrier = b.full + stage * 8
-            k0 = b.rank * plan.k_block + step * c.k_step
+            k0 = k_part * plan.k_block + step * c.k_step
             with ptx.when(b.leader):
                 ptx.mbarrier_expect(barrier, plan.copied_bytes)
             ptx.syncwarp()
@@ -352,7 +362,7 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
     held = 4 * plan.kind.steps  # registers of a block's operand A
 
     def tile_body(i: Int, carry):
-        n_tile, m_tile = _coordinates(plan, b, i)
+        n_tile, m_tile, part = _coordinates(plan, b, i)
 
         def step_body(step: Int, carry):
             stage, phase, last = (Int(v) for v in carry[:3])
@@ -391,12 +401,14 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
         _free(plan, b, Int(last))
         if c.split > 1:
             _meet(plan, b, i, n_tile, m_tile, acc, s_ref, y_base)
+        elif c.parts > 1:
+            _write_part(plan, b, n_tile, m_tile, part, acc, s_ref, y_base)
         else:
             _write(plan, ctx, b, n_tile, m_tile, acc, s_ref, y_ref)
         return [stage, phase]
 
     ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
-    if c.split == 1:
+    if c.split == 1 and c.parts == 1:
         with ptx.when((b.tid % 128).eq(0)):
             ptx.bulk_store_read()
 
@@ -511,6 +523,21 @@ def _write(plan: Plan, ctx, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_r
         swizzle=128,
         predicate=first,
     )
+
+
+def _write_part(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, part: Int, acc, s_ref, y_base) -> None:
+    """Float32 sums of a part of K to rows part * M .. of the output; eight lanes write 32 bytes of a row."""
+    c = plan.config
+    acc = _scaled(plan, b, n_tile, acc, s_ref)
+    m = m_tile * c.m_tile + (b.lane % 4) * 2
+    row = arith.muli((part * plan.m + m).i64(), arith.constant(ptx.i64_type(), plan.n * 4))
+    address = ptx.offset(y_base, row, ((n_tile * c.rows + b.warp * ROWS + b.lane // 4) * 4).i64())
+    for t in range(c.m_tile // 8):
+        for j in range(2):
+            inside = ptx.when((m + (8 * t + j)).lt(plan.m)) if plan.m % c.m_tile else contextlib.nullcontext()
+            with inside:
+                ptx.store_global_f32(address, acc[4 * t + j], (8 * t + j) * plan.n * 4)
+                ptx.store_global_f32(address, acc[4 * t + 2 + j], (8 * t + j) * plan.n * 4 + 32)
 
 
 def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
