@@ -60,7 +60,7 @@ def prefill_heuristic(head_dim: int) -> PrefillConfig:
 
 def prefill_search_space(head_dim: int, page_size: int) -> list[PrefillConfig]:
     """Configs that fit into an SM's 227 KiB of shared memory and whose blocks are whole pages."""
-    every = itertools.product((64, 96, 128, 176, 192), (2, 3, 4), (True, False))
+    every = itertools.product((64, 96, 128, 160, 176), (2, 3, 4), (True, False))
     return [
         PrefillConfig(block, stages, pingpong)
         for block, stages, pingpong in every

@@ -332,16 +332,7 @@ class Attend:
             s = s._pointwise(functools.partial(_capped, ops, p.soft_cap, factor))
             factor = ops.const_f32(1.0)
         if masked:
-            lowest = arith.constant(ops.f32, -math.inf)
-
-            def hide(value: ir.Value, at: tuple[ir.Value, ...]) -> ir.Value:
-                row, column = (Reg(arith.index_cast(ops.i32, x)) for x in at)
-                seen = limit >= column - row
-                if p.window is not None:
-                    seen = ops.both(seen, (limit - p.window) < column - row)
-                return arith.select(seen.value, value, lowest)
-
-            s = s.foreach(hide, create_array=True)
+            s = self._masked(s, limit)
         new, alpha, grown = self._maximum(s, factor, peak)
         minus = (new * -1.0).broadcast_in_dim((ROWS, p.config.block_kv), (0,), fa.WGMMA_LAYOUT)
 
@@ -351,6 +342,30 @@ class Attend:
         weights = s._pointwise(shifted, minus).exp2(approx=True)
         sums = _row_array([_tree(row, lambda x, y: x + y) for row in _lane_rows(weights)], total)
         return new, alpha, grown, weights, total * alpha + sums
+
+    def _masked(self, s: Any, limit: Reg) -> Any:
+        """-inf where row r may not see column c: c - r > limit, or with a window c - r <= limit - window.
+
+        A lane's elements differ from its first by constants, so each costs a comparison with an immediate and a select.
+        """
+        ops, p = self.ops, self.p
+        lane, warp = self.thread & 31, (self.thread >> 5) & 3
+        first = limit + (warp << 4) + (lane >> 2) - ((lane & 3) << 1)
+        lowest = ops.const_f32(-math.inf)
+        registers = s.registers.copy()
+        for at, register in np.ndenumerate(s.registers):
+            group, half = at[1], at[4]
+            for e in range(2):
+                column = 8 * (group - half) + e  # the other half's rows are 8 further down
+                seen = first >= column
+                if p.window is not None:
+                    seen = ops.both(seen, first < column + p.window)
+                value = Reg(vector.extract(register, dynamic_position=[], static_position=[e]))
+                register = vector.insert(
+                    ops.select(seen, value, lowest).value, register, dynamic_position=[], static_position=[e]
+                )
+            registers[at] = register
+        return fa.FragmentedArray(_registers=registers, _layout=s.layout, _is_signed=s.is_signed)
 
     def _maximum(self, s: Any, factor: Reg, peak: Any) -> tuple[Any, Any, Reg]:
         """(maximum, factor of what was summed before, whether any of this warp's changed), in units of log2.
