@@ -137,13 +137,15 @@ def explain(op: str, *args: Any, device: Device | None = None, **kwargs: Any) ->
     if op not in _registry:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_registry))}")
     target = device or current_device()
+    arrays = {name: value for name, value in kwargs.items() if hasattr(value, "shape")}
+    static = {name: value for name, value in kwargs.items() if name not in arrays}
     refused: list[tuple[str, str]] = []
     with use_device(target):
         for implementation in _registry[op]:
             reason = implementation.requires(target)
             if reason is None:
                 try:
-                    jax.eval_shape(functools.partial(implementation.fn, **kwargs), *args)
+                    jax.eval_shape(lambda a, k, fn=implementation.fn: fn(*a, **k, **static), args, arrays)
                     return Choice(op, implementation.name, tuple(refused))
                 except NotImplementedError as error:
                     reason = str(error)
