@@ -78,7 +78,7 @@ def _kernel(
     residual_gmem: Any = refs.pop(0) if op == "residual_norm" else None
     static_gmem: Any = refs.pop(0) if static else None
     q_gmem = refs.pop(0)
-    scale_gmem: Any = None if static else refs.pop(0)
+    scale_gmem: Any = None if static or qdtype is None else refs.pop(0)
     sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
     partial, ready = refs[-2:]
     row, wg = lax.axis_index("row"), lax.axis_index("wg")
@@ -121,7 +121,10 @@ def _kernel(
     if op == "silu":
         gate = load(x_gmem.at[row, 0, part, wg]).astype(jnp.float32)
         up = load(x_gmem.at[row, 1, part, wg]).astype(jnp.float32)
-        y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout)) * up
+        y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout))
+        if qdtype is None:  # rounded where Hugging Face's tensors are
+            y = y.astype(x_gmem.dtype).astype(jnp.float32)
+        y = y * up
     else:
         y = load(x_gmem.at[row, part, wg])
         if op == "residual_norm":
@@ -131,7 +134,15 @@ def _kernel(
     total: Any = None
     if weight is not None:
         total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)
-        y = y * weight.astype(jnp.float32)
+        if qdtype is not None:
+            y = y * weight.astype(jnp.float32)
+    if qdtype is None:
+        if weight is not None:
+            [total] = over_row([total], [jnp.add])
+            y = (y * lax.rsqrt(total * (1.0 / width) + eps)).astype(x_gmem.dtype).astype(jnp.float32)
+            y = y * weight.astype(x_gmem.dtype).astype(jnp.float32)
+        q_gmem[row, part, wg] = y.astype(x_gmem.dtype)
+        return
 
     # max|y| is taken before the norm's factor: rounding is monotonic, so that factor * max|y| = max|factor * y|.
     magnitude: Any = None if static else jnp.abs(y).max(axis=3)
@@ -181,7 +192,7 @@ def _run(
     op: str, x, weight, residual, static_scale, *, eps: float = 0.0, qdtype, block, divisor: float,
     config: Split | None = None, interpretable: bool = False, early_launch: bool = False, after=None,
 ):  # fmt: skip
-    """Runs one op.
+    """Runs one op -> (xq, scale, x + residual); with qdtype None (y in x's dtype, None, x + residual).
 
     config         None chooses.
     interpretable  divides with Pallas' own operation, for interpret mode.
@@ -197,7 +208,7 @@ def _run(
         raise NotImplementedError("M = 0: nothing to compute")
     s = config or tuning.choose(
         f"quantize_{op}",
-        tuning.key(m=tuning.bucket(m), k=k, dtype=jnp.dtype(qdtype).name, block=block),
+        tuning.key(m=tuning.bucket(m), k=k, dtype=jnp.dtype(qdtype or x.dtype).name, block=block),
         heuristic=lambda: split(m, k),
         space=lambda: splits(k),
     )
@@ -207,10 +218,10 @@ def _run(
         operands.append(weight.reshape(parts))
     if residual is not None:
         operands.append(residual.reshape(m, *parts))
-    outputs = [jax.ShapeDtypeStruct((m, *parts), qdtype)]
+    outputs = [jax.ShapeDtypeStruct((m, *parts), qdtype or x.dtype)]
     if static_scale is not None:
         operands.append(static_scale)
-    else:
+    elif qdtype is not None:
         outputs.append(jax.ShapeDtypeStruct((m, *parts[:-1]) if block else (m, 1), jnp.float32))
     if residual is not None:
         outputs.append(jax.ShapeDtypeStruct((m, *parts), x.dtype))
@@ -242,8 +253,20 @@ def _run(
         ),
     )(*operands)
     xq = results[0].reshape(m, k)
-    scale = static_scale if static_scale is not None else results[1].reshape(m, -1)
+    scale = static_scale if static_scale is not None or qdtype is None else results[1].reshape(m, -1)
     return xq, scale, (results[-1].reshape(m, k) if residual is not None else x)
+
+
+def rms_norm(x, weight, residual=None, *, eps: float, **internal: Any):
+    """See `rows.api.rms_norm`; `internal` of `_run`. Raises NotImplementedError for rows that do not fit."""
+    op = "norm" if residual is None else "residual_norm"
+    y, _, total = _run(op, x, weight, residual, None, eps=eps, qdtype=None, block=None, divisor=1.0, **internal)
+    return y, total
+
+
+def silu_mul(gate_up, **internal: Any):
+    """See `rows.api.silu_mul`; `internal` of `_run`. Raises NotImplementedError for rows that do not fit."""
+    return _run("silu", gate_up, None, None, None, qdtype=None, block=None, divisor=1.0, **internal)[0]
 
 
 def quantize_rows(x, qdtype, *, block=None, divisor: float, static_scale=None, **internal: Any):
