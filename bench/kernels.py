@@ -29,6 +29,8 @@ MS = (1, 16, 64, 256, 4096)
 RESTARTS = 4
 # Products that share an operand must stay apart, or XLA would merge a chain's calls into one.
 XLA_FLAGS = "--xla_gpu_dot_merger_threshold_mb=0"
+# Attention's XLA oracle is compiled beside others' timing: it must not try out its products on the GPU.
+ORACLE_FLAGS = "--xla_gpu_autotune_level=0"
 
 
 # --- one group, in its own process ---
@@ -87,8 +89,9 @@ class Group:
         command += ["--skip", json.dumps([row["key"] for row in self.rows()]), "--threads", str(args.threads)]
         command += ["--jit-peers"] * args.jit_peers + ["--quick"] * args.quick
         env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        if self.name.startswith("xla") and not args.quick:
-            env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
+        flags = XLA_FLAGS if self.name.startswith("xla") else ORACLE_FLAGS if self.name in ("prefill", "decode") else ""
+        if flags and not args.quick:
+            env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
         log = (self.folder / f"{self.name}.log").open("ab")
         try:
             return subprocess.Popen(command, env=env, stdout=log, stderr=log)

@@ -96,6 +96,8 @@ def prefill_attention(
         raise NotImplementedError(f"takes head dims up to 256 that are multiples of 32, not {head_dim}")
     if queries % (ROWS * CONSUMERS):
         raise NotImplementedError(f"takes tiles of a multiple of {ROWS * CONSUMERS} queries, not {queries}")
+    if not sm_scale > 0:
+        raise NotImplementedError(f"takes a positive sm_scale, not {sm_scale}")
     if tiles == 0 or queries == 0 or page_table.shape[1] == 0:
         raise NotImplementedError("takes no empty batch or page table")
     items = tiles * queries // (ROWS * CONSUMERS) * heads
