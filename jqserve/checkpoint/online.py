@@ -110,6 +110,10 @@ class Online(Scheme):
                 return rounding.codebook(weight, self.rule, self.group)
         raise AssertionError(self.rule)
 
+    def scale_dtype(self, stored: Mapping[str, str]) -> str:
+        own = {"BF16": "bfloat16", "F16": "float16"}.get(stored.get("weight", ""), "float32")
+        return own if self.rule.startswith("int4") else "float32"
+
     def quantize(self, weight: Any) -> Any:
         """[N, K] of any float dtype -> canonical QuantizedTensor, or `weight` itself where the scheme does not fit."""
         spec = self.spec(*weight.shape)

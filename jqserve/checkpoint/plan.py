@@ -24,6 +24,8 @@ class PlanRow:
     activation  how the matmul quantizes its input, in words
     dtype       of dense weights, else of the scales
     bytes       of the canonical arrays
+    spec        of the canonical weight; None: dense
+    kernel      "decode w4a16/decode_sm90, prefill w4a16/wgmma_sm90"; "" where nobody has asked
     note        "" or what a reader should know ("kept apart: input scales differ")
     """
 
@@ -37,6 +39,8 @@ class PlanRow:
     dtype: str
     bytes: int
     note: str = ""
+    spec: QuantSpec | None = None
+    kernel: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +63,26 @@ class LoadPlan:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> LoadPlan:
-        rows = tuple(PlanRow(**{**row, "shape": tuple(row["shape"])}) for row in data["rows"])
+        rows = tuple(_row_from_json(row) for row in data["rows"])
         return LoadPlan(data["method"], rows, tuple(data["notes"]))
 
     def to_table(self) -> Table:
         """Rows that differ only in the layer's number share a line: "layers.{0-5}.attn.qkv"."""
         table = Table(title=f"load plan: {self.method}, {self.bytes / 2**20:,.1f} MiB", title_justify="left")
-        for name in ("module", "[N, K]", "scheme", "activation", "dtype", "MiB", "note"):
+        for name in ("module", "[N, K]", "scheme", "activation", "dtype", "MiB", "kernel", "note"):
             table.add_column(name, justify="right" if name == "MiB" else "left", no_wrap=name in ("module", "[N, K]"))
         for label, row, total in self._folded():
             n, k = row.shape
-            table.add_row(label, f"{n} x {k}", row.scheme, row.activation, row.dtype, f"{total / 2**20:,.2f}", row.note)
+            table.add_row(
+                label,
+                f"{n} x {k}",
+                row.scheme,
+                row.activation,
+                row.dtype,
+                f"{total / 2**20:,.2f}",
+                row.kernel,
+                row.note,
+            )
         for note in self.notes:
             table.caption = f"{table.caption}\n{note}" if table.caption else note
         return table
@@ -78,7 +91,7 @@ class LoadPlan:
         """The table as plain lines, for logs and for the engine's progress message."""
         lines = [f"load plan: {self.method}, {self.bytes / 2**20:,.1f} MiB"]
         for label, row, total in self._folded():
-            note = f"  ({row.note})" if row.note else ""
+            note = (f"; {row.kernel}" if row.kernel else "") + (f"  ({row.note})" if row.note else "")
             lines.append(
                 f"  {label:<28} {row.shape[0]:>6} x {row.shape[1]:<6} {row.scheme}; activation {row.activation}; "
                 f"{row.dtype}; {total / 2**20:,.2f} MiB{note}"
@@ -94,6 +107,11 @@ class LoadPlan:
             first, layers, total = folded.get(key, (row, [], 0))
             folded[key] = (first, layers + ([int(match[1])] if match else []), total + row.bytes)
         return [(_label(key[0], layers), row, total) for key, (row, layers, total) in folded.items()]
+
+
+def _row_from_json(data: dict[str, Any]) -> PlanRow:
+    spec = data.get("spec")
+    return PlanRow(**{**data, "shape": tuple(data["shape"]), "spec": QuantSpec.from_json(spec) if spec else None})
 
 
 def _label(tail: str, layers: list[int]) -> str:
@@ -147,4 +165,4 @@ def matrix_row(path: str, source: str, method: str, weight: Any, note: str = "")
     group = spec.group_size if spec.group_size < spec.shape[1] else None
     text = scheme_text(method, spec, weight.perm is not None)
     scales, activation = jnp.dtype(weight.scale.dtype).name, activation_text(spec.activation)
-    return PlanRow(path, source, spec.shape, text, spec.bits, group, activation, scales, weight.nbytes, note)
+    return PlanRow(path, source, spec.shape, text, spec.bits, group, activation, scales, weight.nbytes, note, spec)

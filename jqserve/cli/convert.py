@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `jqserve convert`."""
@@ -11,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="the directory to write: new, or empty")
     parser.add_argument("--revision", help="of a Hub id")
     parser.add_argument("--dtype", default="auto", help="of dense weights: auto, bfloat16, float16, float32")
-    parser.add_argument("--quantization", metavar="fp8", help="quantize an unquantized checkpoint on the way")
+    add_scheme_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         def progress(done: int, total: int, path: str) -> None:
             bar.update(task, completed=done, total=total, description=path)
 
-        plan = store.convert(source, args.out, dtype=args.dtype, quantization=args.quantization, progress=progress)
+        plan = store.convert(source, args.out, dtype=args.dtype, quantization=quantization_of(args), progress=progress)
     console = Console()
     console.print(plan.to_table())
     console.print(f"{args.out}: written; serve it with `jqserve-server --model-path {args.out}`", soft_wrap=True)

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 from jqserve.errors import RequestError
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of the first prompt; the next ones count on from it")
     add("--stop", action="append", default=[], help="a string that ends the text; may be given several times")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--quantization", help="quantize an unquantized checkpoint while it loads: fp8")
+    add_scheme_flags(parser)
     add("--json", action="store_true", help="one JSON object a line instead of text")
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer_path=args.tokenizer_path,
         revision=args.revision,
         dtype=None if args.dtype == "auto" else args.dtype,
-        quantization=args.quantization,
+        quantization=quantization_of(args),
     )
     asked = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
     sampling = dataclasses.replace(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 from jqserve.errors import RequestError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="auto", help="of activations and unquantized weights (auto: the model's)")
     add("--greedy", type=int, default=0, metavar="N", help="also N greedy tokens after each prompt: pI_greedy")
     add("--activations", choices=("config", "none"), default="config", help="none: leave activations unquantized")
-    add("--quantization", help="quantize an unquantized checkpoint while it loads: fp8")
+    add_scheme_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     model, params = library.load(
         args.model_path,
         dtype=None if args.dtype == "auto" else args.dtype,
-        quantization=args.quantization,
+        quantization=quantization_of(args),
         activations=args.activations,
         revision=args.revision,
     )

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "quantize an unquantized checkpoint, with calibration where the scheme has it",
     ),
     "logits": ("jqserve.cli.logits", "dump the logits of given token ids, to compare engines"),
+    "plan": ("jqserve.cli.plan", "what would become of every module, and whether it fits, without a device"),
     "top": ("jqserve.cli.top", "what a running server is doing, in the terminal"),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.server.app import Server
 from jqserve.server.config import ServerConfig
@@ -83,11 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer-path", metavar="DIR|HUB_ID", help="where the tokenizer is, if not with the model")
     add("--chat-template", metavar="FILE|TEMPLATE", help="a Jinja chat template instead of the checkpoint's")
     add("--served-model-name", metavar="NAME", help="the name that requests may give; else the path's last part")
-    add(
-        "--quantization",
-        metavar="NAME",
-        help="quantize an unquantized checkpoint while loading (fp8); others need none",
-    )
+    add_scheme_flags(model)
     add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of activations and unquantized weights")
     add("--activations", choices=("config", "none"), help="none: leave activations unquantized")
     add("--context-length", type=positive, metavar="TOKENS", help="of prompt and answer together")
@@ -235,6 +232,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     engine = {name: values[name] for name in ENGINE_FLAGS if values[name]} | {"model_path": model_path}
     engine |= {name: values[name] for name in GIVEN_FLAGS if values[name] is not None}
     engine.pop("dtype", None)
+    engine |= {"quantization": quantization_of(args)} if args.torchao_config else {}
     if dtype:
         engine["dtype"] = dtype
     source = args.tokenizer_path or model_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -15,10 +16,12 @@ from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
-from jqserve.engine.config import EngineConfig
+from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
+from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import CheckpointError, UnsupportedError
+from jqserve.ops.device import current_device
 from jqserve.ops.relayout import relayout_leaf
 from jqserve.quant import QuantizedTensor
 
@@ -36,6 +39,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     began = time.perf_counter()
     loaded = read_checkpoint(config, tell)
     load_seconds = time.perf_counter() - began
+    loaded = with_kernel_plan(config, loaded)
     tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
     engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds))
     engine.describe(sampling_defaults=sampling_defaults(loaded.generation_config, engine.limits))
@@ -51,6 +55,15 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
             engine.describe(step_seconds=choose_budget(engine))
     engine.describe(warmup_seconds=round(time.perf_counter() - began, 3))
     return engine
+
+
+def with_kernel_plan(config: EngineConfig, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
+    """The plan with the kernels of this device: at 16 running requests (or fewer), and in a whole prefill chunk."""
+    device = current_device()
+    defaults = defaults_for(device.platform)
+    running = min(16, config.max_running_requests or defaults.max_running_requests)
+    chunk = config.chunked_prefill_size or defaults.chunked_prefill_size
+    return dataclasses.replace(loaded, plan=with_kernels(loaded.plan, device, loaded.config.dtype, running, chunk))
 
 
 def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:

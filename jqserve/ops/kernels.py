@@ -29,7 +29,7 @@ def kernel(spec: QuantSpec | None, rows: int, dtype: str, scale_dtype: str, devi
         return "dot_general (XLA)"
     if needs_generic(spec):
         return GENERIC
-    n, k = spec.shape
+    k = spec.shape[1]
     x = jax.ShapeDtypeStruct((rows, k), dtype)
     with use_device(device):
         weight = jax.eval_shape(functools.partial(relayout_leaf, device=device), _abstract(spec, scale_dtype))
@@ -54,8 +54,16 @@ def _weight_only(spec: QuantSpec, weight: QuantizedTensor, x: Any, device: Devic
         scale = jax.ShapeDtypeStruct((spec.shape[0], scale.shape[1]), scale.dtype)
     if spec.qtype == "uint4":
         integer, offset = (zero, None) if spec.zero == "int" else (None, zero)
-        call = explain("w4a16_matmul", x, weight.qvalue, scale, integer, device=device, offset=offset, **kwargs)
-        return "w4a16", call.chosen
+        found: list[str | None] = []
+
+        def ask(x: Any, qvalue: Any, scale: Any, zero: Any, offset: Any) -> Any:
+            # Traced here, for `explain` takes keyword arguments as they are.
+            call = explain("w4a16_matmul", x, qvalue, scale, zero, device=device, offset=offset, **kwargs)
+            found.append(call.chosen)
+            return x
+
+        jax.eval_shape(ask, x, weight.qvalue, scale, integer, offset)
+        return "w4a16", found[-1]
     return "w8a16", explain("w8a16_matmul", x, weight.qvalue, scale, zero, device=device, **kwargs).chosen
 
 

@@ -1,0 +1,118 @@
+"""The load plan from headers and configs alone: what `load` will print, and the memory it will need on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from jqserve.checkpoint.audit import GroupSource, Part
+from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.names import Vector, module_and_suffix
+from jqserve.checkpoint.opening import OpenModel
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, activation_text, scheme_text, source_text
+from jqserve.checkpoint.recipe import fused_spec
+from jqserve.checkpoint.stream import tensor_names
+from jqserve.quant import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """plan: rows as after loading (permutations and input scales of parts are taken to agree; loading checks).
+
+    vectors       bytes of norms and biases, which have no rows
+    largest       bytes in the file of the two largest modules: what loading holds beside the finished weights
+    unquantized   module -> why it stays as it is
+    """
+
+    plan: LoadPlan
+    vectors: int
+    largest: int
+    unquantized: dict[str, str]
+
+
+def forecast(opened: OpenModel) -> Forecast:
+    """Raises nothing that `open_model` has not raised."""
+    checkpoint, width = opened.checkpoint, jnp.dtype(opened.config.dtype).itemsize
+    rows: list[PlanRow] = []
+    vectors, sizes, unquantized = 0, [], {}
+    for module in opened.audited.modules:
+        sizes.append(sum(checkpoint.entry(name).nbytes for name in tensor_names(module)))
+        if isinstance(module, Vector):
+            nbytes = math.prod(module.shape) * width
+            if len(module.shape) == 1:
+                vectors += nbytes
+                continue
+            path, name = module.path.removesuffix(".weight"), module.name.removesuffix(".weight")
+            shape = (module.shape[0], module.shape[1])
+            rows.append(PlanRow(path, name, shape, "dense", 8 * width, None, "none", opened.config.dtype, nbytes))
+            head = " and serves as head" if opened.config.tied_embeddings else ""
+            unquantized[name] = f"the embedding is looked up{head}"
+            continue
+        vectors += sum(part.slot.n * width for part in module.parts if part.bias)
+        rows += _rows(checkpoint, module, opened.config.dtype)
+        for part in module.parts:
+            if part.scheme.spec(part.slot.n, part.slot.k) is None and opened.method != "none":
+                unquantized[part.slot.name] = "the checkpoint's config leaves it out"
+            elif part.scheme.spec(part.slot.n, part.slot.k) is None and part.scheme.method == "online":
+                unquantized[part.slot.name] = f"{part.slot.n} x {part.slot.k} does not fit the scheme"
+    largest = sum(sorted(sizes)[-2:])
+    return Forecast(opened.plan(rows), vectors, largest, unquantized)
+
+
+def _rows(checkpoint: Checkpoint, source: GroupSource, dtype: str) -> list[PlanRow]:
+    group, parts = source.group, source.parts
+    specs = [part.scheme.spec(part.slot.n, part.slot.k) for part in parts]
+    apart = _why_apart(checkpoint, parts, specs)
+    if apart is None:
+        fused = specs[0] if len(specs) == 1 else fused_spec(specs, sum(part.slot.n for part in parts))
+        return [_row(checkpoint, group.path, parts, fused, dtype, "")]
+    paths = [f"{group.parent}.{part.key}" for part in parts]
+    note = f"kept apart: {apart}"
+    return [_row(checkpoint, path, (part,), spec, dtype, note) for path, part, spec in zip(paths, parts, specs)]
+
+
+def _why_apart(checkpoint: Checkpoint, parts: tuple[Part, ...], specs: list[QuantSpec | None]) -> str | None:
+    if len(parts) == 1:
+        return None
+    try:
+        fused_spec(specs, sum(part.slot.n for part in parts))
+    except ValueError as error:
+        return str(error)
+    if len({part.bias is None for part in parts}) > 1:
+        return "only some have a bias"
+    return "scale dtypes differ" if len({_scale_dtype(checkpoint, part) for part in parts}) > 1 else None
+
+
+def _scale_dtype(checkpoint: Checkpoint, part: Part) -> str:
+    return part.scheme.scale_dtype({suffix: checkpoint.dtype(name) for suffix, name in part.tensors.items()})
+
+
+def _row(
+    checkpoint: Checkpoint, path: str, parts: tuple[Part, ...], spec: QuantSpec | None, dtype: str, note: str
+) -> PlanRow:
+    n, k = sum(part.slot.n for part in parts), parts[0].slot.k
+    source, method = source_text([part.slot.name for part in parts]), parts[0].scheme.method
+    if spec is None:
+        width = jnp.dtype(dtype).itemsize
+        return PlanRow(path, source, (n, k), method, 8 * width, None, "none", dtype, n * k * width, note)
+    scale = _scale_dtype(checkpoint, parts[0])
+    nbytes = n * spec.row_bytes + math.prod(spec.grid) * jnp.dtype(scale).itemsize
+    if spec.zero != "none":
+        nbytes += math.prod(spec.grid) * (1 if spec.zero == "int" else jnp.dtype(scale).itemsize)
+    names = {module_and_suffix(name)[1] for part in parts for name in part.tensors.values()}
+    ordered = bool({"g_idx", "weight_g_idx"} & names) and _act_order(parts[0])
+    nbytes += 4 * k if ordered else 0
+    nbytes += 4 if spec.activation.kind == "static_tensor" else 0
+    group = spec.group_size if spec.group_size < k else None
+    text = scheme_text(method, spec, ordered)
+    return PlanRow(
+        path, source, (n, k), text, spec.bits, group, activation_text(spec.activation), scale, nbytes, note, spec
+    )
+
+
+def _act_order(part: Part) -> bool:
+    scheme = part.scheme
+    flagged = getattr(scheme, "desc_act", False) or getattr(scheme, "act_order", False)
+    return bool(flagged) and getattr(scheme, "group_size", -1) not in (-1, part.slot.k)

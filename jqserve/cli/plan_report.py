@@ -1,0 +1,161 @@
+"""The numbers of `jqserve plan`: weights, memory, KV tokens, the bound, the split over GPUs, buckets, warnings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from typing import Any
+
+from jqserve.checkpoint.forecast import Forecast, forecast
+from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.opening import open_model
+from jqserve.checkpoint.plan import LoadPlan, PlanRow
+from jqserve.cli.scheme_flags import quantization_of
+from jqserve.engine.buckets import make_buckets
+from jqserve.engine.cache import cache_shape
+from jqserve.engine.config import defaults_for
+from jqserve.engine.kernel_plan import with_kernels
+from jqserve.errors import UnsupportedError
+from jqserve.models.config import ModelConfig
+from jqserve.ops.kernels import GENERIC
+from jqserve.ops.quantized import check_supported
+from pallas_kernels import KNOWN_DEVICES
+
+#: Data-sheet memory in bytes (GB are 10^9) and bytes a second.
+MEMORY: dict[str, tuple[float, float]] = {
+    "h200": (141e9, 4.8e12),
+    "h100": (80e9, 3.35e12),
+    "a100": (80e9, 2.039e12),
+    "l40s": (48e9, 0.864e12),
+    "l4": (24e9, 0.3e12),
+    "b200": (180e9, 8.0e12),
+    "cpu": (16e9, 0.05e12),
+}
+#: What the engine keeps for activations and libraries beside weights and pages, roughly; it measures, we do not.
+RESERVE = 1.5e9
+
+
+def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
+    """(the plan with kernels, the totals). Raises what loading would raise, and for sizes that make no sense."""
+    for flag in ("context_length", "max_running_requests", "chunked_prefill_size", "page_size", "tp"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UnsupportedError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+    if not 0.05 <= args.mem_fraction_static <= 0.98:
+        raise UnsupportedError(f"--mem-fraction-static {args.mem_fraction_static}: must be in 0.05 .. 0.98")
+    dtype = None if args.dtype == "auto" else args.dtype
+    with Checkpoint(resolve(args.model or args.model_path, args.revision)) as checkpoint:
+        opened = open_model(checkpoint, dtype, args.activations, quantization_of(args))
+        found = forecast(opened)
+    for row in found.plan.rows:
+        if row.spec is not None:
+            check_supported(row.path, row.spec)
+    device = KNOWN_DEVICES[args.device]
+    defaults = defaults_for(device.platform)
+    running = args.max_running_requests or defaults.max_running_requests
+    chunk = args.chunked_prefill_size or defaults.chunked_prefill_size
+    plan = with_kernels(found.plan, device, opened.config.dtype, min(running, 16), chunk)
+    tiles = -(-chunk // defaults.tile_size)
+    buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=defaults.decode_steps)
+    facts = _totals(args, opened.config, found)
+    facts |= {
+        "buckets": {
+            "decode": list(buckets.decode),
+            "mixed": [f"{b.decode_rows}+{b.tiles * defaults.tile_size}" for b in buckets.mixed],
+        },
+        "unquantized": _folded(found.unquantized),
+        "warnings": _warnings(plan, opened.config, facts),
+    }
+    return plan, facts
+
+
+def _totals(args: argparse.Namespace, config: ModelConfig, found: Forecast) -> dict[str, Any]:
+    memory, speed = MEMORY[args.device]
+    rows, n = found.plan.rows, args.tp
+    weights = sum(row.bytes for row in rows) + found.vectors
+    head = [row for row in rows if row.path == "lm_head"]
+    read = weights - (sum(row.bytes for row in rows if row.path == "embed") if head else 0)
+    problems = [p for row in rows for p in _cuts(row, config, n)] if n > 1 else []
+    per_gpu = weights if n == 1 else -(-sum(row.bytes for row in rows) // n) + found.vectors
+    dtype = config.dtype if args.kv_cache_dtype == "auto" else _kv_names(args.kv_cache_dtype)
+    page = args.page_size or defaults_for(KNOWN_DEVICES[args.device].platform).page_size
+    shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
+    kv_token = shape.page_bytes // page // (n if config.kv_heads % n == 0 else 1)
+    free = memory * args.mem_fraction_static - per_gpu - RESERVE
+    context = args.context_length or config.max_position
+    return {
+        "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
+        "device": {"name": args.device, "memory_bytes": memory, "bytes_per_second": speed},
+        "weight_bytes": weights,
+        "peak_device_bytes": per_gpu + found.largest,
+        "peak_host_bytes": 2 * found.largest,
+        "kv_cache": {"dtype": dtype, "bytes_per_token": kv_token, "tokens": max(0, int(free // kv_token))},
+        "read_bytes_per_step": read,
+        "bound_tokens_per_second": speed * n / read,
+        "tp": {"size": n, "bytes_per_gpu": per_gpu, "problems": list(dict.fromkeys(problems))},
+    }
+
+
+def _kv_names(name: str) -> str:
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8_e4m3"}.get(name, name)
+
+
+def _cuts(row: PlanRow, config: ModelConfig, n: int) -> list[str]:
+    """Why a module cannot be split over n GPUs as Megatron does: q, k, v, gate, up by rows, o and down by columns."""
+    tail = row.path.rpartition(".")[2]
+    found = []
+    if tail in ("qkv", "q", "k", "v"):
+        if config.heads % n:
+            found.append(f"{config.heads} heads do not split over {n} GPUs")
+        if config.kv_heads % n and n % config.kv_heads:
+            found.append(f"{config.kv_heads} KV heads neither split nor repeat over {n} GPUs")
+    if tail in ("o", "down"):
+        k, group = row.shape[1], row.group or 1
+        if k % n or (k // n) % group:
+            found.append(f"{tail}: {k} input features in groups of {group} do not split over {n} GPUs at group borders")
+        if "act-order" in row.scheme:
+            found.append(f"{tail}: act-order mixes its groups: its input has to be gathered first")
+    elif (
+        tail in ("gate_up", "gate", "up", "lm_head", "embed") and (row.shape[0] // (2 if tail == "gate_up" else 1)) % n
+    ):
+        found.append(f"{tail}: {row.shape[0]} output features do not split over {n} GPUs")
+    return found
+
+
+def _folded(unquantized: dict[str, str]) -> dict[str, str]:
+    """Layers that share module and reason share a line: "model.layers.{0,1}.mlp.down_proj"."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for name, reason in unquantized.items():
+        match = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)
+        key = (f"{match[1]}{{}}{match[3]}" if match else name, reason)
+        layers.setdefault(key, []).append(match[2] if match else "")
+    return {
+        (name.replace("{}", numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}")): reason
+        for (name, reason), numbers in layers.items()
+    }
+
+
+def _warnings(plan: LoadPlan, config: ModelConfig, facts: dict[str, Any]) -> list[str]:
+    quantized = [row for row in plan.rows if row.spec is not None]
+    kinds = list(
+        dict.fromkeys(dataclasses.replace(r.spec, shape=(1, 1), group_shape=(1, 1)) for r in quantized if r.spec)
+    )
+    found = []
+    if len(kinds) > 1:
+        found.append(f"mixed schemes: {'; '.join(dict.fromkeys(row.scheme for row in quantized))}")
+    found += list(dict.fromkeys(f"{row.path.rpartition('.')[2]}: {row.note}" for row in plan.rows if row.note))
+    if any(GENERIC in row.kernel for row in plan.rows):
+        found.append("no packed kernel for some modules: they are dequantized in every step (see kernel)")
+    if facts["kv_cache"]["dtype"].startswith("fp8") and not any("KV cache scale" in note for note in plan.notes):
+        found.append(
+            "an fp8 KV cache without scales in the checkpoint: keys and values beyond 448 are clipped (scale 1)"
+        )
+    found += facts["tp"]["problems"]
+    if facts["kv_cache"]["tokens"] < facts["model"]["context_length"]:
+        found.append(
+            f"{facts['kv_cache']['tokens']:,} KV tokens fit, fewer than one request of context length "
+            f"{facts['model']['context_length']:,} may need"
+        )
+    return found

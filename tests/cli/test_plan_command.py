@@ -1,0 +1,105 @@
+"""`jqserve plan`: its rows are those of the loaded model, byte for byte, with no tensor read and no device named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jqserve.checkpoint.convert import keep_on_host, load
+from jqserve.checkpoint.forecast import forecast
+from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.opening import open_model
+from jqserve.checkpoint.safetensors_file import SafetensorsFile
+from jqserve.cli.main import main
+from tests.checkpoint import tiny
+from tests.checkpoint.flag_table import CHECKPOINTS
+
+SIZES = {"num_hidden_layers": 1, "hidden_size": 256}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_rows_are_those_of_the_loaded_model(name: str, tmp_path: Path) -> None:
+    made = tiny.make(tmp_path, *CHECKPOINTS[name], **SIZES)
+    with Checkpoint(made.path) as checkpoint:
+        found = forecast(open_model(checkpoint, None, "config", None))
+    loaded = load(made.path, device_put=keep_on_host)
+    assert found.plan == loaded.plan
+    assert found.plan.bytes + found.vectors == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
+
+
+@pytest.mark.parametrize("flag", ["fp8", "fp8_block", "int4-32", "w8a8_int8", "torchao:int4wo-64", "bitsandbytes"])
+def test_rows_of_online_schemes(flag: str, tmp_path: Path) -> None:
+    made = tiny.make(tmp_path, **SIZES)
+    with Checkpoint(made.path) as checkpoint:
+        found = forecast(open_model(checkpoint, None, "config", flag))
+    assert found.plan == load(made.path, quantization=flag, device_put=keep_on_host).plan
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: Any) -> dict[str, Any]:
+    assert main(["--debug", "plan", *map(str, options), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_nothing_is_read_and_no_device_is_named(
+    demo_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SafetensorsFile, "read", lambda self, name: pytest.fail(f"{name} was read"))
+    monkeypatch.setattr(jax, "devices", lambda *a: pytest.fail("a device was asked for"))
+    h200, a100 = (planned(capsys, demo_dir, "--device", device) for device in ("h200", "a100"))
+    kernels = {row["path"]: row["kernel"] for row in h200["rows"]}
+    assert "w4a16/decode_sm90" in kernels["layers.0.attn.qkv"] and "w4a16/wgmma_sm90" in kernels["layers.0.attn.qkv"]
+    assert {row["kernel"] for row in a100["rows"]} == {"w4a16/xla", ""}
+    assert h200["bound_tokens_per_second"] == pytest.approx(4.8e12 / h200["read_bytes_per_step"])
+    assert h200["kv_cache"]["bytes_per_token"] == 2 * 6 * 2 * 64 * 2  # k and v, layers, KV heads, head size, bf16
+    assert h200["buckets"]["decode"][-1] == 256
+    assert h200["unquantized"] == {"model.embed_tokens": "the embedding is looked up and serves as head"}
+
+
+def test_a_split_that_cuts_a_group_is_said(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two, three = (planned(capsys, demo_dir, "--tp", n) for n in (2, 3))
+    assert two["tp"]["problems"] == [] and two["tp"]["bytes_per_gpu"] < 0.6 * two["weight_bytes"]
+    assert any("groups of 128" in problem and problem.startswith("o:") for problem in three["tp"]["problems"])
+    assert any("heads" in warning for warning in three["warnings"])
+
+
+def test_flags_and_dense_modules(fixtures_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = planned(capsys, fixtures_dir / "gptq-dynamic")
+    assert "model.layers.0.self_attn.q_proj" in mixed["unquantized"]
+    assert any(warning.startswith("mixed schemes") for warning in mixed["warnings"])
+    online = planned(capsys, fixtures_dir / "base-bf16", "--torchao-config", "int4wo-64", "--kv-cache-dtype", "fp8")
+    assert online["notes"][0].endswith("--torchao-config int4wo-64") and online["kv_cache"]["dtype"] == "fp8_e4m3"
+    assert any("without scales" in warning for warning in online["warnings"])
+    nf4 = planned(capsys, fixtures_dir / "bnb-nf4-double")
+    assert any("no packed kernel" in warning for warning in nf4["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "takes one model"),
+        (["x/y", "--model-path", "z"], "takes one model"),
+        (["./nowhere"], "no such directory"),
+        (["DEMO", "--quantization", "fp8"], "quantized already"),
+        (["DEMO", "--quantization", "fp8", "--torchao-config", "int8wo"], "give one of them"),
+        (["DEMO", "--tp", "0"], "at least 1"),
+        (["DEMO", "--kv-cache-dtype", "int3"], "int3"),
+        (["DEMO", "--mem-fraction-static", "2"], "0.05 .. 0.98"),
+    ],
+)
+def test_refused_in_one_line(
+    options: list[str], words: str, demo_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *(str(demo_dir) if x == "DEMO" else x for x in options)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and words in message
+
+
+def test_the_table_for_people(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--debug", "plan", str(demo_dir), "--tp", "2"]) == 0
+    text = capsys.readouterr().out
+    for words in ("layers.0-5.attn.qkv", "w4a16/decode_sm90", "peak while loading", "tokens fit", "per GPU", "buckets"):
+        assert words in text, words
