@@ -38,6 +38,7 @@ FIXTURES = (
     "fp8-block",
     "bnb-nf4-double",
     "torchao-int8dq",
+    "gguf-q4_0",
     "ct-fp8-kv",  # by its weights; its KV scheme comes later
     "arch-qwen2-gptq",
     "arch-qwen3-ct-w4a16",

@@ -6,8 +6,8 @@ import dataclasses
 from collections import defaultdict
 
 from jqserve.checkpoint.extras import Extra, classify
-from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, module_and_suffix, modules
+from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.quant_config import QuantPlan
 from jqserve.checkpoint.scheme import FLOATS, SCALES, Need, Scheme
 from jqserve.errors import CheckpointError
@@ -44,7 +44,7 @@ class Audit:
     extras: tuple[Extra, ...]
 
 
-def audit(checkpoint: Checkpoint, config: ModelConfig, plan: QuantPlan) -> Audit:
+def audit(checkpoint: AnyCheckpoint, config: ModelConfig, plan: QuantPlan) -> Audit:
     """Compares config, plan and headers.
 
     Raises CheckpointError for a missing tensor, a wrong shape or dtype, a module that is quantized in the file and
@@ -74,7 +74,7 @@ def audit(checkpoint: Checkpoint, config: ModelConfig, plan: QuantPlan) -> Audit
     return Audit(tuple(found), classify(checkpoint, config, left))
 
 
-def _one_half_type(checkpoint: Checkpoint, names: list[str]) -> None:
+def _one_half_type(checkpoint: AnyCheckpoint, names: list[str]) -> None:
     """Tensors of one kind never mix F16 and BF16 in a real file: the same bits would mean something else."""
     kinds = {checkpoint.dtype(name): name for name in sorted(names, reverse=True)}
     if {"F16", "BF16"} <= kinds.keys():
@@ -84,7 +84,7 @@ def _one_half_type(checkpoint: Checkpoint, names: list[str]) -> None:
         )
 
 
-def _check(checkpoint: Checkpoint, name: str, need: Need) -> None:
+def _check(checkpoint: AnyCheckpoint, name: str, need: Need) -> None:
     if name not in checkpoint:
         raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is missing; the model's config asks for it")
     dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
@@ -97,7 +97,7 @@ def _check(checkpoint: Checkpoint, name: str, need: Need) -> None:
         raise CheckpointError(f"{checkpoint.file_of(name)}: {name}: shape {list(shape)} found, {expected} expected")
 
 
-def _part(checkpoint: Checkpoint, key: str, slot: LinearSlot, plan: QuantPlan, present: list[str]) -> Part:
+def _part(checkpoint: AnyCheckpoint, key: str, slot: LinearSlot, plan: QuantPlan, present: list[str]) -> Part:
     scheme = plan.scheme(slot.name)
     needs = scheme.needs(slot.n, slot.k)
     suffixes = {module_and_suffix(name)[1] for name in present}
@@ -118,7 +118,7 @@ def _part(checkpoint: Checkpoint, key: str, slot: LinearSlot, plan: QuantPlan, p
 
 
 def _disagree(
-    checkpoint: Checkpoint, slot: LinearSlot, scheme: Scheme, missing: list[str], present: list[str]
+    checkpoint: AnyCheckpoint, slot: LinearSlot, scheme: Scheme, missing: list[str], present: list[str]
 ) -> CheckpointError:
     if not present:
         return CheckpointError(f"{checkpoint.path}: no tensor of module {slot.name!r} is there; is a shard missing?")

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import jax
 
-from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, keep_on_host, set_path
+from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.plan import PlanRow
 from jqserve.checkpoint.store import is_store, restore
@@ -51,7 +51,7 @@ def load(
             device_put=device_put or jax.device_put,
             progress=progress,
         )
-    with Checkpoint(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         opened = open_model(checkpoint, dtype, activations, quantization)
         stream = opened.stream(device_put, decode)
         params: dict[str, Any] = {}

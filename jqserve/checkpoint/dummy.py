@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, set_path
 from jqserve.checkpoint.names import LinearGroup, Vector, modules
+from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import read_plan
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row, source_text
 from jqserve.checkpoint.quant_config import QuantPlan
@@ -43,7 +43,7 @@ def load(
 
     `device_put` is called with arrays that are on the default device already. Raises as `convert.load` does.
     """
-    with Checkpoint(path, weights=False) as checkpoint:
+    with open_checkpoint(path, weights=False) as checkpoint:
         config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
     place = device_put or jax.device_put
     params: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 
@@ -34,7 +34,7 @@ class Extra:
     check_values: bool = False
 
 
-def classify(checkpoint: Checkpoint, config: ModelConfig, left: list[str]) -> tuple[Extra, ...]:
+def classify(checkpoint: AnyCheckpoint, config: ModelConfig, left: list[str]) -> tuple[Extra, ...]:
     """Names that no module claimed -> extras. Raises CheckpointError naming the tensors that are on no list."""
     extras, unknown = [], []
     for name in left:
@@ -63,7 +63,7 @@ def classify(checkpoint: Checkpoint, config: ModelConfig, left: list[str]) -> tu
     return tuple(extras)
 
 
-def verify(checkpoint: Checkpoint, extras: tuple[Extra, ...]) -> None:
+def verify(checkpoint: AnyCheckpoint, extras: tuple[Extra, ...]) -> None:
     """Reads those extras whose values must prove them harmless, then logs each kind once.
 
     Raises CheckpointError naming the tensor and what it holds instead.
@@ -76,7 +76,7 @@ def verify(checkpoint: Checkpoint, extras: tuple[Extra, ...]) -> None:
         log.info("left out: %s (%s)", ", ".join(names[:3]) + (f", ... {len(names)} in all" * (len(names) > 3)), reason)
 
 
-def _verify(checkpoint: Checkpoint, name: str) -> None:
+def _verify(checkpoint: AnyCheckpoint, name: str) -> None:
     where = checkpoint.file_of(name)
     if name == HEAD:
         found, expected = checkpoint.entry(HEAD), checkpoint.entry(EMBEDDING)
@@ -96,7 +96,7 @@ def _verify(checkpoint: Checkpoint, name: str) -> None:
         )
 
 
-def _equal(checkpoint: Checkpoint) -> bool:
+def _equal(checkpoint: AnyCheckpoint) -> bool:
     size = checkpoint.entry(HEAD).nbytes
     return all(
         np.array_equal(

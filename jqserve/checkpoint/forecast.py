@@ -8,8 +8,8 @@ import math
 import jax.numpy as jnp
 
 from jqserve.checkpoint.audit import GroupSource, Part
-from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.names import Vector, module_and_suffix
+from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.opening import OpenModel
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, activation_text, scheme_text, source_text
 from jqserve.checkpoint.recipe import fused_spec
@@ -61,7 +61,7 @@ def forecast(opened: OpenModel) -> Forecast:
     return Forecast(opened.plan(rows), vectors, largest, unquantized)
 
 
-def _rows(checkpoint: Checkpoint, source: GroupSource, dtype: str) -> list[PlanRow]:
+def _rows(checkpoint: AnyCheckpoint, source: GroupSource, dtype: str) -> list[PlanRow]:
     group, parts = source.group, source.parts
     specs = [part.scheme.spec(part.slot.n, part.slot.k) for part in parts]
     apart = _why_apart(checkpoint, parts, specs)
@@ -73,7 +73,7 @@ def _rows(checkpoint: Checkpoint, source: GroupSource, dtype: str) -> list[PlanR
     return [_row(checkpoint, path, (part,), spec, dtype, note) for path, part, spec in zip(paths, parts, specs)]
 
 
-def _why_apart(checkpoint: Checkpoint, parts: tuple[Part, ...], specs: list[QuantSpec | None]) -> str | None:
+def _why_apart(checkpoint: AnyCheckpoint, parts: tuple[Part, ...], specs: list[QuantSpec | None]) -> str | None:
     if len(parts) == 1:
         return None
     try:
@@ -85,12 +85,12 @@ def _why_apart(checkpoint: Checkpoint, parts: tuple[Part, ...], specs: list[Quan
     return "scale dtypes differ" if len({_scale_dtype(checkpoint, part) for part in parts}) > 1 else None
 
 
-def _scale_dtype(checkpoint: Checkpoint, part: Part) -> str:
+def _scale_dtype(checkpoint: AnyCheckpoint, part: Part) -> str:
     return part.scheme.scale_dtype({suffix: checkpoint.dtype(name) for suffix, name in part.tensors.items()})
 
 
 def _row(
-    checkpoint: Checkpoint, path: str, parts: tuple[Part, ...], spec: QuantSpec | None, dtype: str, note: str
+    checkpoint: AnyCheckpoint, path: str, parts: tuple[Part, ...], spec: QuantSpec | None, dtype: str, note: str
 ) -> PlanRow:
     n, k = sum(part.slot.n for part in parts), parts[0].slot.k
     source, method = source_text([part.slot.name for part in parts]), parts[0].scheme.method

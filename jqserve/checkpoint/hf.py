@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from jqserve.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from jqserve.errors import CheckpointError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 #: config.json and the like are small; a larger one is not what it says.
@@ -50,8 +52,6 @@ class Checkpoint:
     def __init__(self, path: Path | str, *, weights: bool = True, readers: int = 4) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            if self.path.suffix == ".gguf":
-                raise UnsupportedError(f"{self.path}: GGUF files are not supported yet; use a safetensors checkpoint")
             raise CheckpointError(f"{self.path}: is not a directory")
         self.config = read_json(self.path / "config.json")
         self._files: list[SafetensorsFile] = []
@@ -125,6 +125,13 @@ class Checkpoint:
         read = {file.path.name for file in self._files}
         return sorted(p.name for p in self.path.glob("*.safetensors") if p.name not in read)
 
+    def copy_side_files(self, out: Path) -> None:
+        """Configuration, tokenizer and templates, to the directory `out`."""
+        for pattern in SIDE_FILES:
+            for file in sorted(self.path.glob(pattern)):
+                if file.name not in (INDEX, "jqserve.json"):
+                    shutil.copyfile(file, out / file.name)
+
     def _open_shards(self) -> None:
         listed = self._index()
         for shard in sorted(set(listed.values())) if listed else self._shards_without_index():
@@ -185,8 +192,6 @@ class Checkpoint:
             return wanted
         if found:
             raise CheckpointError(f"{self.path}: several .safetensors files and no {INDEX}: {', '.join(found[:5])}")
-        if any(self.path.glob("*.gguf")):
-            raise UnsupportedError(f"{self.path}: GGUF files are not supported yet; use a safetensors checkpoint")
         pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern)]
         if pickles:
             raise UnsupportedError(

@@ -26,9 +26,13 @@ def resolve(model_path: str, revision: str | None = None, *, weights: bool = Tru
         if revision is not None:
             raise CheckpointError(f"--revision {revision}: {model_path} is a local directory, which has no revisions")
         return str(path)
+    if path.is_file() and path.suffix == ".gguf" and revision is None:
+        return str(path)
     if path.is_file():
-        what = "GGUF files are not supported yet" if path.suffix == ".gguf" else "a single file is not a checkpoint"
-        raise UnsupportedError(f"{model_path}: {what}; --model-path takes a directory of safetensors, or a Hub id")
+        raise UnsupportedError(
+            f"{model_path}: a single file is not a checkpoint; --model-path takes a directory of safetensors, a .gguf "
+            "file, or a Hub id"
+        )
     if model_path.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(model_path):
         raise CheckpointError(f"{model_path}: no such directory (and not the shape of a Hub id, org/name)")
     return _from_hub(model_path, revision, PATTERNS if weights else PATTERNS[1:])

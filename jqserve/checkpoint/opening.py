@@ -11,10 +11,11 @@ import jax
 from jqserve.checkpoint.asked import Answer, answer
 from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.extras import verify
-from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations, Place, keep_on_host
 from jqserve.checkpoint.model_config import DTYPES, model_config
 from jqserve.checkpoint.names import LinearGroup, modules
+from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
 from jqserve.checkpoint.readers.dense import DENSE
@@ -32,7 +33,7 @@ Decode = Literal["auto", "host", "device"]
 class OpenModel:
     """A checkpoint whose configs and headers have been read and agree; nothing is loaded yet."""
 
-    checkpoint: Checkpoint
+    checkpoint: AnyCheckpoint
     config: ModelConfig
     generation_config: dict[str, Any]
     method: str
@@ -63,7 +64,7 @@ class OpenModel:
 
 
 def open_model(
-    checkpoint: Checkpoint, dtype: str | None, activations: Activations, quantization: str | None
+    checkpoint: AnyCheckpoint, dtype: str | None, activations: Activations, quantization: str | None
 ) -> OpenModel:
     """Reads the configs and compares them with the headers. Raises as `load` does."""
     config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
@@ -71,7 +72,7 @@ def open_model(
 
 
 def read_plan(
-    checkpoint: Checkpoint, dtype: str | None, activations: Activations, quantization: str | None
+    checkpoint: AnyCheckpoint, dtype: str | None, activations: Activations, quantization: str | None
 ) -> tuple[ModelConfig, dict[str, Any], QuantPlan, str]:
     """(config, generation_config, the plan with what the user's flags change, a note on them), from configs alone."""
     config, generation = read_configs(checkpoint, dtype)
@@ -86,10 +87,11 @@ def read_plan(
     return config, generation, plan, asked.note
 
 
-def read_configs(checkpoint: Checkpoint, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
+def read_configs(checkpoint: AnyCheckpoint, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
     """(model config with its dtype resolved, generation_config.json or {}). dtype: None or "auto", or one of DTYPES."""
     generation = checkpoint.optional_json("generation_config.json") or {}
-    config = model_config(checkpoint.config, generation, str(checkpoint.path / "config.json"))
+    where = checkpoint.path if isinstance(checkpoint, GgufCheckpoint) else checkpoint.path / "config.json"
+    config = model_config(checkpoint.config, generation, str(where))
     if dtype is None or dtype == "auto":
         embedding = "model.embed_tokens.weight"
         stored = SAFETENSORS_DTYPE.get(checkpoint.dtype(embedding), "") if embedding in checkpoint else ""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from jqserve.checkpoint.fields import Fields
-from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
+from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.readers.awq import AwqPlan
 from jqserve.checkpoint.readers.bitsandbytes import BitsAndBytesPlan
 from jqserve.checkpoint.readers.compressed_tensors_plan import CompressedTensorsPlan
@@ -20,7 +21,7 @@ from jqserve.checkpoint.readers.torchao import TorchaoPlan
 from jqserve.checkpoint.scheme import Scheme
 from jqserve.errors import CheckpointError, UnsupportedError
 
-SUPPORTED = "awq, gptq, compressed-tensors, fp8, bitsandbytes, torchao, or no quantization_config at all"
+SUPPORTED = "awq, gptq, compressed-tensors, fp8, bitsandbytes, torchao, a .gguf file, or no quantization_config at all"
 #: Methods that people have; each with what to do instead.
 REFUSED = {
     "fbgemm_fp8": "use a compressed-tensors FP8 checkpoint",
@@ -48,12 +49,14 @@ class Unquantized:
         return DENSE
 
 
-def quant_plan(checkpoint: Checkpoint) -> QuantPlan:
+def quant_plan(checkpoint: AnyCheckpoint) -> QuantPlan:
     """The plan of a checkpoint directory.
 
     Raises UnsupportedError for an unknown method or variant (nothing is ever loaded as if it were not quantized),
     CheckpointError for a config that contradicts itself or the file beside it.
     """
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.plan
     where = str(checkpoint.path / "config.json")
     config = Fields(checkpoint.config, where)
     found = config.child("quantization_config")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +18,11 @@ import numpy as np
 
 from jqserve.checkpoint import manifest
 from jqserve.checkpoint.asked import Answer, answer
-from jqserve.checkpoint.hf import Checkpoint, read_json
+from jqserve.checkpoint.hf import read_json
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.model_config import model_config
+from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row
 from jqserve.checkpoint.scheme import cast
@@ -30,9 +30,6 @@ from jqserve.checkpoint.store_check import check_modules
 from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 from jqserve.quant import NO_ACTIVATION, QuantizedTensor
-
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-NOT_COPIED = {"model.safetensors.index.json", manifest.NAME}
 
 
 def is_store(path: str | Path) -> bool:
@@ -55,14 +52,11 @@ def convert(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty directory; choose another --out")
-    with Checkpoint(source) as checkpoint:
+    with open_checkpoint(source) as checkpoint:
         opened = open_model(checkpoint, dtype, "config", quantization)
         out.mkdir(parents=True, exist_ok=True)
         body = _write_arrays(opened, out, progress)
-        for pattern in COPIED:
-            for file in sorted(checkpoint.path.glob(pattern)):
-                if file.name not in NOT_COPIED:
-                    shutil.copyfile(file, out / file.name)
+        checkpoint.copy_side_files(out)
     manifest.write(out, body)
     return LoadPlan.from_json(body["plan"])
 

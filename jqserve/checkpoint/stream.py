@@ -13,9 +13,9 @@ import numpy as np
 
 from jqserve.checkpoint.audit import Audit, GroupSource, Part
 from jqserve.checkpoint.finite import all_finite
-from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.loaded import Place, Weight
 from jqserve.checkpoint.names import Vector
+from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.plan import PlanRow, matrix_row, source_text
 from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
 from jqserve.checkpoint.scheme import Arrays, Prepared, cast
@@ -48,7 +48,7 @@ class Stream:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         audited: Audit,
         *,
         dtype: str,

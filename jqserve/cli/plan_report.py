@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 from jqserve.checkpoint.forecast import Forecast, forecast
-from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.cli.scheme_flags import quantization_of
@@ -46,7 +46,7 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     if not 0.05 <= args.mem_fraction_static <= 0.98:
         raise UnsupportedError(f"--mem-fraction-static {args.mem_fraction_static}: must be in 0.05 .. 0.98")
     dtype = None if args.dtype == "auto" else args.dtype
-    with Checkpoint(resolve(args.model or args.model_path, args.revision)) as checkpoint:
+    with open_checkpoint(resolve(args.model or args.model_path, args.revision)) as checkpoint:
         opened = open_model(checkpoint, dtype, args.activations, quantization_of(args))
         found = forecast(opened)
     for row in found.plan.rows:

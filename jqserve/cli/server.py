@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jqserve.checkpoint.gguf_file import gguf_of
+from jqserve.checkpoint.gguf_tokenizer import tokenizer_folder
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.server.app import Server
@@ -223,10 +225,15 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     model_path = args.model_path or str(DEMO_MODEL)
     looks_local = model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
     folder = Path(model_path).expanduser()
-    if looks_local and not folder.is_dir():
-        what = "is a file; expected the checkpoint's directory" if folder.is_file() else "does not exist"
+    gguf = gguf_of(folder)
+    if looks_local and not folder.is_dir() and gguf is None:
+        what = (
+            "is a file; expected the checkpoint's directory, or a .gguf file" if folder.is_file() else "does not exist"
+        )
         raise UnsupportedError(f"--model-path {model_path} {what}")
-    model_path = str(folder.resolve()) if folder.is_dir() else model_path
+    model_path = str(folder.resolve()) if folder.exists() else model_path
+    if gguf is not None and args.tokenizer_path is None and args.load_format != "dummy":
+        args.tokenizer_path = tokenizer_folder(gguf)
     values: dict[str, Any] = vars(args)
     dtype = None if args.dtype == "auto" else args.dtype
     engine = {name: values[name] for name in ENGINE_FLAGS if values[name]} | {"model_path": model_path}

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jqserve.checkpoint.gguf_file import gguf_of
+from jqserve.checkpoint.gguf_tokenizer import tokenizer_folder
 from jqserve.checkpoint.hub import resolve
 from jqserve.engine.completion import Completion, Running
 from jqserve.engine.config import EngineConfig
@@ -43,7 +45,9 @@ class Engine:
             config = EngineConfig(model_path=str(model_path), **({"disable_warmup": True} | options))
         self.config = config
         self.core: EngineCore = load_engine(config)
-        self.tokenizer = _tokenizer(tokenizer_path or resolve(config.model_path, config.revision))
+        directory = resolve(config.model_path, config.revision)
+        gguf = gguf_of(directory)
+        self.tokenizer = _tokenizer(tokenizer_path or (tokenizer_folder(gguf) if gguf else directory))
         self._rids = itertools.count()
 
     @property

@@ -1,0 +1,17 @@
+"""A path -> the checkpoint in it: a Hugging Face directory, a .gguf file, or a directory that holds one .gguf alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
+from jqserve.checkpoint.gguf_file import gguf_of
+from jqserve.checkpoint.hf import Checkpoint
+
+AnyCheckpoint = Checkpoint | GgufCheckpoint
+
+
+def open_checkpoint(path: Path | str, *, weights: bool = True) -> AnyCheckpoint:
+    """weights=False: of a Hugging Face directory only the JSON files. Raises as the classes do."""
+    file = gguf_of(path)
+    return Checkpoint(path, weights=weights) if file is None else GgufCheckpoint(file)

@@ -1,0 +1,255 @@
+"""GGUF: every block type against the gguf package, whole files, rows of q and k, damage, and the tokenizer's fields."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from jqserve.checkpoint import store
+from jqserve.checkpoint.convert import keep_on_host, load
+from jqserve.checkpoint.gguf_file import GgufFile, gguf_of
+from jqserve.checkpoint.gguf_tokenizer import write_tokenizer
+from jqserve.checkpoint.readers.gguf import DECODERS, Gguf, dequantized
+from jqserve.errors import CheckpointError, JqserveError, UnsupportedError
+from jqserve.quant import QuantizedTensor, dequantize
+from tests.checkpoint import gguf_files as g
+
+BLOCKS = Path(__file__).parents[1] / "data" / "gguf_blocks" / "blocks.npz"
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_blocks_as_the_gguf_package_decodes_them(kind: str, where: str) -> None:
+    """To a few units of the last place: d * (sc * q) - m there, (q - 8) * (d * sc) + (8 * d * sc - m) here."""
+    peers = np.load(BLOCKS)
+    raw, expected = peers[f"{kind}/raw"], peers[f"{kind}/value"]
+    scheme, (n, k) = Gguf(kind), expected.shape
+    decode = lambda blocks: scheme.decode({"blocks": blocks}, n, k)  # noqa: E731
+    qvalue, scale, zero = decode(raw) if where == "host" else jax.jit(decode)(jnp.asarray(raw))
+    spec = scheme.spec(n, k)
+    assert scale.shape == spec.grid and qvalue.shape == (n, spec.row_bytes)
+    assert str(jnp.dtype(scale.dtype)) == scheme.scale_dtype({})
+    tensor = QuantizedTensor(*(None if x is None else jnp.asarray(x) for x in (qvalue, scale, zero)), None, None, spec)
+    np.testing.assert_allclose(dequantize(tensor), expected, rtol=0, atol=4e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(dequantized(kind, raw, n, k), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def unpaired(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Row (head, i, half) of llama.cpp's order is row (head, half, i) of transformers'."""
+    size = len(rows) // heads
+    order = [h * size + 2 * (r % (size // 2)) + r // (size // 2) for h in range(heads) for r in range(size)]
+    return rows[order]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_file_becomes_a_model(architecture: str, tmp_path: Path) -> None:
+    fields = {k.replace("llama.", f"{architecture}."): v for k, v in g.FIELDS.items()}
+    tensors = g.model("Q4_K")
+    if architecture == "qwen2":
+        rng = np.random.default_rng(1)
+        sizes = {"q": g.HIDDEN, "k": 128, "v": 128}
+        tensors |= {f"blk.0.attn_{x}.bias": g.floats(rng, n) for x, n in sizes.items()}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(g.pack({**fields, "general.architecture": architecture}, tensors))
+    loaded = load(path, dtype="float32", device_put=keep_on_host)
+    assert loaded.config.model_type == architecture and loaded.config.tied_embeddings and loaded.config.head_dim == 64
+    kind, (n, k), data = tensors["blk.0.attn_q.weight"]
+    q = dequantized(kind, np.frombuffer(data, np.uint8), n, k)
+    q = unpaired(q, g.HEADS) if architecture == "llama" else q
+    attn = jax.tree.map(jnp.asarray, loaded.params["layers"]["0"]["attn"])
+    np.testing.assert_allclose(dequantize(attn["qkv"]["weight"])[:n], q, atol=4e-6 * np.abs(q).max())
+    assert ("bias" in attn["qkv"]) == (architecture == "qwen2")
+    row = next(row for row in loaded.plan.rows if row.path == "layers.0.mlp.down")
+    assert loaded.plan.method == "gguf" and row.scheme == "gguf Q4_K: uint4, groups of 32, offsets"
+    store.convert(path, tmp_path / "out", dtype="float32")
+    again = load(tmp_path / "out", dtype="float32", device_put=keep_on_host)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(*(jax.tree.leaves(x.params) for x in (loaded, again))))
+
+
+def test_a_directory_with_one_file_and_a_quantized_embedding_and_head(tmp_path: Path) -> None:
+    embedding = ("Q8_0", (g.VOCAB, g.HIDDEN), g.model("Q8_0")["blk.0.attn_q.weight"][2][: g.VOCAB * 8 * 34])
+    head = ("Q6_K", (g.VOCAB, g.HIDDEN), g.model("Q6_K")["blk.0.attn_q.weight"][2][: g.VOCAB * 210])
+    g.write(tmp_path / "m.gguf", "Q4_0", **{"token_embd.weight": embedding, "output.weight": head})
+    loaded = load(tmp_path, device_put=keep_on_host)
+    expected = dequantized("Q8_0", np.frombuffer(embedding[2], np.uint8), g.VOCAB, g.HIDDEN)
+    np.testing.assert_array_equal(
+        loaded.params["embed"]["weight"], expected.astype(loaded.params["embed"]["weight"].dtype)
+    )
+    assert loaded.config.dtype == "bfloat16" and loaded.params["lm_head"]["weight"].spec.qtype == "int8"
+    (tmp_path / "n.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedError, match=r"several \.gguf files"):
+        gguf_of(tmp_path)
+
+
+def test_llama3_rope_from_its_factors(tmp_path: Path) -> None:
+    """The factors of Llama 3.1 (transformers' formula), and others, which are refused."""
+    frequency = 5e5 ** -(np.arange(0, 64, 2) / 64)
+    turns = 8192 * frequency / (2 * np.pi)
+    keep = np.clip((turns - 1) / 3, 0, 1)
+    factors = (1 / (keep + (1 - keep) / 8)).astype(np.float32)
+    fields = {"llama.rope.freq_base": 5e5}
+    path = g.write(tmp_path / "m.gguf", fields=fields, **{"rope_freqs.weight": ("F32", (32,), factors.tobytes())})
+    rope = load(path, device_put=keep_on_host).config.rope
+    assert (rope.kind, rope.factor, rope.original_max_position, rope.theta) == ("llama3", 8.0, 8192, 5e5)
+    g.write(path, fields=fields, **{"rope_freqs.weight": ("F32", (32,), (factors * 1.5).tobytes())})
+    with pytest.raises(UnsupportedError, match="rope_freqs"):
+        load(path)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError], str]] = {
+    "architecture": ({"general.architecture": "mamba"}, {}, UnsupportedError, "mamba.*llama, qwen2"),
+    "experts": ({"llama.expert_count": 8}, {}, UnsupportedError, "expert_count"),
+    "a field that is text": ({"llama.block_count": "1"}, {}, CheckpointError, "block_count.*integer"),
+    "a layer more": ({"llama.block_count": 2}, {}, CheckpointError, r"layers\.1.*missing"),
+    "a tensor that nobody knows": (
+        {},
+        {"blk.0.x.weight": ("F32", (4,), bytes(16))},
+        CheckpointError,
+        r"gguf\.blk\.0\.x",
+    ),
+    "a wrong shape": (
+        {},
+        {"blk.0.attn_norm.weight": ("F32", (4,), bytes(16))},
+        CheckpointError,
+        r"\[4\] found, \[256\]",
+    ),
+    "half a head": ({"llama.rope.dimension_count": 32}, {}, UnsupportedError, "dimension_count"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case: str, tmp_path: Path) -> None:
+    fields, tensors, kind, words = REFUSED[case]
+    with pytest.raises(kind, match=words):
+        load(g.write(tmp_path / "m.gguf", fields=fields, **tensors), device_put=keep_on_host)
+
+
+def test_damage_is_refused_or_harmless(tmp_path: Path) -> None:
+    """Bits flipped in the header, files cut: an error of ours, or the model, never anything else."""
+    path = g.write(tmp_path / "m.gguf")
+    data = path.read_bytes()
+    head = len(data) - sum(len(t[2]) for t in g.model("Q4_0").values())
+    for seed in range(60):
+        rng, damaged = random.Random(seed), bytearray(data)
+        if seed % 4 == 0:
+            damaged = damaged[: rng.randrange(len(damaged))]
+        else:
+            damaged[rng.randrange(head)] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes(damaged))
+        try:
+            load(path, device_put=keep_on_host)
+        except JqserveError as error:
+            assert str(path) in str(error) or "model." in str(error), (seed, error)
+
+
+def test_lengths_beyond_the_file_are_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    for body in (b"\xff" * 40, b"\x00" * 8 + b"\xff" * 8, (1).to_bytes(8, "little") + (1 << 60).to_bytes(8, "little")):
+        path.write_bytes(b"GGUF\x03\x00\x00\x00" + body)
+        with pytest.raises(CheckpointError):
+            GgufFile(path)
+    path.write_bytes(b"GGUF\x04\x00\x00\x00" + bytes(16))
+    with pytest.raises(UnsupportedError, match="version 4"):
+        GgufFile(path)
+
+
+TEXTS = ["What is 463 + 88?", "  two  spaces\n\nand lines\t", "naïve café 東京 🙂", "x" * 40, "", "</s> or <s> inside"]
+
+
+def test_byte_level_tokenizer_is_that_of_the_model(demo_dir: Path, tmp_path: Path) -> None:
+    """tokenizer.json -> the fields that llama.cpp's converter writes -> tokenizer.json again."""
+    original = json.loads((demo_dir / "tokenizer.json").read_text())
+    peer = Tokenizer.from_file(str(demo_dir / "tokenizer.json"))
+    size = peer.get_vocab_size()
+    tokens = [peer.id_to_token(i) for i in range(size)]
+    added = {t["id"] for t in original["added_tokens"]}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in original["model"]["merges"]]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if i in added else 1 for i in range(size)],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    assert write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in TEXTS:
+        ids = peer.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text).ids == [1, *ids]
+        assert ours.encode(text, add_special_tokens=False).ids == ids
+        assert ours.decode(ids) == peer.decode(ids)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+
+
+def sentencepiece(text: str, scores: dict[str, float]) -> list[str]:
+    """The algorithm of SentencePiece's BPE: merge the neighbours whose union has the best score, the leftmost first."""
+    pieces = list("▁" + text.replace(" ", "▁"))
+    while True:
+        pairs = [(scores.get(a + b, -np.inf), -i) for i, (a, b) in enumerate(itertools.pairwise(pieces))]
+        if not pairs or max(pairs)[0] == -np.inf:
+            return pieces
+        i = -max(pairs)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def test_sentencepiece_tokenizer_follows_the_scores(tmp_path: Path) -> None:
+    words = [
+        "▁t",
+        "he",
+        "▁the",
+        "th",
+        "▁th",
+        "in",
+        "ing",
+        "▁in",
+        "er",
+        "▁a",
+        "an",
+        "nd",
+        "▁and",
+        "▁▁",
+        "ca",
+        "cat",
+        "at",
+    ]
+    letters = list("▁abcdefghinorst")
+    control = ["<unk>", "<s>", "</s>"]
+    byte = [f"<0x{i:02X}>" for i in range(256)]
+    tokens = control + byte + words + letters
+    scores = [0.0] * 259 + [-float(i) for i in range(len(words))] + [-1e3] * len(letters)
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(words) + len(letters)),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    assert write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    by_score = dict(zip(tokens[259:], scores[259:]))
+    for text in ("the cat in there", "and  another thing", "tteehh", "a"):
+        found = ours.encode(text)
+        assert found.tokens == ["<s>", *sentencepiece(text, by_score)]
+        assert ours.decode(found.ids) == text
+    assert ours.encode("é", add_special_tokens=False).tokens == ["▁", "<0xC3>", "<0xA9>"]
+
+
+def test_a_tokenizer_of_another_kind_is_named(tmp_path: Path) -> None:
+    fields = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"]}
+    with pytest.raises(UnsupportedError, match=r"t5.*--tokenizer-path"):
+        write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
