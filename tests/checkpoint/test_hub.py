@@ -41,8 +41,10 @@ def offline(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 def test_a_file_and_a_revision_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedError, match="GGUF files are not supported yet"):
-        hub.resolve(str(tmp_path / "x.gguf"))
+    assert hub.resolve(str(tmp_path / "x.gguf")) == str(tmp_path / "x.gguf")
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match=r"a \.gguf file, or a Hub id"):
+        hub.resolve(str(tmp_path / "x.bin"))
     with pytest.raises(CheckpointError, match=r"--revision main.*no revisions"):
         hub.resolve(str(tmp_path), "main")
 
