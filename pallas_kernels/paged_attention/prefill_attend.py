@@ -11,8 +11,6 @@ mask, and their values by zeros in shared memory (0 * NaN would spread), by each
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import launch_context, mma_utils, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf, vector
-from jaxlib.mlir.dialects import math as mlir_math
 
 from pallas_kernels.paged_attention.prefill_problem import (
     ROWS,
@@ -34,13 +31,8 @@ from pallas_kernels.paged_attention.prefill_problem import (
     lengths,
     place,
 )
+from pallas_kernels.paged_attention.prefill_softmax import LOG2E, LOWEST, Softmax, row_array, scalar
 from pallas_kernels.paged_attention.simt import Mlir, Reg
-
-LOG2E = math.log2(math.e)
-# The running maximum may lag behind the true one by 8: weights then reach 2^8, which changes neither their relative
-# rounding nor the result, and the sums need rescaling in few blocks only. (FlashAttention-4's observation.)
-LAG = 8.0
-LOWEST = -1e30  # start of the running maximum: finite, so that a row without a visible key yet gives exp2(-inf) = 0
 
 
 class Attend:
@@ -188,6 +180,7 @@ class Attend:
         self.queries = self.q_smem
         if p.fp8:
             self.queries = self._queries_to_f16()
+        softmax = Softmax(ops, p, self.thread, self.scale)
         start = work.start + self.warpgroup * ROWS
         block = p.config.block_kv
         limit = start - work.first_block * block  # the last key that row 0 sees, from the first block's first
@@ -203,7 +196,7 @@ class Attend:
         self.your_turn()
         s = self.ready(acc, 0)
         self.release("k", base)
-        peak, _, _, weights, total = self.softmax(s, limit, row_of(LOWEST), row_of(0.0), True)
+        peak, _, _, weights, total = softmax(s, limit, row_of(LOWEST), row_of(0.0), True)
         weights = weights.astype(self.dtype)
 
         def step(j: Reg, carry: list[Any], masked: bool) -> list[Any]:
@@ -218,7 +211,7 @@ class Attend:
             self.your_turn()
             s = self.ready(acc, 1)
             self.release("k", at)
-            peak, alpha, grown, weights, total = self.softmax(s, limit - j * block, peak, total, masked)
+            peak, alpha, grown, weights, total = softmax(s, limit - j * block, peak, total, masked)
             weights, alpha, total = fa.optimization_barrier(weights, alpha, total)
             self._after(total)
             out, weights = self.ready(out_acc, 0, weights)
@@ -252,11 +245,11 @@ class Attend:
         self.release("v", last)
 
         unit = ops.load_global_f32("v_scale", kv_head << 2) if p.v_scaled else ops.const_f32(1.0)
-        lanes = [_scalar(r) for r in total.registers.flat]
+        lanes = [scalar(r) for r in total.registers.flat]
         for distance in (1, 2):
             lanes = [t + ops.shuffle_xor(t, distance) for t in lanes]
         inverse = [ops.select(t.equals(0.0), ops.const_f32(0.0), ops.reciprocal(t)) * unit for t in lanes]
-        out = out * self._wide(_row_array(inverse, total))
+        out = out * self._wide(row_array(inverse, total))
         live = work.left - self.warpgroup * ROWS
         nothing = arith.constant(ops.f32, 0.0)
 
@@ -320,119 +313,6 @@ class Attend:
             row = ((chunk // per_group) << 3) + (chunk // chunks) % 8
             ops.when(row >= valid, functools.partial(ops.store_shared_words, base + (chunk << 4), zeros))
         utils.commit_shared()
-
-    def softmax(self, s: Any, limit: Reg, peak: Any, total: Any, masked: bool) -> tuple[Any, ...]:
-        """(maximum, factor of earlier sums, whether it is not 1, weights, sum in this lane's columns).
-
-        `limit`: the last key that row 0 sees.
-        """
-        ops, p = self.ops, self.p
-        factor = self.scale
-        if p.soft_cap:
-            s = s._pointwise(functools.partial(_capped, ops, p.soft_cap, factor))
-            factor = ops.const_f32(1.0)
-        if masked:
-            s = self._masked(s, limit)
-        new, alpha, grown = self._maximum(s, factor, peak)
-        minus = (new * -1.0).broadcast_in_dim((ROWS, p.config.block_kv), (0,), fa.WGMMA_LAYOUT)
-
-        def shifted(x: ir.Value, m: ir.Value) -> ir.Value:
-            return mlir_math.fma(x, vector.broadcast(x.type, factor.value), m)
-
-        weights = s._pointwise(shifted, minus).exp2(approx=True)
-        sums = _row_array([_tree(row, lambda x, y: x + y) for row in _lane_rows(weights)], total)
-        return new, alpha, grown, weights, total * alpha + sums
-
-    def _masked(self, s: Any, limit: Reg) -> Any:
-        """-inf where row r may not see column c: c - r > limit, or with a window c - r <= limit - window.
-
-        A lane's elements differ from its first by constants, so each costs a comparison with an immediate and a select.
-        """
-        ops, p = self.ops, self.p
-        lane, warp = self.thread & 31, (self.thread >> 5) & 3
-        first = limit + (warp << 4) + (lane >> 2) - ((lane & 3) << 1)
-        lowest = ops.const_f32(-math.inf)
-        registers = s.registers.copy()
-        for at, register in np.ndenumerate(s.registers):
-            group, half = at[1], at[4]
-            for e in range(2):
-                column = 8 * (group - half) + e  # the other half's rows are 8 further down
-                seen = first >= column
-                if p.window is not None:
-                    seen = ops.both(seen, first < column + p.window)
-                value = Reg(vector.extract(register, dynamic_position=[], static_position=[e]))
-                register = vector.insert(
-                    ops.select(seen, value, lowest).value, register, dynamic_position=[], static_position=[e]
-                )
-            registers[at] = register
-        return fa.FragmentedArray(_registers=registers, _layout=s.layout, _is_signed=s.is_signed)
-
-    def _maximum(self, s: Any, factor: Reg, peak: Any) -> tuple[Any, Any, Reg]:
-        """(maximum, factor of what was summed before, whether any of this warp's changed), in units of log2.
-
-        The maximum follows a row's largest score only when that has grown by more than 2^LAG, which after a sequence's
-        first block is rare: then the four lanes of a row need not even tell each other theirs.
-        """
-        ops = self.ops
-        lane_high = [_tree(row, ops.max) * factor for row in _lane_rows(s)]
-        old = [_scalar(r) for r in peak.registers.flat]
-        above = [was + LAG < high for was, high in zip(old, lane_high, strict=True)]
-        grown = ops.any_lane(ops.either(*above))
-        branch = scf.IfOp(grown.value, [ops.f32] * 4, has_else=True)
-        with ir.InsertionPoint(branch.then_block):
-            new, alpha = [], []
-            for was, high in zip(old, lane_high, strict=True):
-                for distance in (1, 2):
-                    high = ops.max(high, ops.shuffle_xor(high, distance))
-                new.append(ops.select(was + LAG < high, high, was))
-                alpha.append(ops.exp2(was - new[-1]))
-            scf.yield_([r.value for r in new + alpha])
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_([*(r.value for r in old), *[arith.constant(ops.f32, 1.0)] * 2])
-        results = [Reg(r) for r in branch.results]
-        return _row_array(results[:2], peak), _row_array(results[2:], peak), grown
-
-
-def _scalar(register: ir.Value) -> Reg:
-    return Reg(vector.extract(register, dynamic_position=[], static_position=[0]))
-
-
-def _lane_rows(x: Any) -> list[list[Reg]]:
-    """The elements that a lane holds of its two rows (r and r + 8) of an array in wgmma's layout."""
-    rows = []
-    for half in range(2):
-        registers = x.registers[0, :, 0, 0, half].flat
-        rows.append(
-            [Reg(vector.extract(r, dynamic_position=[], static_position=[e])) for r in registers for e in range(2)]
-        )
-    return rows
-
-
-def _row_array(rows: list[Reg], like: Any) -> Any:
-    """One value a row. Where the four lanes of a row hold different ones, only elementwise use is defined."""
-    registers = np.empty(2, dtype=object)
-    registers[:] = [vector.broadcast(old.type, r.value) for old, r in zip(like.registers.flat, rows, strict=True)]
-    return fa.FragmentedArray(
-        _registers=registers.reshape(like.registers.shape), _layout=like.layout, _is_signed=like.is_signed
-    )
-
-
-def _tree(values: list[Reg], op: Callable[[Reg, Reg], Reg]) -> Reg:
-    while len(values) > 1:
-        half = len(values) // 2
-        values = [op(x, y) for x, y in zip(values[:half], values[half:])] + values[2 * half :]
-    return values[0]
-
-
-def _capped(ops: Mlir, cap: float, factor: Reg, x: ir.Value) -> ir.Value:
-    """c tanh(x factor / c) = c - 2c / (1 + exp(2 x factor / c)), in units of log2."""
-    out = x
-    for e in range(ir.VectorType(x.type).shape[0]):
-        v = Reg(vector.extract(x, dynamic_position=[], static_position=[e])) * factor
-        r = ops.reciprocal(ops.exp2(v * (2 * LOG2E / cap)) + 1.0)
-        v = ops.fma(r, ops.const_f32(-2 * cap * LOG2E), ops.const_f32(cap * LOG2E))
-        out = vector.insert(v.value, out, dynamic_position=[], static_position=[e])
-    return out
 
 
 def _wgmma_registers(acc: Any, a: Any, b: ir.Value, swizzle: int) -> Any:
