@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--compilation-cache-dir",
         metavar="DIR",
-        help="keeps compiled programs between starts; only you may write there",
+        help="keeps compiled programs between starts; only you may write there; off: none",
     )
     add("--disable-overlap-schedule", action="store_true", help="read each step before dispatching the next")
     add("--disable-mixed-chunk", action="store_true", help="never compute prompts and answers in one step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import jax
 from jqserve.engine.batch import StepShape
 from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.budget import decode_tiles
-from jqserve.engine.cache import CacheShape, cache_shape, pages_that_fit
+from jqserve.engine.cache import CacheShape, cache_shape, pages_that_fit, round_pages
+from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
 from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.pages import PagePool
@@ -33,9 +35,15 @@ CPU_CONTEXT = 4096  # the CPU's attention reads a sequence's whole page table, w
 
 
 def assemble(
-    config: EngineConfig, model: ModelConfig, params: Mapping[str, Any], *, info: dict[str, Any] | None = None
+    config: EngineConfig,
+    model: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    info: dict[str, Any] | None = None,
+    programs: Path | None = None,
 ) -> EngineCore:
-    """An engine over `params` (in kernel layout, on the device), not warmed up yet.
+    """An engine over `params` (in kernel layout, on the device), not warmed up yet. `programs`: where compiled programs
+    are kept, or None.
 
     Raises UnsupportedError for options that contradict each other or the model, JqserveError when no memory is left.
     """
@@ -52,13 +60,18 @@ def assemble(
     context = _wanted_context(config, model, device.platform)
     smallest = cache_shape(model, page_size=page_size, pages=1, dtype=dtype)
     shape = StepShape(slots, page_size, -(-context // page_size), tile_size, model.vocab_size)
-    pages = config.num_pages or _choose_pages(config, structure, leaves, shape, smallest, buckets)
+    pages = config.num_pages or _choose_pages(config, structure, leaves, model, shape, smallest, buckets, programs)
     cache = dataclasses.replace(smallest, pages=pages + 1)
     if cache.tokens < context:
         context = _shortened(config, context, cache)
         shape = dataclasses.replace(shape, pages_per_sequence=-(-context // page_size))
     limits = Limits(model.vocab_size, context, model.eos_token_ids)
-    runner = Runner(structure, leaves, shape, cache, buckets, variants=defaults.variants)
+    kept = None
+    if programs is not None:
+        kept = ProgramCache(
+            programs, environment_facts(device) | _program_facts(structure, leaves, model, shape, cache)
+        )
+    runner = Runner(structure, leaves, shape, cache, buckets, variants=defaults.variants, cache_of_programs=kept)
     scheduler = Scheduler(
         PagePool(pages),
         page_size=page_size,
@@ -116,9 +129,11 @@ def _choose_pages(
     config: EngineConfig,
     structure: Structure,
     leaves: tuple[jax.Array, ...],
+    model: ModelConfig,
     shape: StepShape,
     smallest: CacheShape,
     buckets: Buckets,
+    programs: Path | None,
 ) -> int:
     """Usable pages: on a CPU a fixed budget, on a GPU what weights and the worst step's activations leave."""
     device = next(iter(leaves[0].devices()))
@@ -129,11 +144,16 @@ def _choose_pages(
     trial = dataclasses.replace(smallest, pages=shape.slots + 1)
     state = jax.eval_shape(lambda: make_state(shape))
     worst = max(buckets.all(), key=lambda b: (b.sampled, b.rows(shape.tile_size)))
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
-    everything, params = ORDER[-1], empty(shape.slots)
-    compiled = lower_step(structure, shape, worst, everything, weights, trial.abstract(), state, params).compile()
-    analysis = compiled.memory_analysis()
-    temporary = int(analysis.temp_size_in_bytes) if analysis is not None else 2**30
+
+    def measure() -> int:
+        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
+        everything, params = ORDER[-1], empty(shape.slots)
+        lowered = lower_step(structure, shape, worst, everything, weights, trial.abstract(), state, params)
+        analysis = lowered.compile().memory_analysis()
+        return int(analysis.temp_size_in_bytes) if analysis is not None else 2**30
+
+    facts = environment_facts(device) | _program_facts(structure, leaves, model, shape, trial)
+    temporary = remembered(programs, facts | {"bucket": dataclasses.asdict(worst)}, measure)
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     limit = int(stats["bytes_limit"])
     pages = pages_that_fit(
@@ -144,8 +164,22 @@ def _choose_pages(
         activation_bytes=int(1.1 * temporary) + 2**28,  # a tenth for fragmentation, 256 MiB for outputs and libraries
         most=most,
     )
+    pages = round_pages(pages)
     log.info("the worst step takes %.2f GiB beside weights and pages; %d pages", temporary / 2**30, pages)
     return pages
+
+
+def _program_facts(
+    structure: Any, leaves: tuple[jax.Array, ...], model: ModelConfig, shape: StepShape, cache: CacheShape
+) -> dict[str, Any]:
+    """What of the model goes into its step programs: all but the values of its weights."""
+    return {
+        "model": model.to_json(),
+        "tree": str(structure.treedef),
+        "leaves": [f"{x.dtype}{list(x.shape)}" for x in leaves],
+        "shape": dataclasses.asdict(shape),
+        "cache": dataclasses.asdict(cache),
+    }
 
 
 def _facts(

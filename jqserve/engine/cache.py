@@ -83,3 +83,9 @@ def pages_that_fit(
             "lower --max-running-requests or --chunked-prefill-size, or choose a smaller or quantized checkpoint"
         )
     return int(min(pages, most))
+
+
+def round_pages(pages: int) -> int:
+    """A little fewer (under 1.6 %), so that a few bytes more or less do not make other programs of every start."""
+    step = 2 ** max(0, (pages // 64).bit_length() - 1)
+    return pages - pages % step

@@ -34,7 +34,7 @@ class EngineConfig:
     log_level              of the engine process: debug | info | warning | error
     tokenizer_path         where the tokenizer is, if not with the model; grammars need it
     profile_dir            where the profiler's traces go; None: a new folder under the system's temporary one
-    compilation_cache_dir  JAX's persistent cache, an owner-only directory; None: not set
+    compilation_cache_dir  an owner-only directory for compiled programs; "off": none; None: on a GPU, one in ~/.cache
     """
 
     model_path: str = ""

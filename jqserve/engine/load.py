@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +14,12 @@ from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
+from jqserve.engine.compile_cache import choose_folder, use_jax_cache
 from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.kernel_plan import with_kernels
-from jqserve.errors import CheckpointError, UnsupportedError
+from jqserve.errors import UnsupportedError
 from jqserve.ops.device import current_device
 from jqserve.ops.relayout import relayout_leaf
 from jqserve.quant import QuantizedTensor
@@ -34,14 +33,14 @@ Report = Callable[[str, str, dict[str, Any]], None]
 def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCore:
     """An engine that is ready to serve. Raises JqserveError for what the user can mend."""
     tell: Report = report or (lambda stage, text, detail: None)
-    if config.compilation_cache_dir is not None:
-        use_compilation_cache(config.compilation_cache_dir)
+    programs = choose_folder(config.compilation_cache_dir, jax.default_backend())
+    use_jax_cache(programs)
     began = time.perf_counter()
     loaded = read_checkpoint(config, tell)
     load_seconds = time.perf_counter() - began
     loaded = with_kernel_plan(config, loaded)
     tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
-    engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds))
+    engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds), programs=programs)
     engine.describe(sampling_defaults=sampling_defaults(loaded.generation_config, engine.limits))
     kv = engine.model_info()["kv"]
     tell("cache", f"{kv['pages']:,} KV pages of {kv['page_size']} tokens, {kv['bytes'] / 2**30:.2f} GiB", kv)
@@ -53,7 +52,12 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
         )
         if config.chunked_prefill_size is None:
             engine.describe(step_seconds=choose_budget(engine))
-    engine.describe(warmup_seconds=round(time.perf_counter() - began, 3))
+    kept = engine.runner.cache_of_programs
+    engine.describe(
+        warmup_seconds=round(time.perf_counter() - began, 3),
+        programs_compiled=engine.runner.compilations,
+        programs_from_cache=kept.hits if kept is not None else 0,
+    )
     return engine
 
 
@@ -104,21 +108,6 @@ def place(weight: Any) -> Any:
     """To the device, and there into the layout of its kernels: the canonical arrays are given up at once."""
     weight = jax.device_put(weight)
     return relayout_leaf(weight) if isinstance(weight, QuantizedTensor) else weight
-
-
-def use_compilation_cache(directory: str) -> None:
-    """Points JAX's persistent cache at an owner-only directory: an entry of it is code that this process will run."""
-    path = Path(directory).expanduser()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise CheckpointError(
-            f"compilation cache {path}: it can be written by others than you, and its entries are run as code; "
-            f"chmod 700 it, or name another directory"
-        )
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def _facts(loaded: LoadedCheckpoint, load_seconds: float) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jqserve.engine.adopt import Adopter
 from jqserve.engine.batch import StepShape, pack, padding, tiles_needed
 from jqserve.engine.buckets import Bucket, Buckets
 from jqserve.engine.cache import Cache, CacheShape, make_cache
+from jqserve.engine.compile_cache import ProgramCache
 from jqserve.engine.plan import Plan
 from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
@@ -59,8 +60,10 @@ class Runner:
         buckets: Buckets,
         *,
         variants: tuple[Variant, ...] = ORDER,
+        cache_of_programs: ProgramCache | None = None,
     ) -> None:
         """`variants`: those that have programs of their own; a step takes the first that gives all it asks."""
+        self.cache_of_programs = cache_of_programs
         self.variants = variants
         self.structure, self.leaves = structure, leaves
         self.shape, self.cache_shape, self.buckets = shape, cache, buckets
@@ -121,9 +124,15 @@ class Runner:
     def compile(self, program: Program) -> Any:
         """Any thread may call this: XLA compiles without the interpreter's lock."""
         bucket, variant = program
+        name = f"{bucket.decode_rows}-{bucket.tiles}-{bucket.steps}-{variant}"
+        if self.cache_of_programs is not None and (known := self.cache_of_programs.load(name)) is not None:
+            return known
         self.compilations += 1
         arguments = jax.tree.map(_abstract, (self.leaves, self.kv, self.state, empty(self.shape.slots)))
-        return lower_step(self.structure, self.shape, bucket, variant, *arguments).compile()
+        compiled = lower_step(self.structure, self.shape, bucket, variant, *arguments).compile()
+        if self.cache_of_programs is not None:
+            self.cache_of_programs.store(name, compiled)
+        return compiled
 
     def warm_up(self, progress: Progress | None = None, *, runs: int = 1, programs: Iterable[Program] = ()) -> None:
         """Compiles every program in threads and runs each `runs` times on padding (CUDA graphs are captured so)."""

@@ -50,7 +50,7 @@ class Layer(nnx.Module):
         self.sm_scale = config.head_dim**-0.5
 
     def __call__(
-        self, x: jax.Array, residual: jax.Array | None, rope: Rope, attend: Attend, *, fuse: bool
+        self, x: jax.Array, residual: jax.Array, rope: Rope, attend: Attend, *, fuse: bool
     ) -> tuple[jax.Array, jax.Array, Any]:
         """x, residual [..., D] -> (the MLP's output, the residual stream without it, what `attend` kept)."""
         normed, residual = self.attn_norm.add(x, residual, self.attn.input_scheme if fuse else None)
@@ -79,13 +79,13 @@ class Decoder(nnx.Module):
         written in place. Rows are laid out as `AttentionMetadata` says; padding rows give numbers that mean nothing.
         """
         rope = rope_table(positions, self.config.rope, self.config.head_dim)
-        x: jax.Array = self.embeddings(tokens)
-        residual: jax.Array | None = None
+        residual: jax.Array = self.embeddings(tokens)
+        x = jnp.zeros_like(residual)  # so that the first layer is like the others, and is not compiled apart
         new_kv = []
         for layer, pages in zip(self.layers, kv, strict=True):
             x, residual, pages = _paged_layer(*_static(layer), x, residual, rope, pages, meta)
             new_kv.append(pages)
-        return _sum(x, residual), tuple(new_kv)
+        return x + residual, tuple(new_kv)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] from `__call__` or `hidden_states` -> float32 [..., V]; takes the final norm first."""
@@ -107,19 +107,15 @@ class Decoder(nnx.Module):
         padding at the end harmless.
         """
         rope = rope_table(jnp.arange(embeddings.shape[-2]), self.config.rope, self.config.head_dim)
-        x = embeddings.astype(self.embed.get_value().dtype)
-        residual: jax.Array | None = None
+        residual = embeddings.astype(self.embed.get_value().dtype)
+        x = jnp.zeros_like(residual)
         for layer in self.layers:
             x, residual = _full_layer(*_static(layer), x, residual, rope)
-        return _sum(x, residual)
+        return x + residual
 
     def full(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [S] or [B, S] -> logits float32 [S, V] or [B, S, V]."""
         return self.logits(self.hidden_states(self.embeddings(tokens)))
-
-
-def _sum(x: jax.Array, residual: jax.Array | None) -> jax.Array:
-    return x if residual is None else x + residual
 
 
 def _static(layer: Layer) -> tuple[Device, Any, Any]:
@@ -134,7 +130,7 @@ def _paged_layer(
     structure: Any,
     arrays: Any,
     x: jax.Array,
-    residual: jax.Array | None,
+    residual: jax.Array,
     rope: Rope,
     pages: Pages,
     meta: AttentionMetadata,
@@ -149,7 +145,7 @@ def _paged_layer(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _full_layer(
-    device: Device, structure: Any, arrays: Any, x: jax.Array, residual: jax.Array | None, rope: Rope
+    device: Device, structure: Any, arrays: Any, x: jax.Array, residual: jax.Array, rope: Rope
 ) -> tuple[jax.Array, jax.Array]:
     layer: Layer = nnx.merge(structure, arrays)
 

@@ -132,3 +132,13 @@ def test_serve_bench(tmp_path: Path) -> None:
     assert set(by_mode) == {"grpc", "engine"} and "grpc_cost" in by_mode["grpc"]
     assert all(row["requests"] == 4 and row["failed"] == 0 for row in result["rows"])
     assert (tmp_path / "serve.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_startup_bench(tmp_path: Path) -> None:
+    cold, warm = run("startup", tmp_path, "--scheme", "fp8")["rows"]
+    assert cold["compiled"] >= 1 and cold["from_cache"] == 0
+    assert warm["compiled"] == 0 and warm["from_cache"] == cold["compiled"]
+    phases = {"import", "device", "load", "pages", "warm_up", "first_token"}
+    assert set(cold["phases"]) == set(warm["phases"]) == phases
+    assert warm["total"] == pytest.approx(sum(warm["phases"].values()), abs=0.1)
