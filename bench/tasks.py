@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.timing import GpuLock
+
+DEVICE_LOST = 75  # exit status of a process whose CUDA context a kernel has broken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,5 +69,7 @@ def run_tasks(
                 message = "".join(traceback.format_exception_only(error)).strip()
                 row = {"failed": message[:600]}
             rows.add({"key": task.key, **row})
+            if "CUDA_ERROR" in row.get("failed", ""):  # nothing works in this process any more
+                os._exit(DEVICE_LOST)
         for future in futures.values():
             future.cancel()

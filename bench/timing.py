@@ -85,7 +85,7 @@ def kernel_durations(run: Callable[[], Any]) -> list[tuple[str, float]]:
     return [(name, milliseconds * 1e3) for name, milliseconds in timings or ()]
 
 
-def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.06, repeats: int = 5) -> Timing:
+def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.04, repeats: int = 3) -> Timing:
     """Times a compiled chain of `calls` calls; `run` queues it once and returns its results.
 
     Three warm-up runs let XLA record its command buffer. Each of `repeats` measurements queues about `seconds` of work.

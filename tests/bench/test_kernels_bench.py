@@ -95,8 +95,9 @@ rows, folder, skip = Path(sys.argv[1]), Path(sys.argv[2]), frozenset(json.loads(
 def run(key):
     if key == "hangs": time.sleep(600)
     if key == "dies": os._exit(7)
+    if key == "breaks": raise RuntimeError("CUDA_ERROR_LAUNCH_FAILED")
     return {"us": 1.0}
-tasks = [Task(k, lambda k=k: k, run, limit=0.3) for k in ("good", "hangs", "dies", "last")]
+tasks = [Task(k, lambda k=k: k, run, limit=0.3) for k in ("good", "hangs", "dies", "breaks", "last")]
 run_tasks(tasks, Rows(rows, echo=False), GpuLock(folder), deadline=time.time() + 60, skip=skip)
 """
 
@@ -116,6 +117,7 @@ def test_hung_and_dead_processes_cost_one_row_each(tmp_path, monkeypatch):
     rows = {row["key"]: row for row in group.rows()}
     assert rows["good"]["us"] == rows["last"]["us"] == 1.0
     assert "hung" in rows["hangs"]["failed"] and "died with 7" in rows["dies"]["failed"]
+    assert "LAUNCH_FAILED" in rows["breaks"]["failed"] and len(rows) == 5
 
 
 def test_a_peer_line_in_our_words():

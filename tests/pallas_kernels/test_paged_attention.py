@@ -267,8 +267,6 @@ def test_decode_heuristic_fits(items, row_bytes):
 # registers of the list of items, outside the loops over blocks (the report names each up to four times).
 PREFILL_COMPILED = {
     "head128": (dict(), dict(), 0),
-    "head64": (dict(head_dim=64), dict(), 0),
-    "head96": (dict(head_dim=96), dict(), 0),
     "head256": (dict(head_dim=256), dict(), 0),
     "window": (dict(), dict(window=96), 0),
     "fp8": (dict(kv=jnp.float8_e4m3fn), dict(k_scale=0.5, v_scale=0.5, soft_cap=30.0), 256),
