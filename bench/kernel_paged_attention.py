@@ -222,6 +222,12 @@ def prefill_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
     return tasks + fp8
 
 
+def prefill_alternatives(*, quick: bool = False) -> list[Task]:
+    """Other configs than the op's own choice at S = 4,096: wider blocks (FlashAttention-3's 176), no turns."""
+    configs = [] if quick else [PrefillConfig(160, 2), PrefillConfig(176, 2), PrefillConfig(128, 2, False)]
+    return [prefill_task(kind, 4096, Pool(4 * 4096), config=c) for c in configs for kind in ("full", "causal")]
+
+
 def decode_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
     """The issue's sizes, 16 tokens a page."""
     if quick:

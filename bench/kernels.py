@@ -25,7 +25,19 @@ from typing import Any
 from bench.bars import MATMUL_BARS, QUANTIZE_LARGE_SHARE, QUANTIZE_SMALL_US, SHAPES
 from bench.tasks import DEVICE_LOST
 
-GROUPS = ("hbm", "prefill", *MATMUL_BARS, "decode", "quantize", "peers", "xla_fp8", "xla_int8", "xla_bf16")
+GROUPS = (
+    "hbm",
+    "prefill",
+    *MATMUL_BARS,
+    "decode",
+    "quantize",
+    "peers",
+    "prefill_other",
+    "xla_fp8",
+    "xla_int8",
+    "xla_bf16",
+)
+ATTENTION = {"prefill": "prefill_tasks", "decode": "decode_tasks", "prefill_other": "prefill_alternatives"}
 MS = (1, 16, 64, 256, 4096)
 RESTARTS = 4
 # Products that share an operand must stay apart, or XLA would merge a chain's calls into one.
@@ -49,10 +61,10 @@ def run_group(args: argparse.Namespace) -> None:
     if group == "hbm":
         measure = lambda _: {"op": "hbm", "bytes_per_second": hbm_bytes_per_second(0.001 if quick else 2)}  # noqa: E731
         tasks = [Task("hbm", lambda: None, measure)]
-    elif group in ("prefill", "decode"):
+    elif group in ATTENTION:
         from bench import kernel_paged_attention as attention
 
-        tasks = (attention.prefill_tasks if group == "prefill" else attention.decode_tasks)(quick=quick)
+        tasks = getattr(attention, ATTENTION[group])(quick=quick)
     elif group == "quantize":
         from bench.quantize_tasks import quantize_tasks
 
@@ -102,7 +114,7 @@ class Group:
         command += ["--skip", json.dumps([row["key"] for row in self.rows()]), "--threads", str(args.threads)]
         command += ["--jit-peers"] * args.jit_peers + ["--quick"] * args.quick
         env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        flags = XLA_FLAGS if self.name.startswith("xla") else ORACLE_FLAGS if self.name in ("prefill", "decode") else ""
+        flags = XLA_FLAGS if self.name.startswith("xla") else ORACLE_FLAGS if self.name in ATTENTION else ""
         if flags and not args.quick:
             env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
         log = (self.folder / f"{self.name}.log").open("ab")

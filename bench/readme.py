@@ -96,13 +96,13 @@ def _attention(rows: list[dict[str, Any]]) -> str:
     lines = []
     good = [row for row in rows if "us" in row and row.get("ok", True)]
     for row in good:
-        if row["op"] == "prefill_attention":
+        if row["op"] == "prefill_attention" and not row.get("config"):
             same = [r for r in good if r["op"] == "peer" and r.get("kind") == row["kind"]]
             best = max(same, key=lambda r: r["tflops"], default=None)
             peer = f"{best['tflops']} {best['peer'].replace('_', ' ')}" if best else "-"
             name = f"prefill {row['context']:,}, {row['kind']}, {_SHORT[row['kv']]} pages"
             lines.append([name, f"{row['tflops']} TFLOP/s", peer])
-        elif row["op"] == "decode_attention":
+        elif row["op"] == "decode_attention" and not row.get("config"):
             shape = (row["rows"], row["context"])
             same = [r for r in good if r["op"] == "peer" and (r.get("rows"), r.get("context")) == shape]
             best = min((r for r in same if "paged" in r["peer"]), key=lambda r: r["us"], default=None)

@@ -211,8 +211,6 @@ COMPILED = {
     "fp8": (dict(kv=jnp.float8_e4m3fn), dict(k_scale=0.5, v_scale=0.5), 168),
     "window_softcap": (dict(), dict(window=512, soft_cap=50.0), 168),
     "head256": (dict(head_dim=256), dict(), 224),
-    "head96": (dict(head_dim=96, page=64), dict(), 168),
-    "group16": (dict(heads=64, kv_heads=4), dict(), 240),
     "split8": (dict(rows=1), dict(), 168),
 }
 
