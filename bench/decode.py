@@ -61,7 +61,7 @@ def load(scheme: str, points: list[Point], decode_steps: list[int], room: int, a
             load_format="dummy",
             max_running_requests=most,
             context_length=args.context_length or max(context for _, context in points) + room,
-            chunked_prefill_size=TILES * (32 if args.quick else 64),
+            chunked_prefill_size=TILES * (32 if args.quick else 128),
             page_size=page,
             num_pages=pages,
             kv_dtype=args.kv_dtype,

@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,33 @@ def check_private(path: Path) -> None:
 
 
 def use_jax_cache(folder: Path | None) -> None:
-    """Points JAX's persistent cache there (None: leaves it as it is)."""
+    """Points JAX's persistent cache there (None: leaves it as it is), apart for each state of our source."""
     if folder is None:
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(folder / f"xla-{source_digest()[:16]}"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+_thread = threading.local()
+
+
+@functools.cache
+def _listen() -> None:
+    def heard(event: str, **_: Any) -> None:
+        if event.endswith("/cache_hits"):
+            _thread.hits = getattr(_thread, "hits", 0) + 1
+
+    jax.monitoring.register_event_listener(heard)
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> tuple[Any, bool]:
+    """(executable, whether it was really compiled): False when JAX's cache had it. What was read back from there must
+    not be written again: a CPU executable loses functions on the way, and fails when it is run."""
+    _listen()
+    before = getattr(_thread, "hits", 0)
+    compiled = lowered.compile()
+    return compiled, getattr(_thread, "hits", 0) == before
 
 
 @functools.cache

@@ -116,9 +116,9 @@ class DeviceDefaults:
 
 #: A CPU computes every padded row, and its users wait for every compilation (~5 s of processor time each); a dispatch
 #: costs it nothing beside a step.
-#: The GPU figures follow the attention kernels: pages of 64 tokens, tiles of 64 queries.
+#: The GPU figures follow the attention kernels: pages of 64 tokens, tiles of 128 queries (prefill takes no others).
 CPU = DeviceDefaults(16, 128, 16, 32, False, (Variant.SCORED,), 1, 1)
-GPU = DeviceDefaults(256, 2048, 64, 64, True, ORDER, 1, 3)
+GPU = DeviceDefaults(256, 2048, 64, 128, True, ORDER, 1, 3)
 
 
 def defaults_for(platform: str) -> DeviceDefaults:

@@ -16,7 +16,7 @@ from jqserve.engine.adopt import Adopter
 from jqserve.engine.batch import StepShape, pack, padding, tiles_needed
 from jqserve.engine.buckets import Bucket, Buckets
 from jqserve.engine.cache import Cache, CacheShape, make_cache
-from jqserve.engine.compile_cache import ProgramCache
+from jqserve.engine.compile_cache import ProgramCache, compile_lowered
 from jqserve.engine.plan import Plan
 from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
@@ -129,8 +129,8 @@ class Runner:
             return known
         self.compilations += 1
         arguments = jax.tree.map(_abstract, (self.leaves, self.kv, self.state, empty(self.shape.slots)))
-        compiled = lower_step(self.structure, self.shape, bucket, variant, *arguments).compile()
-        if self.cache_of_programs is not None:
+        compiled, new = compile_lowered(lower_step(self.structure, self.shape, bucket, variant, *arguments))
+        if self.cache_of_programs is not None and new:
             self.cache_of_programs.store(name, compiled)
         return compiled
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import random
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,24 @@ import pytest
 
 from jqserve.engine import compile_cache
 from jqserve.engine.cache import round_pages
-from jqserve.engine.compile_cache import ProgramCache, check_private, choose_folder, environment_facts, remembered
+from jqserve.engine.compile_cache import (
+    ProgramCache,
+    check_private,
+    choose_folder,
+    compile_lowered,
+    environment_facts,
+    remembered,
+)
 from jqserve.errors import CheckpointError
 
 
 def compiled() -> Any:
-    return jax.jit(lambda a, b: {"sum": a + b, "pair": (a * b, b)}, donate_argnums=0).lower(*arguments()).compile()
+    """Never compiled before by anybody, so that it comes from the compiler and not from a cache of JAX's."""
+    new = random.SystemRandom().random()
+    function = jax.jit(lambda a, b: {"sum": a + b, "pair": (a * b, b), "new": a * new}, donate_argnums=0)
+    executable, really = compile_lowered(function.lower(*arguments()))
+    assert really
+    return executable
 
 
 def arguments() -> tuple[jax.Array, jax.Array]:
@@ -128,12 +142,27 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         choose_folder(str(tmp_path), "cpu")
 
 
+def test_what_jax_found_in_its_cache_is_told() -> None:
+    class Lowered:
+        def __init__(self, event: str) -> None:
+            self.event = event
+
+        def compile(self) -> str:
+            jax.monitoring.record_event(self.event)
+            return "executable"
+
+    assert compile_lowered(Lowered("/jax/compilation_cache/cache_hits")) == ("executable", False)  # type: ignore
+    assert compile_lowered(Lowered("/jax/compilation_cache/cache_misses")) == ("executable", True)  # type: ignore
+
+
 def test_an_engine_starts_from_the_cache(tmp_path: Path, model: Any, params: Any) -> None:
     """The second engine compiles nothing and gives the same tokens."""
     from jqserve.engine.assemble import assemble
     from jqserve.engine.config import EngineConfig
     from tests.engine.conftest import complete, request
 
+    # An odd epsilon: programs that no cache of JAX's can know.
+    model = dataclasses.replace(model, norm_eps=1e-5 * (1 + random.SystemRandom().random()))
     config = EngineConfig(max_running_requests=2, context_length=64, chunked_prefill_size=16, tile_size=16, page_size=8)
     outcomes, compilations = [], []
     for _ in range(2):
