@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ _NAMES = {
 def python_with_torch() -> str | None:
     """An interpreter that imports torch: this one, or the system's."""
     for candidate in (sys.executable, shutil.which("python3"), "/usr/bin/python3", "/usr/local/bin/python3"):
-        if candidate and not subprocess.run([candidate, "-c", "import torch"], capture_output=True).returncode:
+        if (
+            candidate
+            and Path(candidate).exists()
+            and not subprocess.run([candidate, "-c", "import torch"], capture_output=True).returncode
+        ):
             return candidate
     return None
 
@@ -77,13 +82,19 @@ def peer_tasks(
     parts = Path(tempfile.gettempdir()) / "peers"
     env = {**os.environ, "PEERS_DIR": str(parts)}
 
-    def unpack() -> str | None:
-        if not (parts / "dg").exists():
-            subprocess.run(["bash", str(folder / "kernels" / "unpack.sh")], env=env, check=True, capture_output=True)
-        python = python_with_torch()
-        if python is None:
-            raise RuntimeError("no Python with torch found: peers that come through torch are left out")
-        return python
+    unpacking = threading.Lock()
+    found: list[str] = []
+
+    def unpack() -> str:
+        with unpacking:  # the tasks' compiling threads all come here; the first one does it
+            if not found:
+                python = python_with_torch()
+                if python is None:
+                    raise RuntimeError("no Python with torch found: peers that come through torch are left out")
+                script = str(folder / "kernels" / "unpack.sh")
+                subprocess.run(["bash", script], env=env, check=True, capture_output=True)
+                found.append(python)
+            return found[0]
 
     def task(peer: str, limit: float) -> Task:
         def run(python: str) -> dict[str, Any]:
@@ -93,13 +104,13 @@ def peer_tasks(
             command += ["--shapes", ",".join(f"{n}x{k}" for n, k in shapes.values()), "--out", str(out)]
             done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit + 30)
             lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-            found = [row for line in lines if (row := row_of(line, shapes))]
-            for row in found:
+            good = [row for line in lines if (row := row_of(line, shapes))]
+            for row in good:
                 named = " ".join(str(row[key]) for key in ("shape", "m", "rows", "context") if key in row)
                 rows.add({"key": f"peer {row['peer']} {named}", **row})
-            if done.returncode or not found:
+            if done.returncode or not good:
                 raise RuntimeError(f"{peer}: no rows (exit {done.returncode}): {done.stderr.strip()[-300:]}")
-            return {"op": "peer_run", "peer": peer, "count": len(found)}
+            return {"op": "peer_run", "peer": peer, "count": len(good)}
 
         return Task(f"peer {peer}", unpack, run, limit=limit + 40)
 
@@ -108,12 +119,12 @@ def peer_tasks(
             script = Path(__file__).parent / "peer_prefill.py"
             command = [python, str(script), "--parts", str(parts)]
             done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
-            found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-            for row in found:
+            good = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            for row in good:
                 rows.add({"key": f"peer {row['peer']} {row['kind']}", **row})
-            if not found:
+            if not good:
                 raise RuntimeError(f"no rows (exit {done.returncode}): {done.stderr.strip()[-300:]}")
-            return {"op": "peer_run", "peer": "prefill", "count": len(found)}
+            return {"op": "peer_run", "peer": "prefill", "count": len(good)}
 
         return Task("peer prefill", unpack, run, limit=80)
 

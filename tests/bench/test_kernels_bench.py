@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bench import kernels
+from bench import kernels, peer_tasks
 from bench.bars import LLAMA_8B
 from bench.peer_tasks import row_of
 from bench.tasks import Rows, Task, run_tasks
@@ -118,6 +118,20 @@ def test_hung_and_dead_processes_cost_one_row_each(tmp_path, monkeypatch):
     assert rows["good"]["us"] == rows["last"]["us"] == 1.0
     assert "hung" in rows["hangs"]["failed"] and "died with 7" in rows["dies"]["failed"]
     assert "LAUNCH_FAILED" in rows["breaks"]["failed"] and len(rows) == 5
+
+
+def test_peers_need_a_python_with_torch(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(peer_tasks, "python_with_torch", lambda: asked.append(1))
+    tasks = peer_tasks.peer_tasks(tmp_path, LLAMA_8B, [1], Rows(None), seconds=1, jit=True)
+    assert {"peer machete", "peer prefill", "peer deepgemm"} <= {task.key for task in tasks}
+    with pytest.raises(RuntimeError, match="no Python with torch"):
+        tasks[0].compile()
+    monkeypatch.setattr(peer_tasks, "python_with_torch", lambda: asked.append(1) or "python3")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "unpack.sh").write_text(f"echo x >> {tmp_path}/unpacked\n")
+    assert [task.compile() for task in tasks[:4]] == ["python3"] * 4
+    assert (tmp_path / "unpacked").read_text() == "x\n" and len(asked) == 2
 
 
 def test_a_peer_line_in_our_words():
