@@ -17,7 +17,7 @@ MATMUL_BARS: dict[str, dict[int, float]] = {
 }
 # The kernels of others that do the same: (peer, scheme) prefixes of /work/shared/peers' script, and XLA's own.
 PEERS_OF: dict[str, tuple[str, ...]] = {
-    "w4a16": ("machete", "marlin", "humming", "tinygemm"),
+    "w4a16": ("machete", "marlin_w4a16", "humming", "tinygemm"),
     "fp8_row": ("cutlass_scaled_mm_fp8_rowwise", "torch_scaled_mm", "cublaslt_scaled_mm", "xla_fp8"),
     "fp8_block": ("deepgemm",),
     "int8_row": ("cutlass_scaled_mm_w8a8_int8_rowwise", "torch_int_mm", "xla_int8"),

@@ -39,7 +39,8 @@ _NAMES = {
     "cutlass_scaled_mm_vllm0.25.1:fp8_rowwise": "cutlass_scaled_mm_fp8_rowwise",
     "cutlass_scaled_mm_vllm0.25.1:w8a8_int8_rowwise": "cutlass_scaled_mm_w8a8_int8_rowwise",
     "marlin_vllm0.25.1:w8a16_g128": "marlin_w8a16",
-    "marlin_vllm0.25.1:w4a16_g128": "marlin",
+    "marlin_vllm0.25.1:w4a16_g128": "marlin_w4a16",
+    "fa3_vllm0.25.1_paged16:decode_attn_bf16": "fa3_paged16",
 }
 
 

@@ -149,6 +149,8 @@ def test_a_peer_line_in_our_words():
         error=0.002,
         ok=True,
     )
+    decode = dict(peer="fa3_vllm0.25.1_paged16", scheme="decode_attn_bf16", B=64, ctx=1024, us=81.8, err=0.002)
+    assert row_of(decode, LLAMA_8B)["peer"] == "fa3_paged16" and row_of(decode, LLAMA_8B)["rows"] == 64
     assert row_of(dict(meta=1, gpu="x"), LLAMA_8B) is None
     assert (
         "init" in row_of(dict(peer="deepgemm_vllm0.25.1", scheme="fp8_block128", error="init: x"), LLAMA_8B)["failed"]

@@ -18,7 +18,7 @@ def test_kernels_beside_the_best_peer(tmp_path, monkeypatch):
     sums = [
         dict(op="w4a16", m=1, us=49.6),
         dict(op="machete", m=1, us=85.0),
-        dict(op="marlin", m=1, us=71.4),
+        dict(op="marlin_w4a16", m=1, us=71.4),
         dict(op="fp8_row", m=16, us=66.0),
     ]
     rows = [
@@ -33,7 +33,7 @@ def test_kernels_beside_the_best_peer(tmp_path, monkeypatch):
     (tmp_path / "kernels.json").write_text(json.dumps(result))
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     text = readme.kernels()
-    assert "| 4-bit weights, group 128 | 50 (71 marlin) | - |" in text
+    assert "| 4-bit weights, group 128 | 50 (71 marlin w4a16) | - |" in text
     assert "| fp8 x fp8, per token x per channel | - | 66 |" in text
     assert "| prefill 4,096, full, bf16 pages | 690 TFLOP/s | 682 cudnn |" in text
     assert "| decode 64 x 1,024, bf16 pages | 70.0 us | 81.8 fa3 paged16 |" in text
