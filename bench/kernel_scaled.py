@@ -1,16 +1,16 @@
 """scaled_matmul and quantize_rows on this GPU: correctness first, then microseconds per call.
 
-    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--dry]
+    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--sweep] [--dry]
 
 A call's time is a jitted chain of calls, each with a weight (an input) of its own so that it comes from HBM and each
 waiting for the one before, replayed by XLA from a command buffer: wall clock / calls. Beside it the sum of CUPTI kernel
 durations. Up to M = 64 the inputs of the quantization ops are those that the last op left in L2, as in a server.
 
 One process per shape and mode compiles on the CPU at the same time as the others; they take the GPU in turns, first for
-the heuristic's choice at every M, then for the alternatives. A kernel that hangs takes its process with it after 12 s,
-no other. The worker "mlp" times a decoder's MLP (norm, gate_up, SiLU, down) as a chain; "mlp-stream" does so without
-command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry` compiles
-everything for an H200 where there is no GPU, and runs nothing.
+the heuristic's choice at every M, then, with `--sweep`, for the alternatives. A kernel that hangs takes its process with
+it after 12 s, no other. The worker "mlp" times a decoder's MLP (norm, gate_up, SiLU, down) as a chain; "mlp-stream" does
+so without command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry`
+compiles everything for an H200 where there is no GPU, and runs nothing.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Session:
 
     def __init__(self, worker: str, args: argparse.Namespace):
         self.worker, self.start, self.budget, self.dry = worker, args.start, args.budget, args.dry
+        self.sweep = args.sweep
         self.folder = Path(args.folder)
         self.log_file = os.open(args.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self.beat, self.doing = 0.0, ""
@@ -282,7 +283,8 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
     for m in MS:
         best = fill_stages(heuristic(m, n, k, block=block), m, k, 2, block)
         jobs.append((m, best, True))
-        jobs += [(m, config, False) for config in alternatives(shape, m, mode) if config != best]
+        if session.sweep:
+            jobs += [(m, config, False) for config in alternatives(shape, m, mode) if config != best]
 
     def calls_of(m: int) -> int:
         return weights if m <= 256 else 4
@@ -396,11 +398,13 @@ def quant_worker(session: Session) -> None:
         for op, k in widths.items():
             for kind in kinds:
                 jobs.append((op, kind, m, None))
-            if m in (1, 64) and op != "quantize_rows":  # a row shared by the blocks of a cluster: may hang, so late
+            if (
+                session.sweep and m in (1, 64) and op != "quantize_rows"
+            ):  # a row shared by the blocks of a cluster: may hang, so late
                 shares = ((2, 2), (4, 1)) if op == "residual_norm" else ((2, 7), (7, 2))
                 more = [mosaic_sm90.Split(wgs, 2, k // (1024 * wgs * blocks), blocks) for blocks, wgs in shares]
                 jobs += [(op, "row fp8", m, s) for s in more if s.wgs * s.blocks * s.repeats * 1024 == k]
-            if m in (16, 4096):
+            if session.sweep and m in (16, 4096):
                 best = mosaic_sm90.split(m, k)
                 for runs in (1, 2):
                     for wgs in (1, 2, 4, 7, 8):
@@ -646,6 +650,7 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--budget", type=float, default=110)
     parser.add_argument("--only", default=",".join(WORKERS))
+    parser.add_argument("--sweep", action="store_true", help="other configs too (their compilation takes a minute)")
     parser.add_argument("--dry", action="store_true", help="compile for an absent H200, run nothing")
     for internal in ("--worker", "--folder", "--log"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
@@ -661,7 +666,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "workers").write_text(" ".join(names))
         command = [sys.executable, "-m", "bench.kernel_scaled", "--folder", folder, "--log", str(log)]
-        command += ["--budget", str(args.budget), "--start", str(args.start)] + ["--dry"] * args.dry
+        command += (
+            ["--budget", str(args.budget), "--start", str(args.start)] + ["--dry"] * args.dry + ["--sweep"] * args.sweep
+        )
         workers = []
         for name in names:
             with open(f"{folder}/{name}.err", "w") as errors:

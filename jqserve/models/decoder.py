@@ -53,9 +53,9 @@ class Layer(nnx.Module):
         self, x: jax.Array, residual: jax.Array, rope: Rope, attend: Attend, *, fuse: bool
     ) -> tuple[jax.Array, jax.Array, Any]:
         """x, residual [..., D] -> (the MLP's output, the residual stream without it, what `attend` kept)."""
-        normed, residual = self.attn_norm.add(x, residual, self.attn.input_scheme if fuse else None)
+        normed, residual = self.attn_norm.add(x, residual, self.attn.input_scheme if fuse else None, fuse=fuse)
         mixed, kept = self.attn(normed, rope, attend)
-        normed, residual = self.mlp_norm.add(mixed, residual, self.mlp.input_scheme if fuse else None)
+        normed, residual = self.mlp_norm.add(mixed, residual, self.mlp.input_scheme if fuse else None, fuse=fuse)
         return self.mlp(normed, fuse=fuse), residual, kept
 
 

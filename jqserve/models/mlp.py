@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jqserve.models.linear import Linear
-from jqserve.ops.activations import QuantizedRows, fusible_activation, silu_mul_and_quantize
+from jqserve.ops.activations import QuantizedRows, fusible_activation, silu_mul, silu_mul_and_quantize
 from jqserve.quant import ActivationSpec
 
 
@@ -27,11 +27,13 @@ class MLP(nnx.Module):
         return fusible_activation(*(p.matrix for p in self.projections))
 
     def __call__(self, x: jax.Array | QuantizedRows, *, fuse: bool) -> jax.Array:
-        """x [..., D] -> [..., D]. `fuse`: the product may come out quantized already (x [T, D]; no gradient)."""
+        """x [..., D] -> [..., D]. `fuse`: one kernel makes the product, quantized if it may (x [T, D]; no gradient)."""
         parts = [projection(x) for projection in self.projections]
         scheme = fusible_activation(self.down.matrix) if fuse else None
         if scheme is not None:
             gate_up = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
             return self.down(silu_mul_and_quantize(gate_up, scheme=scheme))
+        if fuse and len(parts) == 1:
+            return self.down(silu_mul(parts[0]))
         gate, up = jnp.split(parts[0], 2, axis=-1) if len(parts) == 1 else parts
         return self.down(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jqserve.ops.activations import QuantizedRows, norm_and_quantize
+from jqserve.ops.activations import QuantizedRows, norm_and_quantize, rms_norm
 from jqserve.quant import ActivationSpec
 
 
@@ -27,10 +27,15 @@ class RMSNorm(nnx.Module):
         return unit.astype(x.dtype) * self.weight.get_value().astype(x.dtype)
 
     def add(
-        self, x: jax.Array, residual: jax.Array | None, scheme: ActivationSpec | None = None
+        self, x: jax.Array, residual: jax.Array | None, scheme: ActivationSpec | None = None, *, fuse: bool = False
     ) -> tuple[jax.Array | QuantizedRows, jax.Array]:
-        """(norm of x + residual, x + residual). With a `scheme` (x [T, D] then) the norm comes out quantized by it."""
+        """(norm of x + residual, x + residual). With a `scheme` (x [T, D] then) the norm comes out quantized by it.
+
+        `fuse`: one kernel where there is one (x [T, D]; no gradient).
+        """
         if scheme is not None:
             return norm_and_quantize(x, self.weight.get_value(), residual, eps=self.eps, scheme=scheme)
+        if fuse:
+            return rms_norm(x, self.weight.get_value(), residual, eps=self.eps)
         total = x if residual is None else x + residual
         return self(total), total

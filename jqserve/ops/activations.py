@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from jqserve.quant import ActivationSpec, QuantizedTensor
 from pallas_kernels.quantize.api import quantize_rows, rms_norm_quantize, silu_mul_quantize
+from pallas_kernels.rows.api import rms_norm as rms_norm
+from pallas_kernels.rows.api import silu_mul as silu_mul
 
 _DTYPES: dict[str, Any] = {"int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn}
 

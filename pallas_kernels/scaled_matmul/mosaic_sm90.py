@@ -8,7 +8,8 @@ to the exact result (Frobenius) for normal data at K = 14336, before the roundin
 0.0028, every 1024 0.0005, every 512 0.0003, every 256 0.0002, 128 0.0001. Measured on an H200 at the first three, and
 reproduced by emulating the sum (tests/pallas_kernels/test_scaled_matmul.py). int8 sums are exact.
 
-`Config.early_launch` (off; compiled, its effect not measured yet) is for chains of small kernels on a plain stream:
+`Config.early_launch` (off) is for chains of small kernels on a plain stream. There it took a Llama-8B MLP (norm,
+gate_up, SiLU, down) at M = 1, 16, 64 from 59, 61, 62 us to 51, 52, 55; a command buffer took 54, 56, 58 either way.
 Hopper's programmatic dependent launch starts this kernel when the one before has begun its last blocks. The weights of
 the first stages, which no kernel writes, are fetched at once; x, and by it every store, waits for that kernel's end.
 Within a command buffer XLA captures each kernel by itself and the launch is an ordinary one.
