@@ -6,11 +6,11 @@ A call's time is a jitted chain of calls, each with a weight (an input) of its o
 waiting for the one before, replayed by XLA from a command buffer: wall clock / calls. Beside it the sum of CUPTI kernel
 durations. Up to M = 64 the inputs of the quantization ops are those that the last op left in L2, as in a server.
 
-One process per shape and mode compiles on the CPU at the same time as the others; they take the GPU in turns, first for
-the heuristic's choice at every M, then, with `--sweep`, for the alternatives. A kernel that hangs takes its process with
-it after 12 s, no other. The worker "mlp" times a decoder's MLP (norm, gate_up, SiLU, down) as a chain; "mlp-stream" does
-so without command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry`
-compiles everything for an H200 where there is no GPU, and runs nothing.
+One process per shape and mode compiles on the CPU at the same time as the others. They take the GPU in turns, first for
+the heuristic's choice at every M, then, with `--sweep`, for the alternatives; one whose kernel hangs ends after 12 s,
+no other. The worker "mlp" times a decoder's MLP (norm, gate_up, SiLU, down) as a chain; "mlp-stream" does so without
+command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry` compiles
+everything for an H200 where there is no GPU, and runs nothing.
 """
 
 from __future__ import annotations
