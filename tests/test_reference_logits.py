@@ -39,7 +39,7 @@ FIXTURES = (
     "bnb-nf4-double",
     "torchao-int8dq",
     "gguf-q4_0",
-    "ct-fp8-kv",  # by its weights; its KV scheme comes later
+    "ct-fp8-kv",
     "arch-qwen2-gptq",
     "arch-qwen3-ct-w4a16",
     *ACTIVATION_QUANTIZED,
@@ -153,7 +153,7 @@ def test_activations_as_the_peer_quantizes_them(name: str, fixtures_dir: Path, m
     assert difference <= 1e-3, "nothing but ties may differ: see tests/data/activation_ties/make.py"
 
 
-@pytest.mark.parametrize("name", ACTIVATION_QUANTIZED)
+@pytest.mark.parametrize("name", [*ACTIVATION_QUANTIZED, "fp8-block", "ct-fp8-kv"])
 def test_the_command_quantizes_activations(name: str, fixtures_dir: Path, tmp_path: Path) -> None:
     """What `jqserve logits` itself prints, ties falling as they may: up to the first tie that fell the other way,
     positions agree; 28 % (static) to 84 % of all do, against 0 to 2 % when the quantization is left out."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections import defaultdict
 
 from jqserve.checkpoint.extras import Extra, classify
+from jqserve.checkpoint.kv_scales import KvScales, find
 from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, module_and_suffix, modules
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.quant_config import QuantPlan
@@ -42,10 +43,11 @@ class Audit:
 
     modules: tuple[Vector | GroupSource, ...]
     extras: tuple[Extra, ...]
+    kv: KvScales | None = None
 
 
-def audit(checkpoint: AnyCheckpoint, config: ModelConfig, plan: QuantPlan) -> Audit:
-    """Compares config, plan and headers.
+def audit(checkpoint: AnyCheckpoint, config: ModelConfig, plan: QuantPlan, *, kv: bool = True) -> Audit:
+    """Compares config, plan and headers. kv=False: the KV cache's scales are left out.
 
     Raises CheckpointError for a missing tensor, a wrong shape or dtype, a module that is quantized in the file and
     not in the config or the other way round, and for tensors that nobody uses.
@@ -70,8 +72,10 @@ def audit(checkpoint: AnyCheckpoint, config: ModelConfig, plan: QuantPlan) -> Au
     _one_half_type(checkpoint, list(vectors))
     _one_half_type(checkpoint, [n for n in claimed - vectors if n.endswith(".weight")])
     _one_half_type(checkpoint, [n for n in claimed if n.rpartition(".")[2] in ALL_SCALES])
+    scales = find(checkpoint, config.layers) if kv else None
+    claimed |= scales.claimed() if scales else set()
     left = [name for name in checkpoint.names() if name not in claimed]
-    return Audit(tuple(found), classify(checkpoint, config, left))
+    return Audit(tuple(found), classify(checkpoint, config, left), scales)
 
 
 def _one_half_type(checkpoint: AnyCheckpoint, names: list[str]) -> None:

@@ -20,7 +20,9 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _ROTARY = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 _BIAS = re.compile(_LINEAR + r"\.bias|lm_head\.bias")
 _G_IDX = re.compile(_LINEAR + r"\.(weight_)?g_idx")
-_KV_SCALE = re.compile(r"model\.layers\.\d+\.self_attn\.(attn\.)?([kv]_scale|[kv]_proj\.(output_scale|[kv]_scale))")
+_KV_SCALE = re.compile(
+    r"model\.layers\.\d+\.self_attn\.(attn\.)?(kv_scale|[kv]_scale|[kv]_proj\.(output_scale|[kv]_scale))"
+)
 #: Rows of the embedding and of its copy that are compared at a time.
 _CHUNK_BYTES = 16 << 20
 
@@ -50,7 +52,7 @@ def classify(checkpoint: AnyCheckpoint, config: ModelConfig, left: list[str]) ->
         elif name == HEAD and config.tied_embeddings:
             extras.append(Extra(name, "a copy of the tied embedding", check_values=True))
         elif _KV_SCALE.fullmatch(name):
-            extras.append(Extra(name, "a KV cache scale: not applied yet, the cache is not quantized"))
+            extras.append(Extra(name, "a KV cache scale: --activations none"))
         else:
             unknown.append(name)
     if unknown:

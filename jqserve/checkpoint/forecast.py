@@ -23,6 +23,7 @@ class Forecast:
 
     vectors       bytes of norms and biases, which have no rows
     largest       bytes in the file of the two largest modules: what loading holds beside the finished weights
+    kv_scaled     whether there are scales for an fp8 KV cache
     unquantized   module -> why it stays as it is
     """
 
@@ -30,6 +31,7 @@ class Forecast:
     vectors: int
     largest: int
     unquantized: dict[str, str]
+    kv_scaled: bool = False
 
 
 def forecast(opened: OpenModel) -> Forecast:
@@ -58,7 +60,7 @@ def forecast(opened: OpenModel) -> Forecast:
             elif part.scheme.spec(part.slot.n, part.slot.k) is None and part.scheme.method == "online":
                 unquantized[part.slot.name] = f"{part.slot.n} x {part.slot.k} does not fit the scheme"
     largest = sum(sorted(sizes)[-2:])
-    return Forecast(opened.plan(rows), vectors, largest, unquantized)
+    return Forecast(opened.plan(rows), vectors, largest, unquantized, opened.audited.kv is not None)
 
 
 def _rows(checkpoint: AnyCheckpoint, source: GroupSource, dtype: str) -> list[PlanRow]:

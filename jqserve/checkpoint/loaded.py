@@ -24,7 +24,8 @@ class LoadedCheckpoint:
 
         embed.weight [V, D]; final_norm.weight [D]; lm_head LIN (absent when tied); layers.<i> with
         attn_norm.weight [D], attn.qkv LIN (or q, k, v), attn.o LIN, attn.q_norm.weight and k_norm.weight [Dh] (qwen3),
-        mlp_norm.weight [D], mlp.gate_up LIN (or gate, up), mlp.down LIN
+        attn.k_scale and attn.v_scale float32 [] (an fp8 KV cache's), mlp_norm.weight [D],
+        mlp.gate_up LIN (or gate, up), mlp.down LIN
     """
 
     config: ModelConfig  # dtype resolved

@@ -58,6 +58,8 @@ class OpenModel:
         notes = [self.note] if self.note else []
         if unread := self.checkpoint.unread:
             notes.append(f"not read, no part of the model by its index: {', '.join(unread[:5])}")
+        if self.audited.kv is not None:
+            notes.append(self.audited.kv.note())
         reasons = dict.fromkeys(extra.reason for extra in self.audited.extras)
         notes += [f"left out: {sum(e.reason == r for e in self.audited.extras)} x {r}" for r in reasons]
         return LoadPlan(self.method, tuple(rows), tuple(notes))
@@ -68,7 +70,9 @@ def open_model(
 ) -> OpenModel:
     """Reads the configs and compares them with the headers. Raises as `load` does."""
     config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
-    return OpenModel(checkpoint, config, generation, plan.method, note, audit(checkpoint, config, plan))
+    return OpenModel(
+        checkpoint, config, generation, plan.method, note, audit(checkpoint, config, plan, kv=activations == "config")
+    )
 
 
 def read_plan(

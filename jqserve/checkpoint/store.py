@@ -19,6 +19,7 @@ import numpy as np
 from jqserve.checkpoint import manifest
 from jqserve.checkpoint.asked import Answer, answer
 from jqserve.checkpoint.hf import read_json
+from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.model_config import model_config
@@ -76,10 +77,17 @@ def _write_arrays(opened: OpenModel, out: Path, progress: Progress | None) -> di
             sections[current] = {name: manifest.facts_of(leaf).to_json() for name, leaf in pending.items()}
             pending.clear()
 
+    scales: dict[str, dict[str, Weight]] = {}
+    if opened.audited.kv is not None:
+        for name, scale in read_kv_scales(opened.checkpoint, opened.audited.kv):
+            scales.setdefault(section_of(name), {})[name] = scale
     for done, built in enumerate(stream, 1):
+        if built.path == "kv_scales":  # written with their layers
+            continue
         if section_of(built.path) != current:
             flush()
             current = section_of(built.path)
+            pending.update(scales.get(current, {}))
         pending.update(built.leaves)
         rows += built.rows
         if progress:
@@ -134,6 +142,8 @@ def restore(
     rows: list[PlanRow] = []
     total = sum(map(len, sections.values()))
     for done, (name, leaf) in enumerate(_leaves(path, sections), 1):
+        if activations == "none" and name.endswith((".k_scale", ".v_scale")):
+            continue
         leaf = _adapted(name, leaf, dtype, activations, asked)
         if row := stored.get(name.removesuffix(".weight")):
             online = asked.online is not None and isinstance(leaf, QuantizedTensor)
@@ -217,6 +227,8 @@ def _section(path: Path, section: str, leaves: dict[str, LeafFacts]) -> dict[str
 
 def _adapted(name: str, leaf: Weight, dtype: str, activations: Activations, asked: Answer) -> Weight:
     """A stored leaf as the caller's flags want it."""
+    if name.endswith((".k_scale", ".v_scale")):
+        return leaf
     if isinstance(leaf, QuantizedTensor):
         if activations == "none":
             return leaf.replace(spec=leaf.spec.replace(activation=NO_ACTIVATION), input_scale=None)

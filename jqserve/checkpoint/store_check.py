@@ -38,6 +38,10 @@ def check_modules(where: str, config: ModelConfig, leaves: dict[str, LeafFacts])
         if slots[0].bias:
             take(f"{path}.bias", (n,))
 
+    for i in range(config.layers):
+        for path in (f"layers.{i}.attn.k_scale", f"layers.{i}.attn.v_scale"):
+            if path in left:
+                take(path, ())
     for module in modules(config):
         if isinstance(module, Vector):
             take(module.path, module.shape)

@@ -13,6 +13,7 @@ import numpy as np
 
 from jqserve.checkpoint.audit import Audit, GroupSource, Part
 from jqserve.checkpoint.finite import all_finite
+from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Place, Weight
 from jqserve.checkpoint.names import Vector
 from jqserve.checkpoint.open import AnyCheckpoint
@@ -55,12 +56,12 @@ class Stream:
         place: Place,
         on_device: bool,
     ) -> None:
-        self._checkpoint, self._modules = checkpoint, audited.modules
+        self._checkpoint, self._modules, self._kv = checkpoint, audited.modules, audited.kv
         self._dtype, self._place, self._on_device = dtype, place, on_device
         self._flying: deque[tuple[str, Any]] = deque()  # path, whether it is finite (perhaps not computed yet)
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._modules) + (self._kv is not None)
 
     def __iter__(self) -> Iterator[Built]:
         names = [tensor_names(module) for module in self._modules]
@@ -70,6 +71,9 @@ class Stream:
             self._settle(IN_FLIGHT if self._on_device else 0)
             yield built
             del built  # or the host would hold it while the next one is made
+        if self._kv is not None:
+            leaves = read_kv_scales(self._checkpoint, self._kv)
+            yield Built("kv_scales", tuple((path, self._place(scale)) for path, scale in leaves), ())
         self._settle(0)
 
     def _vector(self, vector: Vector) -> Built:

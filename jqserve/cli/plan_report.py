@@ -14,7 +14,7 @@ from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.engine.buckets import make_buckets
-from jqserve.engine.cache import cache_shape
+from jqserve.engine.cache import cache_shape, kv_dtype, kv_source
 from jqserve.engine.config import defaults_for
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import UnsupportedError
@@ -79,7 +79,7 @@ def _totals(args: argparse.Namespace, config: ModelConfig, found: Forecast) -> d
     read = weights - (sum(row.bytes for row in rows if row.path == "embed") if head else 0)
     problems = [p for row in rows for p in _cuts(row, config, n)] if n > 1 else []
     per_gpu = weights if n == 1 else -(-sum(row.bytes for row in rows) // n) + found.vectors
-    dtype = config.dtype if args.kv_cache_dtype == "auto" else _kv_names(args.kv_cache_dtype)
+    dtype = kv_dtype(args.kv_cache_dtype, config.dtype, found.kv_scaled)
     page = args.page_size or defaults_for(KNOWN_DEVICES[args.device].platform).page_size
     shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
     kv_token = shape.page_bytes // page // (n if config.kv_heads % n == 0 else 1)
@@ -91,15 +91,16 @@ def _totals(args: argparse.Namespace, config: ModelConfig, found: Forecast) -> d
         "weight_bytes": weights,
         "peak_device_bytes": per_gpu + found.largest,
         "peak_host_bytes": 2 * found.largest,
-        "kv_cache": {"dtype": dtype, "bytes_per_token": kv_token, "tokens": max(0, int(free // kv_token))},
+        "kv_cache": {
+            "dtype": dtype,
+            "bytes_per_token": kv_token,
+            "tokens": max(0, int(free // kv_token)),
+            "scales": kv_source(dtype, found.kv_scaled),
+        },
         "read_bytes_per_step": read,
         "bound_tokens_per_second": speed * n / read,
         "tp": {"size": n, "bytes_per_gpu": per_gpu, "problems": list(dict.fromkeys(problems))},
     }
-
-
-def _kv_names(name: str) -> str:
-    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8_e4m3"}.get(name, name)
 
 
 def _cuts(row: PlanRow, config: ModelConfig, n: int) -> list[str]:
@@ -148,10 +149,8 @@ def _warnings(plan: LoadPlan, config: ModelConfig, facts: dict[str, Any]) -> lis
     found += list(dict.fromkeys(f"{row.path.rpartition('.')[2]}: {row.note}" for row in plan.rows if row.note))
     if any(GENERIC in row.kernel for row in plan.rows):
         found.append("no packed kernel for some modules: they are dequantized in every step (see kernel)")
-    if facts["kv_cache"]["dtype"].startswith("fp8") and not any("KV cache scale" in note for note in plan.notes):
-        found.append(
-            "an fp8 KV cache without scales in the checkpoint: keys and values beyond 448 are clipped (scale 1)"
-        )
+    if source := facts["kv_cache"]["scales"]:
+        found.append(f"KV cache in {facts['kv_cache']['dtype']}: {source}")
     found += facts["tp"]["problems"]
     if facts["kv_cache"]["tokens"] < facts["model"]["context_length"]:
         found.append(

@@ -44,6 +44,7 @@ ENGINE_FLAGS = (
     "disable_mixed_chunk",
     "disable_radix_cache",
     "disable_warmup",
+    "disable_cuda_graph",
     "compilation_cache_dir",
     "log_level",
     "profile_dir",
@@ -68,7 +69,7 @@ SERVING_FLAGS = (
 )
 
 #: the same, but their zero means something
-GIVEN_FLAGS = ("max_queued", "random_seed", "schedule_conservativeness")
+GIVEN_FLAGS = ("max_queued", "random_seed", "schedule_conservativeness", "self_test")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,7 +100,13 @@ def parser() -> argparse.ArgumentParser:
     add("--chunked-prefill-size", type=positive, metavar="TOKENS", help="most prompt tokens in one step")
     add("--num-continuous-decode-steps", type=positive, metavar="K", help="decode steps at once when nobody waits")
     add("--schedule-conservativeness", type=float, metavar="F", help="of the forecast of KV pages; 0: admit what fits")
-    add("--kv-dtype", metavar="DTYPE", help="of the KV cache")
+    add(
+        "--kv-cache-dtype",
+        "--kv-dtype",
+        dest="kv_dtype",
+        metavar="DTYPE",
+        help="auto (fp8 where the checkpoint has scales, else the model's), bf16, fp8_e4m3, fp8_e5m2",
+    )
     add("--page-size", type=positive, metavar="TOKENS", help="of a KV page")
     add("--num-pages", type=positive, metavar="N", help="KV pages, instead of as many as memory holds")
     add("--random-seed", type=int, metavar="N", help="makes the seeds drawn for requests without one reproducible")
@@ -112,6 +119,12 @@ def parser() -> argparse.ArgumentParser:
     add("--disable-mixed-chunk", action="store_true", help="never compute prompts and answers in one step")
     add("--disable-radix-cache", action="store_true", help="never reuse the KV pages of a prompt's beginning")
     add("--disable-warmup", action="store_true", help="compile each shape when it first comes")
+    add("--disable-cuda-graph", action="store_true", help="no CUDA graphs (XLA's command buffers) around the steps")
+    add(
+        "--self-test",
+        action=argparse.BooleanOptionalAction,
+        help="compare each kernel with plain dequantization before serving (default: where there are kernels to test)",
+    )
 
     serving = parser.add_argument_group("serving")
     serving.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves everybody who can reach this machine")

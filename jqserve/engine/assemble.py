@@ -13,7 +13,7 @@ import jax
 from jqserve.engine.batch import StepShape
 from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.budget import decode_tiles
-from jqserve.engine.cache import CacheShape, cache_shape, pages_that_fit, round_pages
+from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
 from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.engine import EngineCore
@@ -56,7 +56,8 @@ def assemble(
     steps = config.num_continuous_decode_steps or defaults.decode_steps
     buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets, steps=steps)
     page_size = config.page_size or defaults.page_size
-    dtype = str(params["embed"]["weight"].dtype) if config.kv_dtype == "auto" else config.kv_dtype
+    scaled = "k_scale" in params["layers"]["0"]["attn"]
+    dtype = kv_dtype(config.kv_dtype, str(params["embed"]["weight"].dtype), scaled)
     context = _wanted_context(config, model, device.platform)
     smallest = cache_shape(model, page_size=page_size, pages=1, dtype=dtype)
     shape = StepShape(slots, page_size, -(-context // page_size), tile_size, model.vocab_size)
@@ -84,6 +85,9 @@ def assemble(
         conservativeness=config.schedule_conservativeness,
     )
     facts = _facts(config, model, context, slots, steps, cache, device) | (info or {})
+    if source := kv_source(dtype, scaled):
+        log.info("KV cache in %s: %s", dtype, source)
+        facts["kv"]["scales"] = source
     overlap = not config.disable_overlap_schedule
     return EngineCore(runner, scheduler, limits, max_queued=config.max_queued, overlap=overlap, info=facts)
 

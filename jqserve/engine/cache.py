@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.config import ModelConfig
 
-KV_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16, "fp8_e4m3": jnp.float8_e4m3fn}
+KV_DTYPES = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+    "fp8_e4m3": jnp.float8_e4m3fn,
+    "fp8_e5m2": jnp.float8_e5m2,
+}
+#: Names of other servers and habits.
+ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8_e4m3"}
 
 Cache = tuple[tuple[jax.Array, jax.Array], ...]  # one (k_pages, v_pages) [P, Hkv, Ps, Dh] per layer
 
@@ -51,6 +59,20 @@ def cache_shape(config: ModelConfig, *, page_size: int, pages: int, dtype: str) 
     if dtype not in KV_DTYPES:
         raise UnsupportedError(f"KV dtype {dtype!r} is not supported; supported: auto, {', '.join(KV_DTYPES)}")
     return CacheShape(config.layers, pages + 1, config.kv_heads, page_size, config.head_dim, dtype)
+
+
+def kv_dtype(asked: str, computed: str, scaled: bool) -> str:
+    """--kv-cache-dtype: "auto" is what the checkpoint asks for, fp8 where it has scales, else the compute dtype."""
+    if asked == "auto":
+        return "fp8_e4m3" if scaled else computed
+    return ALIASES.get(asked, asked)
+
+
+def kv_source(dtype: str, scaled: bool) -> str:
+    """Where the scales of an fp8 cache come from, for people; "" for a wider cache of a checkpoint without scales."""
+    if dtype.startswith("fp8"):
+        return "scales of the checkpoint" if scaled else "scale 1.0 for every layer: the checkpoint has none"
+    return "the checkpoint's fp8 scales are not used" if scaled else ""
 
 
 def make_cache(shape: CacheShape, device: Any = None) -> Cache:

@@ -31,6 +31,8 @@ class EngineConfig:
     disable_mixed_chunk    no decode rows in steps with prefill: prompts go first, and answers wait
     disable_radix_cache    do not look for the beginnings of prompts in pages that are still there
     disable_warmup         compile each shape when it first comes (tests, offline use), not before serving
+    disable_cuda_graph     the engine process runs XLA without command buffers, which are CUDA graphs on a GPU
+    self_test              compare kernels with plain dequantization when loaded; None: where there are kernels to test
     log_level              of the engine process: debug | info | warning | error
     tokenizer_path         where the tokenizer is, if not with the model; grammars need it
     profile_dir            where the profiler's traces go; None: a new folder under the system's temporary one
@@ -60,6 +62,8 @@ class EngineConfig:
     disable_radix_cache: bool = False
     disable_mixed_chunk: bool = False
     disable_warmup: bool = False
+    disable_cuda_graph: bool = False
+    self_test: bool | None = None
     compilation_cache_dir: str | None = None
     tokenizer_path: str | None = None
     profile_dir: str | None = None

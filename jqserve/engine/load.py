@@ -20,8 +20,10 @@ from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import UnsupportedError
+from jqserve.models.build import quantized_weights
 from jqserve.ops.device import current_device
 from jqserve.ops.relayout import relayout_leaf
+from jqserve.ops.selftest import self_test, worth_testing
 from jqserve.quant import QuantizedTensor
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     load_seconds = time.perf_counter() - began
     loaded = with_kernel_plan(config, loaded)
     tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
+    if config.self_test is not False:
+        run_self_test(config, loaded, tell)
     engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds), programs=programs)
     engine.describe(sampling_defaults=sampling_defaults(loaded.generation_config, engine.limits))
     kv = engine.model_info()["kv"]
@@ -59,6 +63,17 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
         programs_from_cache=kept.hits if kept is not None else 0,
     )
     return engine
+
+
+def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report) -> None:
+    """Raises EngineFailedError where a kernel computes something else than its weights say. Asked for by nobody, it
+    runs only where there are kernels to test: not where XLA's references are all that runs, as on a CPU."""
+    device = current_device()
+    rows = (16, config.chunked_prefill_size or defaults_for(device.platform).chunked_prefill_size)
+    dtype, weights = str(loaded.params["embed"]["weight"].dtype), list(quantized_weights(loaded.params))
+    if config.self_test or worth_testing(weights, dtype, rows):
+        for line in self_test(weights, dtype, rows):
+            tell("load", f"self-test {line}", {})
 
 
 def with_kernel_plan(config: EngineConfig, loaded: LoadedCheckpoint) -> LoadedCheckpoint:

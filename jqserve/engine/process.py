@@ -120,6 +120,9 @@ def _prepare_process(config: EngineConfig) -> EngineConfig:
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s engine %(levelname)s %(name)s: %(message)s")
     fraction = xla_fraction(config.mem_fraction_static)
     os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
+    if config.disable_cuda_graph:
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_gpu_enable_command_buffer="])
     return dataclasses.replace(config, xla_fraction=fraction)
 
 

@@ -34,7 +34,8 @@ class Attend:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention. `tree`: {"qkv": LIN | "q","k","v": LIN, "o": LIN, "q_norm","k_norm": {"weight"}?}."""
+    """Grouped-query attention. `tree`: {"qkv": LIN | "q","k","v": LIN, "o": LIN, "q_norm","k_norm": {"weight"}?,
+    "k_scale","v_scale": float32 []?}."""
 
     def __init__(self, config: ModelConfig, tree: Mapping[str, Any]) -> None:
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
@@ -43,6 +44,16 @@ class Attention(nnx.Module):
         self.o = Linear(tree["o"])
         self.q_norm = RMSNorm(tree["q_norm"]["weight"], config.norm_eps) if "q_norm" in tree else None
         self.k_norm = RMSNorm(tree["k_norm"]["weight"], config.norm_eps) if "k_norm" in tree else None
+
+        self.k_scale = nnx.Param(tree["k_scale"]) if "k_scale" in tree else None
+        self.v_scale = nnx.Param(tree["v_scale"]) if "v_scale" in tree else None
+
+    @property
+    def kv_scales(self) -> dict[str, jax.Array]:
+        """{"k_scale", "v_scale"} float32 [] of an fp8 KV cache, or nothing."""
+        if self.k_scale is None or self.v_scale is None:
+            return {}
+        return {"k_scale": self.k_scale.get_value(), "v_scale": self.v_scale.get_value()}
 
     @property
     def input_scheme(self) -> ActivationSpec | None:

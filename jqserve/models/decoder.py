@@ -26,6 +26,7 @@ from jqserve.ops.attention import (
     full_attention,
     paged_attention,
     paged_attention_of_projection,
+    through_fp8,
 )
 from jqserve.ops.device import Device, current_device
 from jqserve.ops.linear import dense_matmul
@@ -137,6 +138,8 @@ def _paged_layer(
 ) -> tuple[jax.Array, jax.Array, Pages]:
     layer: Layer = nnx.merge(structure, arrays)
     given: dict[str, Any] = dict(pages=pages, meta=meta, sm_scale=layer.sm_scale, window=layer.window)
+    if pages[0].dtype.itemsize == 1:  # wider pages hold keys and values as they are
+        given |= layer.attn.kv_scales
     attend = Attend(
         functools.partial(paged_attention, **given), functools.partial(paged_attention_of_projection, **given)
     )
@@ -150,6 +153,8 @@ def _full_layer(
     layer: Layer = nnx.merge(structure, arrays)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        if scales := layer.attn.kv_scales:  # what an fp8 cache would have made of them
+            k, v = through_fp8(k, scales["k_scale"]), through_fp8(v, scales["v_scale"])
         return full_attention(q, k, v, sm_scale=layer.sm_scale, window=layer.window), None
 
     x, residual, _ = layer(x, residual, rope, Attend(attend), fuse=False)

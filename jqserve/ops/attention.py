@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,17 @@ def paged_attention(
     *,
     sm_scale: float,
     window: int | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Writes k, v [T, Hkv, Dh] into (k_pages, v_pages) [P, Hkv, Ps, Dh], then attends q [T, H, Dh] over them.
 
+    k_scale, v_scale: float32 [], of fp8 pages: they hold x / scale.
     Returns ([T, H, Dh], new pages). Padding rows come out as zeros. `window` w: position p sees keys in (p - w, p].
     """
-    pages = write_kv(*pages, k, v, meta.kv_slots)
-    return attend_pages(q, pages, meta, sm_scale=sm_scale, window=window), pages
+    scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+    pages = write_kv(*pages, k, v, meta.kv_slots, **scales)
+    return attend_pages(q, pages, meta, sm_scale=sm_scale, window=window, **scales), pages
 
 
 def paged_attention_of_projection(
@@ -63,14 +68,17 @@ def paged_attention_of_projection(
     *,
     sm_scale: float,
     window: int | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """`paged_attention` of a fused projection qkv [T, (H + 2 Hkv) * Dh], queries and keys not turned yet.
 
     rope: cos, sin float32 [T, Dh/2]. Turning them and writing the pages is one kernel where a device has it.
     """
-    q, *written = rope_write(qkv, *rope, meta.kv_slots, *pages)
+    scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+    q, *written = rope_write(qkv, *rope, meta.kv_slots, *pages, **scales)
     pages = (written[0], written[1])
-    return attend_pages(q, pages, meta, sm_scale=sm_scale, window=window), pages
+    return attend_pages(q, pages, meta, sm_scale=sm_scale, window=window, **scales), pages
 
 
 def attend_pages(
@@ -80,6 +88,8 @@ def attend_pages(
     *,
     sm_scale: float,
     window: int | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
     """q [T, H, Dh] over pages that hold this step's keys and values already -> [T, H, Dh]."""
     k_pages, v_pages = pages
@@ -95,6 +105,8 @@ def attend_pages(
                 meta.decode_len,
                 sm_scale=sm_scale,
                 window=window,
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
         )
     if tiles:
@@ -108,9 +120,17 @@ def attend_pages(
             meta.tile_len,
             sm_scale=sm_scale,
             window=window,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         outputs.append(out.reshape(-1, *q.shape[1:]))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+
+
+def through_fp8(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """What float8_e4m3fn pages give back of x: scale * round(clamp(x / scale)), in x's dtype."""
+    stored = jnp.clip(x.astype(jnp.float32) / scale, -448.0, 448.0).astype(jnp.float8_e4m3fn)
+    return (stored.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def full_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, sm_scale: float, window: int | None) -> jax.Array:

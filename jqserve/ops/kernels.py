@@ -40,7 +40,7 @@ def kernel(spec: QuantSpec | None, rows: int, dtype: str, scale_dtype: str, devi
             scale = jax.ShapeDtypeStruct((1 if spec.activation.kind == "static_tensor" else rows, width), jnp.float32)
             wide = jax.ShapeDtypeStruct(weight.scale.shape, jnp.float32)
             choice = explain(
-                "scaled_matmul", quantized, weight.qvalue, scale, wide, None, device=device, out_dtype=jnp.dtype(dtype)
+                "scaled_matmul", quantized, weight.qvalue, scale, wide, None, device=device, out_dtype=dtype
             )
             return _named("scaled_matmul", choice.chosen)
         return _named(*_weight_only(spec, weight, x, device))
@@ -54,16 +54,8 @@ def _weight_only(spec: QuantSpec, weight: QuantizedTensor, x: Any, device: Devic
         scale = jax.ShapeDtypeStruct((spec.shape[0], scale.shape[1]), scale.dtype)
     if spec.qtype == "uint4":
         integer, offset = (zero, None) if spec.zero == "int" else (None, zero)
-        found: list[str | None] = []
-
-        def ask(x: Any, qvalue: Any, scale: Any, zero: Any, offset: Any) -> Any:
-            # Traced here, for `explain` takes keyword arguments as they are.
-            call = explain("w4a16_matmul", x, qvalue, scale, zero, device=device, offset=offset, **kwargs)
-            found.append(call.chosen)
-            return x
-
-        jax.eval_shape(ask, x, weight.qvalue, scale, integer, offset)
-        return "w4a16", found[-1]
+        call = explain("w4a16_matmul", x, weight.qvalue, scale, integer, device=device, offset=offset, **kwargs)
+        return "w4a16", call.chosen
     return "w8a16", explain("w8a16_matmul", x, weight.qvalue, scale, zero, device=device, **kwargs).chosen
 
 

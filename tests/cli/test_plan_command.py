@@ -72,7 +72,7 @@ def test_flags_and_dense_modules(fixtures_dir: Path, capsys: pytest.CaptureFixtu
     assert any(warning.startswith("mixed schemes") for warning in mixed["warnings"])
     online = planned(capsys, fixtures_dir / "base-bf16", "--torchao-config", "int4wo-64", "--kv-cache-dtype", "fp8")
     assert online["notes"][0].endswith("--torchao-config int4wo-64") and online["kv_cache"]["dtype"] == "fp8_e4m3"
-    assert any("without scales" in warning for warning in online["warnings"])
+    assert any("scale 1.0 for every layer" in warning for warning in online["warnings"])
     nf4 = planned(capsys, fixtures_dir / "bnb-nf4-double")
     assert any("no packed kernel" in warning for warning in nf4["warnings"])
 

@@ -118,6 +118,28 @@ def test_paged_equals_full(name: str) -> None:
     check(run, config, TOLERANCE if scheme.activation.kind == "none" else QUANTIZED_TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["dense", "qk_norm"])
+def test_fp8_pages_hold_what_the_scales_say(name: str) -> None:
+    """Paged in float8 with a scale for keys and values of each layer, against the full path's fake quantization."""
+    config, scheme, fused = VARIANTS[name]
+    params = random_params(config, scheme, fused=fused)
+    for i, layer in enumerate(params["layers"].values()):
+        layer["attn"] |= {"k_scale": jnp.float32(0.02 + 0.01 * i), "v_scale": jnp.float32(0.005)}
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(0, config.vocab_size, 18).tolist()]
+    run = PagedRun(build(config, params), sequences, pages_each=3, tile=6)
+    run.kv = jax.tree.map(lambda pages: pages.astype(jnp.float8_e4m3fn), run.kv)
+    run.run([], [(0, 6)])
+    while run.done[0] < 18:
+        run.run([0], [])
+    check(run, config, QUANTIZED_TOLERANCE)
+    for layer in params["layers"].values():
+        del layer["attn"]["k_scale"], layer["attn"]["v_scale"]
+    without = jax.jit(build(config, params).full)(jnp.array(sequences))[0]
+    # If the scales were not heeded in the full path, the check above would have compared with this.
+    assert np.abs(np.array(run.logits[0]) - without).max() > 2 * QUANTIZED_TOLERANCE * np.abs(without).max()
+
+
 def test_steps_of_only_tiles_or_only_decodes() -> None:
     run = start("dense")
     run.run([], [(0, 6), (1, 6)])

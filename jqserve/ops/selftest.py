@@ -1,0 +1,85 @@
+"""The self-test at load: each kernel that will run, once on real weights, against plain dequantization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jqserve.errors import EngineFailedError
+from jqserve.ops.device import current_device
+from jqserve.ops.kernels import GENERIC, kernel
+from jqserve.ops.linear import linear
+from jqserve.ops.relayout import to_canonical
+from jqserve.quant import ActivationSpec, QuantizedTensor, dequantize
+
+#: Largest difference allowed, as a share of the largest output: bfloat16 rounds weights, inputs and results by 2^-9
+#: each and a quantized input may fall to the other side of a tie; a wrong nibble or scale gives 0.3 and more.
+BOUNDS = {"bfloat16": 2e-2, "float16": 1e-2, "float32": 5e-3}
+
+
+def self_test(weights: Iterable[tuple[str, QuantizedTensor]], dtype: str, rows: tuple[int, ...]) -> Iterator[str]:
+    """Tests the first weight of each distinct spec with inputs [M, K] of every M in `rows`; yields a line for each.
+
+    weights  (path, weight in kernel layout, on the device); dtype: of the activations.
+    Raises EngineFailedError naming the module, the kernel and the difference. Takes, for a moment, a float32 copy of
+    the one weight at hand.
+    """
+    seen = set()
+    for path, weight in weights:
+        if weight.spec in seen:
+            continue
+        seen.add(weight.spec)
+        canonical = to_canonical(weight)
+        dense = jax.jit(dequantize)(canonical)
+        errors = {m: _difference(weight, dense, dtype, m) for m in rows}
+        spec, scales = canonical.spec, str(canonical.scale.dtype)
+        for m, error in errors.items():
+            if not error <= BOUNDS[dtype]:
+                raise EngineFailedError(
+                    f"self-test: {path}: {kernel(spec, m, dtype, scales, current_device())} with {m} rows differs from "
+                    f"the dequantized weight by {error:.2g} of the largest output, {BOUNDS[dtype]:.2g} is allowed. Not "
+                    "serving wrong numbers: please report this; --no-self-test serves anyway"
+                )
+        yield f"{path}: within {max(errors.values()):.1e} of the largest output"
+
+
+def worth_testing(weights: Iterable[tuple[str, QuantizedTensor]], dtype: str, rows: tuple[int, ...]) -> bool:
+    """False where only the XLA references run, which are what a kernel would be compared with."""
+    device = current_device()
+    for _, weight in weights:
+        canonical = jax.eval_shape(to_canonical, weight)
+        named = (kernel(canonical.spec, m, dtype, str(canonical.scale.dtype), device) for m in rows)
+        if any(name != GENERIC and not name.endswith("/xla") for name in named):
+            return True
+    return False
+
+
+def _difference(weight: QuantizedTensor, dense: jax.Array, dtype: str, m: int) -> float:
+    k = weight.shape[1]
+    x = jnp.asarray(np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)).astype(dtype)
+    got = jax.jit(linear)(x, weight).astype(jnp.float32)
+    seen = _quantized(x.astype(jnp.float32), weight.spec.activation, weight.input_scale)
+    expected = jnp.matmul(seen, dense.T, precision=jax.lax.Precision.HIGHEST)
+    return float(jnp.abs(got - expected).max() / jnp.abs(expected).max())
+
+
+def _quantized(x: jax.Array, activation: ActivationSpec, static: Any) -> jax.Array:
+    """x as the kernel sees it after quantization, in float32, by the words of ActivationSpec."""
+    if activation.kind == "none":
+        return x
+    m, k = x.shape
+    block = activation.block if activation.kind == "dynamic_block" and activation.block else k
+    runs = jnp.pad(x, ((0, 0), (0, -k % block))).reshape(m, -1, block)
+    scale = jnp.abs(runs).max(axis=2, keepdims=True) / activation.divisor
+    scale = jnp.where(scale == 0, 1.0, scale)
+    if activation.kind == "static_tensor":
+        scale = jnp.full_like(scale, static.reshape(()))
+    if activation.qtype == "int8":
+        q = jnp.clip(jnp.round(runs / scale), -128, 127)
+    else:
+        q = jnp.clip(runs / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    return (q * scale).reshape(m, -1)[:, :k]

@@ -1,0 +1,62 @@
+"""The self-test passes right weights in every scheme, and names the module when a kernel or its arrays are wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jqserve.errors import EngineFailedError
+from jqserve.ops import selftest
+from jqserve.ops.relayout import relayout_leaf
+from jqserve.quant import QuantizedTensor
+from pallas_kernels import KNOWN_DEVICES, use_device
+from tests.models.tiny import random_weight
+from tests.ops.test_linear import ACTIVATIONS, WEIGHT_ONLY
+
+SCHEMES = {name: scheme for name, scheme in (WEIGHT_ONLY | ACTIVATIONS).items() if scheme.qtype is not None}
+
+
+def weight(name: str) -> Any:
+    return random_weight(np.random.default_rng(0), 96, 256, SCHEMES[name])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_right_weights_pass(name: str) -> None:
+    lines = list(selftest.self_test([("layers.0.x", weight(name))], "float32", (4,)))
+    assert len(lines) == 1 and lines[0].startswith("layers.0.x: within ")
+
+
+@pytest.mark.parametrize("name", ["uint4", "fp8_token", "int8_token", "nf4"])
+def test_a_wrong_product_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads one row's scale from its neighbour."""
+    real = selftest.linear
+
+    def wrong(x: Any, w: QuantizedTensor) -> Any:
+        return real(x, w.replace(scale=jnp.roll(w.scale, 1, axis=0)))
+
+    monkeypatch.setattr(selftest, "linear", wrong)
+    with pytest.raises(EngineFailedError, match=r"self-test: layers\.3\.mlp\.down: .* with 4 rows differs .* by 0\.\d"):
+        list(selftest.self_test([("layers.3.mlp.down", weight(name))], "float32", (4,)))
+
+
+def test_nan_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "linear", lambda x, w: jnp.full((x.shape[0], w.shape[0]), jnp.nan))
+    with pytest.raises(EngineFailedError, match="nan"):
+        list(selftest.self_test([("a", weight("uint4"))], "float32", (4,)))
+
+
+def test_one_weight_of_each_spec_is_tested() -> None:
+    several = [(f"layers.{i}", weight("uint4")) for i in range(3)] + [("head", weight("nf4"))]
+    assert [line.partition(":")[0] for line in selftest.self_test(several, "float32", (4,))] == ["layers.0", "head"]
+
+
+def test_where_only_references_run_there_is_nothing_to_test() -> None:
+    found = [("a", weight("uint4"))]
+    assert not selftest.worth_testing(found, "bfloat16", (16,))
+    assert not selftest.worth_testing([("a", weight("nf4"))], "bfloat16", (16,))
+    with use_device(KNOWN_DEVICES["h200"]):
+        relaid = [("a", relayout_leaf(weight("uint4"), KNOWN_DEVICES["h200"]))]
+        assert relaid[0][1].spec.layout != "canonical" and selftest.worth_testing(relaid, "bfloat16", (16,))
