@@ -33,10 +33,7 @@ FORMATS = {
     "gguf": "gguf",
 }
 NOTHING = (None, "none", "auto")
-CALIBRATED = {
-    "awq": "AWQ needs calibration, which does not run while serving",
-    "gptq": "GPTQ needs calibration, which does not run while serving",
-}
+CALIBRATED = ("awq", "gptq")
 Test = Callable[[QuantSpec], bool]
 
 
@@ -144,10 +141,15 @@ def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:
     if online is not None:
         return Answer(online=online, note=f"quantized while loading: {flag}")
     kind = FORMATS[name]
-    why = CALIBRATED.get(kind, f"{kind} is a format of checkpoints, and this one is not quantized")
+    how = f"load a checkpoint in that format, {kind} is one of checkpoints"
+    if kind in CALIBRATED:
+        how = (
+            f"{kind} needs calibration: `jqserve quantize --model-path {path} --scheme {kind} --out DIR` first, then "
+            "serve DIR"
+        )
     raise UnsupportedError(
-        f"{flag}: the checkpoint is not quantized; {why}. Load a checkpoint in that format, or round to nearest while "
-        f"loading: `jqserve-server --model-path {path} --quantization int4` (on unquantized weights: {supported()})"
+        f"{flag}: the checkpoint is not quantized; {how}; or round to nearest while loading: `jqserve-server "
+        f"--model-path {path} --quantization int4` (on unquantized weights: {supported()})"
     )
 
 
