@@ -221,7 +221,7 @@ def candidates(weights: str, m: int, n: int, k: int, few: bool) -> list[tuple[An
         plan = plan_of(wgmma_sm90, weights, m, n, k)
         configs = wgmma_config.search_space(plan)
         limit = (2 if few else 4) if m == 16 else (5 if few else 10)
-        picked = distinct(configs, lambda c: (c.warpgroups, c.m_tile, c.split, c.share, c.parts), 1, limit)
+        picked = distinct(configs, lambda c: (c.warpgroups, c.m_tile, c.split, c.parts), 1, limit)
         picked = list(dict.fromkeys([*configs[:2], *picked]))[: limit + 1]
         out += [(wgmma_sm90, dataclasses.replace(plan, config=c)) for c in picked]
     return out

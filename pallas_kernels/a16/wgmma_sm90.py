@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, memref
+from jaxlib.mlir.dialects import arith, llvm, memref
 
 from pallas_kernels.a16 import ptx
 from pallas_kernels.a16.dequant import DEQUANT, zero_pair
@@ -35,25 +35,19 @@ CHUNK = 256  # bytes: the widest box of single bytes that TMA copies
 @dataclasses.dataclass(frozen=True)
 class Config:
     """warpgroups: consumers, 64 rows of W each; m_tile: rows of x; k_step: columns of a stage (multiple of 64);
-    split: blocks of a cluster along K; stages: 0 is as many as fit; share: blocks of a cluster that take neighbouring
-    rows of W and load a part of their common x tile each, for all (only without split); parts: tiles along K, summed
-    in float32 by XLA afterwards (only without the two others)."""
+    split: blocks of a cluster along K, which needs a cluster for every tile; stages: 0 is as many as fit; parts: tiles
+    along K, summed in float32 by XLA afterwards (not with split)."""
 
     warpgroups: int = 2
     m_tile: int = 64
     k_step: int = 128
     split: int = 1
     stages: int = 0
-    share: int = 1
     parts: int = 1
 
     @property
     def rows(self) -> int:
         return 64 * self.warpgroups
-
-    @property
-    def cluster(self) -> int:
-        return self.split * self.share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +66,11 @@ class Plan(Problem):
 
     @property
     def tiles(self) -> int:
-        return self.n_tiles // self.config.share * self.m_tiles * self.config.parts
+        return self.n_tiles * self.m_tiles * self.config.parts
 
     @property
     def clusters(self) -> int:
-        return min(self.tiles, self.most_clusters(self.config.cluster))
+        return min(self.tiles, self.most_clusters(self.config.split))
 
     @property
     def k_block(self) -> int:
@@ -162,9 +156,9 @@ class Plan(Problem):
         problem = None
         if self.n % c.rows:
             problem = f"N = {self.n} is not a multiple of {c.rows}"
-        elif self.n_tiles % c.share or (c.share > 1 and c.split > 1):
-            problem = f"N = {self.n} has no {c.share} tiles of {c.rows} to share x"
-        elif c.parts > 1 and (c.cluster > 1 or self.n * c.m_tile * 4 >= 1 << 23):
+        elif c.split > 1 and not self.one_round:
+            problem = f"{self.tiles} tiles for {self.clusters} clusters"
+        elif c.parts > 1 and (c.split > 1 or self.n * c.m_tile * 4 >= 1 << 23):
             problem = "parts do not go with clusters, or the rows of y are too long for a store's offset"
         elif self.k % (c.split * c.parts * c.k_step * self.unroll) or c.k_step % 64:
             problem = f"K = {self.k} is not a multiple of {c.split} x {c.k_step}"
@@ -208,8 +202,8 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((c.parts * plan.m, plan.n), x.dtype if c.parts == 1 else jnp.float32),
         grid=(plan.clusters,),
         grid_names=("tile",),
-        cluster=(c.cluster,) if c.cluster > 1 else (),
-        cluster_names=("block",) if c.cluster > 1 else (),
+        cluster=(c.split,) if c.split > 1 else (),
+        cluster_names=("split",) if c.split > 1 else (),
         num_threads=c.warpgroups + 1,
         thread_name="wg",
         scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
@@ -230,17 +224,14 @@ class _Block:
         self.warp = Int(mgpu.warp_idx(sync=True))
         self.lane = self.tid & 31
         self.leader = self.lane.eq(0)
-        rank = ptx.special("%cluster_ctarank") if c.cluster > 1 else Int.of(0)
-        self.rank = rank if c.split > 1 else Int.of(0)  # along K
-        self.n_rank = rank if c.share > 1 else Int.of(0)
-        self.cluster = ptx.special("%ctaid.x") // c.cluster
+        self.rank = ptx.special("%cluster_ctarank") if c.split > 1 else Int.of(0)  # along K
+        self.cluster = ptx.special("%ctaid.x") // c.split
         self.smem = smem
         self.stages = ptx.shared_address(smem)
         self.out = self.stages + (0 if plan.one_round else plan.stages * plan.stage_bytes)
         self.full = self.stages + -(-plan.data_bytes // 16) * 16
         self.empty = self.full + 8 * plan.stages
         self.ready = self.empty + 8 * plan.stages  # all blocks' sums are written
-        self.done = self.ready + 8  # all blocks have read this one's sums
 
 
 def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
@@ -252,11 +243,10 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     with ptx.when(b.tid.eq(0)):
         for stage in range(plan.stages):
             ptx.mbarrier_init(b.full + 8 * stage, 1)
-            ptx.mbarrier_init(b.empty + 8 * stage, warps * c.share)
+            ptx.mbarrier_init(b.empty + 8 * stage, warps)
         ptx.mbarrier_init(b.ready, warps * c.split)
-        ptx.mbarrier_init(b.done, warps * c.split)
         ptx.fence_mbarrier_init()
-    if c.cluster > 1:
+    if c.split > 1:
         ptx.cluster_sync()
     else:
         ptx.syncthreads()
@@ -270,7 +260,7 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     with ptx.when(producer):
         ptx.set_registers(plan.consumer_registers, increase=True)
         _consume(plan, ctx, b, tile_count, s_ref, y_ref)
-    if c.cluster > 1:  # the other blocks may still read this one's sums, send it x or free a stage of it
+    if c.split > 1:  # the other blocks may still read this one's sums
         ptx.cluster_leave()
 
 
@@ -279,7 +269,7 @@ def _coordinates(plan: Plan, b: _Block, i: Int) -> tuple[Int, Int, Int]:
     tile = b.cluster + i * plan.clusters
     part = tile % plan.config.parts if plan.config.parts > 1 else b.rank
     tile = tile // plan.config.parts
-    return tile // plan.m_tiles * plan.config.share + b.n_rank, tile % plan.m_tiles, part
+    return tile // plan.m_tiles, tile % plan.m_tiles, part
 
 
 def _next(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
@@ -334,7 +324,6 @@ def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) 
                     swizzle=128,
                     arrive=False,
                     predicate=b.leader,
-                    collective=gpu.Dimension.x if c.share > 1 else None,
                 )
             # Weights in columns of 256 bytes (half a block: 16 lanes), then the tables, each as [row tile][bytes].
             at = stage * plan.stage_bytes + plan.x_bytes
@@ -400,7 +389,7 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
         ptx.keep_alive([Int(v) for v in rest[:held]])
         _free(plan, b, Int(last))
         if c.split > 1:
-            _meet(plan, b, i, n_tile, m_tile, acc, s_ref, y_base)
+            _meet(plan, b, n_tile, m_tile, acc, s_ref, y_base)
         elif c.parts > 1:
             _write_part(plan, b, n_tile, m_tile, part, acc, s_ref, y_base)
         else:
@@ -414,14 +403,9 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
 
 
 def _free(plan: Plan, b: _Block, stage: Int) -> None:
-    """This warp has read `stage`: word to every block that writes into it."""
-    barrier = b.empty + stage * 8
-    if plan.config.share == 1:
-        with ptx.when(b.leader):
-            ptx.mbarrier_arrive(barrier)
-    else:
-        with ptx.when(b.lane.lt(plan.config.share)):
-            ptx.mbarrier_arrive_remote(ptx.cluster_map(barrier, b.lane))
+    """This warp has read `stage`: word to the producer."""
+    with ptx.when(b.leader):
+        ptx.mbarrier_arrive(b.empty + stage * 8)
 
 
 def _fragments(plan: Plan, b: _Block, base: Int, block: int) -> list[list[Int]]:
@@ -540,21 +524,19 @@ def _write_part(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, part: Int, acc,
                 ptx.store_global_f32(address, acc[4 * t + 2 + j], (8 * t + j) * plan.n * 4 + 32)
 
 
-def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
+def _meet(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
     """Adds the sums of the cluster's blocks; each block writes its share of the rows of W."""
     c = plan.config
     acc = _scaled(plan, b, n_tile, acc, s_ref)
     stride = (c.rows + 4) * 4
-    if plan.one_round:  # the other warps' products have been summed: the stages are free
-        ptx.named_barrier(1, 128 * c.warpgroups)
-    else:
-        ptx.mbarrier_wait_cluster(b.done, (i & 1) ^ 1)  # passes at once for the first tile
+    # The sums lie over the stages, which other warpgroups may still multiply.
+    ptx.named_barrier(1, 128 * c.warpgroups)
     base = b.out + (b.lane % 4) * (2 * stride) + (b.warp * ROWS + b.lane // 4) * 4
     for t in range(c.m_tile // 8):
         for j in range(4):
             ptx.store_shared_f32(base + ((8 * t + j % 2) * stride + 8 * (j // 2) * 4), acc[4 * t + j])
     _arrive_everywhere(plan, b, b.ready)
-    ptx.mbarrier_wait_cluster(b.ready, i & 1)
+    ptx.mbarrier_wait_cluster(b.ready, Int.of(0))
     share = c.rows // c.split
     quads = share // 4
     threads = 128 * c.warpgroups
@@ -578,8 +560,6 @@ def _meet(plan: Plan, b: _Block, i: Int, n_tile: Int, m_tile: Int, acc, s_ref, y
         return carry
 
     ptx.loop(-(-c.m_tile * quads // threads), [], sum_body)
-    if not plan.one_round:
-        _arrive_everywhere(plan, b, b.done)
 
 
 def _arrive_everywhere(plan: Plan, b: _Block, barrier: Int) -> None:
