@@ -40,7 +40,7 @@ def _ranked(plan: Plan) -> tuple[tuple[float, Config], ...]:
     for warpgroups, m_tile, k_step, split in itertools.product((1, 2, 3, 4), m_tiles, (64, 128, 256), (1, 2)):
         if m_tile > {1: 256, 2: 256, 3: 160, 4: 128}[warpgroups]:  # registers of the accumulators
             continue
-        if split > 1 and plan.m > 1024:  # there are tiles for everybody
+        if plan.m > 256 and m_tile not in (64, 128, 192, 256):  # 96 was a quarter slower at M = 4096
             continue
         for parts in (1, 2, 4, 8) if split == 1 and plan.m <= 512 else (1,):
             config = Config(warpgroups, m_tile, k_step, split, parts=parts)
@@ -60,13 +60,15 @@ def estimate(plan: Plan) -> float:
     blocks = plan.k_block / 16
     tensor = max(c.m_tile / 2, 16) * c.warpgroups * blocks
     # One warpgroup alone waits for its own dequantization; several hide it behind each other's products.
-    convert = blocks * (16 + 12 * plan.kind.words) * c.warpgroups
-    busy = tensor + convert if c.warpgroups == 1 else max(tensor * 1.05, convert) + 0.15 * min(tensor, convert)
-    busy = max(busy, blocks * (75 + c.m_tile / 4))  # load, convert, multiply, wait: one warpgroup's chain
-    per_step = plan.copied_bytes / 30.0  # bytes per cycle from L2
+    convert = blocks * (20 + 14 * plan.kind.words + (0 if plan.scales_in_epilogue else 10)) * c.warpgroups
+    hidden = {1: 1.0, 2: 0.15, 3: 0.12, 4: 0.05}[c.warpgroups]  # the part that is not, in fact
+    busy = tensor + convert if c.warpgroups == 1 else max(tensor * 1.05, convert) + hidden * min(tensor, convert)
+    busy = max(busy, blocks * (85 + c.m_tile / 4))  # load, convert, multiply, wait: one warpgroup's chain
+    per_step = plan.copied_bytes / 36.0  # bytes per cycle from L2
     copies = plan.steps * per_step
     # Blocks of a cluster read each other's float32 sums at some 25 bytes per cycle.
     meet = 900 + (c.m_tile * c.rows / 40 if c.split == 1 else 600 + c.m_tile * c.rows * 4 / 25)
+    busy = busy * {2: 1.15, 3: 1.02}.get(plan.stages, 1.0) + plan.steps * 25
     # The producer must be far enough ahead to hide a copy's latency of some 1000 cycles behind other stages' products.
     ahead = (plan.stages - 1) * max(busy, copies) / plan.steps
     copies += plan.steps * max(0.0, 1000 - ahead) / plan.stages

@@ -81,10 +81,19 @@ class Plan(Problem):
         return self.k_block // self.config.k_step
 
     @property
+    def batch(self) -> int:
+        """16-column steps that are dequantized, then multiplied, at a time.
+
+        Two batches of operand A must fit in the registers beside the sums: of 112 a thread (four warpgroups) 64 are
+        sums at m_tile 128, and ptxas would serialize the products for want of registers.
+        """
+        return 2 if self.config.warpgroups == 4 and self.config.m_tile > 64 else self.kind.steps
+
+    @property
     def unroll(self) -> int:
-        """Steps of an iteration of the consumers' loop: two blocks at least, in registers of their own. A product may
-        still read its operand A when the next block is dequantized, and a loop would write the same registers."""
-        return 2 if self.config.k_step == self.kind.block_k else 1
+        """Steps of an iteration of the consumers' loop: two batches at least, in registers of their own. A product may
+        still read its operand A when the next batch is dequantized, and a loop would write the same registers."""
+        return 2 if self.config.k_step == 16 * self.batch else 1
 
     @property
     def step_groups(self) -> int:
@@ -347,8 +356,8 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
     c = plan.config
     count = c.m_tile // 2
     y_base = ptx.global_address(y_ref)
-    blocks = c.k_step // plan.kind.block_k
-    held = 4 * plan.kind.steps  # registers of a block's operand A
+    batches = c.k_step // (16 * plan.batch)
+    held = 4 * plan.batch  # registers of a batch's operand A
 
     def tile_body(i: Int, carry):
         n_tile, m_tile, part = _coordinates(plan, b, i)
@@ -356,26 +365,29 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
         def step_body(step: Int, carry):
             stage, phase, last = (Int(v) for v in carry[:3])
             previous, acc = [Int(v) for v in carry[3 : 3 + held]], list(carry[3 + held :])
-            for sub, block in itertools.product(range(plan.unroll), range(blocks)):
-                if block == 0:
+            for sub, batch in itertools.product(range(plan.unroll), range(batches)):
+                if batch == 0:
                     if sub:
                         last = stage
                         stage, phase = _next(stage, phase, plan.stages)
                     ptx.mbarrier_wait(b.full + stage * 8, phase)
                     base = b.stages + stage * plan.stage_bytes
-                fragments = _fragments(plan, b, base, block)
-                # The tensor core works on the block before while the line above runs, and is waited for only after it.
+                first = batch * plan.batch
+                if first % plan.kind.steps == 0:
+                    words = _words(plan, b, base, first // plan.kind.steps)
+                fragments = _fragments(plan, b, base, words, first)
+                # The tensor core works on the batch before while the line above runs, and is waited for only after it.
                 ptx.keep_alive([r for a in fragments for r in a])
                 ptx.wgmma_fence()  # ptxas would move the conversion behind the wait if the fence stood there
                 ptx.wgmma_wait(0)
                 ptx.keep_alive(previous)
-                if block == 0 and sub == 0:
+                if batch == 0 and sub == 0:
                     with ptx.when(Int.of(0).lt(step)):
                         _free(plan, b, last)
-                elif block == 0:
+                elif batch == 0:
                     _free(plan, b, last)
                 for s, a in enumerate(fragments):
-                    column = block * plan.kind.block_k + 16 * s
+                    column = 16 * (first + s)
                     at = base + (column // 64) * c.m_tile * 128 + (column % 64) * 2
                     acc = ptx.wgmma_rs(plan.x_dtype, c.m_tile, acc, a, ptx.b_descriptor(at))
                 ptx.wgmma_commit()
@@ -408,21 +420,24 @@ def _free(plan: Plan, b: _Block, stage: Int) -> None:
         ptx.mbarrier_arrive(b.empty + stage * 8)
 
 
-def _fragments(plan: Plan, b: _Block, base: Int, block: int) -> list[list[Int]]:
-    """Operand A of each 16-column step of a block, scales applied."""
-    kind, dtype = plan.kind, plan.x_dtype
+def _words(plan: Plan, b: _Block, base: Int, block: int) -> list[Int]:
+    """This lane's 16 bytes of a block."""
     column = plan.row_tiles * CHUNK
-    weights = base + plan.x_bytes + b.warp * CHUNK + (b.lane // 16) * column + (b.lane % 16) * 16
-    weights = weights + block * (BLOCK_BYTES // CHUNK) * column
-    words = ptx.load_shared(weights, 4)
+    at = base + plan.x_bytes + b.warp * CHUNK + (b.lane // 16) * column + (b.lane % 16) * 16
+    return ptx.load_shared(at + block * (BLOCK_BYTES // CHUNK) * column, 4)
+
+
+def _fragments(plan: Plan, b: _Block, base: Int, words: list[Int], first: int) -> list[list[Int]]:
+    """Operand A of the steps first .. first + batch of a stage, scales applied; `words` are their block's."""
+    kind, dtype = plan.kind, plan.x_dtype
     sizes = plan.table_bytes()
     table = base + plan.x_bytes + plan.row_tiles * plan.piece
     zero_table = table + plan.row_tiles * sizes[0]
     offset_table = zero_table + plan.row_tiles * sizes[1]
     out, loaded = [], -1
     scales = zeros = offsets = None
-    for step in range(kind.steps):
-        group = min((block * kind.block_k + 16 * step) // plan.group, plan.step_groups - 1)
+    for step in range(first, first + plan.batch):
+        group = min(16 * step // plan.group, plan.step_groups - 1)
         if group != loaded:
             loaded = group
             if sizes[0]:
@@ -432,7 +447,8 @@ def _fragments(plan: Plan, b: _Block, base: Int, block: int) -> list[list[Int]]:
                 zeros = zero_pair(kind, dtype, pair, False), zero_pair(kind, dtype, pair, True)
             if sizes[2]:
                 offsets = _pair16(plan, offset_table + b.warp * sizes[2] + group * plan.scale_record, b.lane)
-        a = DEQUANT[kind.name](dtype, words[step * kind.words : (step + 1) * kind.words], zeros)
+        at = step % kind.steps * kind.words
+        a = DEQUANT[kind.name](dtype, words[at : at + kind.words], zeros)
         if scales and offsets:
             a = [ptx.packed_fma(dtype, v, scales[i % 2], offsets[i % 2]) for i, v in enumerate(a)]
         elif scales:

@@ -56,6 +56,7 @@ class Compiled:
     spill_bytes: int  # stores + loads, summed over the kernels
     stack_bytes: int
     hlo: str
+    report: str = ""  # what ptxas said
 
     def count(self, text: str) -> int:
         """How often `text` occurs in the PTX, e.g. "wgmma.mma_async"."""
@@ -135,4 +136,5 @@ def compile_for_h200(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[i
         spill_bytes=sum(numbers(r"(\d+) bytes spill")),
         stack_bytes=sum(numbers(r"(\d+) bytes stack frame")),
         hlo=executable.as_text(),
+        report=report,
     )

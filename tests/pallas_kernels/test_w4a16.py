@@ -60,7 +60,7 @@ def test_fragments_are_the_mma_operand_and_invertible() -> None:
 KERNELS = {
     "decode": (decode_sm90, 1, decode_sm90.Config(), 64),
     "decode 16": (decode_sm90, 16, decode_sm90.Config(1, 4, 4, 4, 2), 96),
-    "wgmma 64": (wgmma_sm90, 64, wgmma_sm90.Config(2, 64, 128, 4), 168),
+    "wgmma 64": (wgmma_sm90, 64, wgmma_sm90.Config(2, 64, 128, 2), 168),
 }
 
 
