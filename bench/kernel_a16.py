@@ -1,6 +1,6 @@
 """w4a16 and w8a16 kernels on this GPU: correctness first, then microseconds per call over configurations.
 
-    python -m bench.kernel_a16 [--budget SECONDS] [--out DIR] [--only check,u4,s8g,s8c] [--m 1,16,...] [--dry]
+    python -m bench.kernel_a16 [--budget SECONDS] [--out DIR] [--only check,u4,s8g,s8c,fp8c] [--m 1,16,...] [--dry]
 
 One process per group of variants, so that a hang costs that group only (its watchdog ends it); they compile side by
 side and take turns on the GPU by a file lock. Kernel time is CUPTI's, weights rotate over 300 MB; the best
