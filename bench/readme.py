@@ -112,8 +112,33 @@ def _attention(rows: list[dict[str, Any]]) -> str:
     return table(["paged attention, 32/8 heads of 128", "ours", "best peer"], lines)
 
 
+def decode() -> str:
+    """Decode steps of the engine, in process."""
+    result = load("decode")
+    if result is None:
+        return "Not measured yet."
+    rows = []
+    for row in result["rows"]:
+        if "step_ms" not in row:
+            continue
+        peer = f" ({row['vllm']:,})" if row.get("vllm") else ""
+        host = sum(row["host_ms"][phase] for phase in ("schedule", "launch", "emit"))
+        share = row.get("share_of_bound")
+        what = [row["scheme"], row["kv_dtype"], f"{row['batch']} x {row['context']:,}", str(row["decode_steps"])]
+        times = [
+            f"{row['step_ms']:.2f}",
+            f"{row.get('kernel_ms', 0):.2f}",
+            f"{row.get('kernels', 0):.0f}",
+            f"{host:.2f}",
+        ]
+        rows.append([*what, f"{row['tokens_per_second']:,.0f}{peer}", *times, f"{share:.0%}" if share else ""])
+    header = ["weights", "KV", "sequences x context", "K", "tokens/s (vLLM 0.25.1)", "step ms", "its kernels ms"]
+    header += ["kernels", "host ms", "of the bound"]
+    return table(header, rows) + "\n\n" + source(result, "decode")
+
+
 _SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}
-TABLES: dict[str, Callable[[], str]] = {"start_line": start_line, "kernels": kernels}
+TABLES: dict[str, Callable[[], str]] = {"start_line": start_line, "decode": decode, "kernels": kernels}
 
 
 def rendered(text: str) -> str:

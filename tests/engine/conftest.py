@@ -36,6 +36,7 @@ def tiny_model() -> ModelConfig:
         rope=RopeConfig(),
         max_position=256,
         tied_embeddings=True,
+        sliding_windows=(20, None),  # one layer of each kind: prefixes are found behind a window too
         dtype="float32",
         eos_token_ids=(EOS,),
     )

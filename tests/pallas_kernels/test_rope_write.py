@@ -157,3 +157,26 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             rope_write(**(data | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="runs the kernel")
+@pytest.mark.parametrize("tokens", [1, 5, 64, 300])
+def test_on_the_device(tokens: int) -> None:
+    """Against the XLA form, at Llama-3.1-8B's shape, with padding and with distinct slots in random pages."""
+    rng = np.random.default_rng(tokens)
+    shape, pages = SHAPES["llama"], 40
+    heads, kv_heads, head_dim, page_size = shape
+    slots = rng.permutation(np.arange(page_size, pages * page_size))[:tokens].astype(np.int32)
+    slots[tokens // 2 :: 7] = 0  # padding
+    pool = (pages, kv_heads, page_size, head_dim)
+    angle = jnp.asarray(rng.uniform(-3, 3, (tokens, head_dim // 2)), jnp.float32)
+    qkv = jnp.asarray(rng.normal(size=(tokens, (heads + 2 * kv_heads) * head_dim)), jnp.bfloat16)
+    k_pages, v_pages = (jnp.asarray(rng.normal(size=pool), jnp.bfloat16) for _ in range(2))
+    given = (qkv, jnp.cos(angle), jnp.sin(angle), jnp.asarray(slots), k_pages, v_pages)
+    got = jax.jit(lambda *a: rope_write(*a, implementation="mosaic_sm90"))(*given)
+    want = jax.jit(lambda *a: rope_write(*a, implementation="xla"))(*given)
+    for g, w, whole in zip(got, want, (True, False, False)):
+        g, w = (np.asarray(x, np.float32) for x in (g, w))
+        g, w = (g, w) if whole else (g[1:], w[1:])  # page 0 is the padding's
+        np.testing.assert_allclose(g, w, rtol=2.0**-7, atol=2.0**-20)  # a product fused with its sum: one ulp of bf16
