@@ -48,6 +48,7 @@ ENGINE_FLAGS = (
     "compilation_cache_dir",
     "log_level",
     "profile_dir",
+    "constraint_warmup",
 )
 
 #: flags that are the front end's alone, under `ServerConfig`'s names
@@ -118,6 +119,11 @@ def parser() -> argparse.ArgumentParser:
     add("--disable-overlap-schedule", action="store_true", help="read each step before dispatching the next")
     add("--disable-mixed-chunk", action="store_true", help="never compute prompts and answers in one step")
     add("--disable-radix-cache", action="store_true", help="never reuse the KV pages of a prompt's beginning")
+    add(
+        "--constraint-warmup",
+        action="store_true",
+        help="compile the programs for constrained and scored requests before serving, not when the first one comes",
+    )
     add("--disable-warmup", action="store_true", help="compile each shape when it first comes")
     add("--disable-cuda-graph", action="store_true", help="no CUDA graphs (XLA's command buffers) around the steps")
     add(

@@ -7,7 +7,7 @@ from typing import Any
 
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.request import EngineRequest, FinishReason, StepEvent, TokenLogprobs
-from jqserve.errors import JqserveError
+from jqserve.errors import JqserveError, RequestError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Running:
 
     def take(self, event: StepEvent, core: EngineCore) -> bool:
         """True when the sequence has ended."""
+        if event.finish is FinishReason.ERROR and event.field:
+            raise RequestError(event.field, f"{event.error} (prompt {self.request.rid})")
         if event.finish is FinishReason.ERROR:
             raise JqserveError(f"the engine failed on prompt {self.request.rid}: {event.error}")
         self.ids += event.token_ids

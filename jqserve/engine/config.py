@@ -35,6 +35,8 @@ class EngineConfig:
     self_test              compare kernels with plain dequantization when loaded; None: where there are kernels to test
     log_level              of the engine process: debug | info | warning | error
     tokenizer_path         where the tokenizer is, if not with the model; grammars need it
+    constraint_warmup      compile the programs for constrained and scored requests before serving, and not in the
+                           background when the first one comes
     profile_dir            where the profiler's traces go; None: a new folder under the system's temporary one
     compilation_cache_dir  an owner-only directory for compiled programs; "off": none; None: on a GPU, one in ~/.cache
     """
@@ -67,6 +69,7 @@ class EngineConfig:
     compilation_cache_dir: str | None = None
     tokenizer_path: str | None = None
     profile_dir: str | None = None
+    constraint_warmup: bool = False
     log_level: str = "info"
 
     def __post_init__(self) -> None:

@@ -13,10 +13,13 @@ import logging
 import time
 from typing import Any
 
+from jqserve.engine.grammar import Grammars
 from jqserve.engine.plan import Plan
+from jqserve.engine.preparing import Preparing, Refused
 from jqserve.engine.request import EngineRequest, EngineStats, FinishReason, StepEvent, TokenLogprobs
 from jqserve.engine.runner import Launched, Runner
 from jqserve.engine.scheduler import Scheduler
+from jqserve.engine.scoring import take_scores, told_scores
 from jqserve.engine.sequence import Sequence
 from jqserve.engine.validate import Limits, check_request, stop_ids
 from jqserve.errors import JqserveError, QueueFullError, RequestError
@@ -24,6 +27,9 @@ from jqserve.errors import JqserveError, QueueFullError, RequestError
 log = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits are not numbers (NaN): the weights or the dtype do not suit this prompt"
+PREPARING_SECONDS = (
+    0.005  # how long a turn of the loop waits when requests are being prepared and nothing else is there
+)
 MAX_FAILURES_ALONE = 2
 MAX_FAILURES_IN_A_ROW = 1000  # more than a step's sequences can cause: a device that never works again ends the engine
 
@@ -40,25 +46,27 @@ class EngineCore:
         max_queued: int,
         overlap: bool = True,
         info: dict[str, Any] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
+        """`grammars`: what holds answers to constraints; None: requests with one are refused."""
         self.runner, self.scheduler, self.limits = runner, scheduler, limits
         self.max_queued, self.overlap = max_queued, overlap
         self._info = info or {}
+        self.preparing = Preparing(grammars, runner.split.prepare)
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: Launched | None = None
         self._arrivals = 0
         self._steps = self._generated = self._rows = self._failures = 0
-        #: seconds of the host by phase since the start: receive, schedule, launch, wait (for the device), emit, send
-        self.host_seconds = dict.fromkeys(("receive", "schedule", "launch", "wait", "emit", "send"), 0.0)
+        #: seconds of the host by phase since the start; `wait` is for the device
+        self.host_seconds = dict.fromkeys(("receive", "schedule", "launch", "wait", "mask", "emit", "send"), 0.0)
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises RequestError for what cannot be served, QueueFullError when too many wait."""
         if request.rid in self._sequences:
             raise RequestError("rid", f"request {request.rid} is running already")
-        if len(self.scheduler.waiting) >= self.max_queued + len(self.scheduler.free_slots):
-            raise QueueFullError(
-                f"{len(self.scheduler.waiting)} requests wait already (max_queued {self.max_queued}); try again later"
-            )
+        waiting = len(self.scheduler.waiting) + len(self.preparing)
+        if waiting >= self.max_queued + len(self.scheduler.free_slots):
+            raise QueueFullError(f"{waiting} requests wait already (max_queued {self.max_queued}); try again later")
         request = check_request(request, self.limits)
         assert request.sampling.max_new_tokens is not None
         sequence = Sequence(
@@ -67,10 +75,14 @@ class EngineCore:
             limit=len(request.prompt) + request.sampling.max_new_tokens,
             tokens=list(request.prompt),
             stop_ids=stop_ids(request.sampling, self.limits),
+            scores=None if request.sampling.prompt_logprobs is None else {},
         )
+        if self.preparing.needed(sequence):
+            self.preparing.add(sequence)
+        else:
+            self.scheduler.add(sequence)
         self._arrivals += 1
         self._sequences[request.rid] = sequence
-        self.scheduler.add(sequence)
 
     def abort(self, rid: int) -> bool:
         """Forgets a request at once, wherever it is; no event follows. False when there is no such request."""
@@ -78,8 +90,15 @@ class EngineCore:
         if sequence is None:
             return False
         sequence.finish = FinishReason.ABORT
-        self.scheduler.remove(sequence)
+        if not self.preparing.remove(sequence):
+            self.scheduler.remove(sequence)
         return True
+
+    def flush_cache(self) -> int:
+        """Forgets the cached prefixes; how many idle pages that empties. Running requests keep their pages."""
+        cached = self.scheduler.pool.cached
+        self.scheduler.pool.forget()
+        return cached
 
     def has_work(self) -> bool:
         """Whether `step` has something to do; False only when nothing runs, waits, or has to be read."""
@@ -90,6 +109,7 @@ class EngineCore:
 
         Raises only when the device does not come back after a failure; every request is lost then.
         """
+        events = [event for one in self.preparing.ready() if (event := self._prepared(one)) is not None]
         clock = time.perf_counter()
         plan = self.scheduler.schedule()
         clock = self._time("schedule", clock)
@@ -100,23 +120,36 @@ class EngineCore:
             except Exception as error:
                 failure = error
         clock = self._time("launch", clock)
-        if self.overlap:
-            previous, self._in_flight = self._in_flight, launched
-        else:
-            previous = launched
         failures = self._failures
-        events = self._resolve(previous) if previous is not None else []
+        previous = self._in_flight
+        if self.overlap:
+            self._in_flight = launched
+            events += self._resolve(previous) if previous is not None else []
+        # What was launched in halves gets its masks now: the tokens that they follow from have been read.
+        if launched is not None and launched.half is not None and self._failures <= failures:
+            try:
+                launched = self._mask(launched)
+            except Exception as error:
+                failure, launched = error, None
+            if self.overlap:
+                self._in_flight = launched
+        if not self.overlap:
+            previous = launched
+            events += self._resolve(previous) if previous is not None else []
         if failure is not None and self._failures <= failures:  # else: it failed because the one before it had
             events += self._recover(failure, plan)
-        if not plan and previous is None and self._sequences and failure is None:
-            events += self._stalled()
+        if not plan and previous is None and failure is None and not events:
+            if len(self._sequences) > len(self.preparing):
+                events += self._stalled()
+            else:
+                self.preparing.wait(PREPARING_SECONDS)
         return events
 
     def stats(self) -> EngineStats:
         pool = self.scheduler.pool
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting) + len(self.preparing),
             pages_used=pool.used,
             pages_total=pool.total,
             preemptions=self.scheduler.preemptions,
@@ -151,6 +184,8 @@ class EngineCore:
         self._failures = 0
         self._steps += plan.steps
         events = []
+        for chunk, scores in zip(plan.chunks, read.scores):
+            take_scores(chunk, scores)
         for sequence, tokens, logprobs, reached in zip(plan.sequences, read.tokens, read.logprobs, plan.reached):
             self._rows += max(1, len(tokens))
             if sequence.finish is not None:
@@ -164,6 +199,10 @@ class EngineCore:
 
     def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs]) -> StepEvent:
         """Takes tokens over up to the one that ends the sequence, if one does."""
+        scores = told_scores(sequence)
+        if sequence.limit == sequence.prompt_length:  # it was only scored: the token after the prompt is nobody's
+            self._end(sequence, FinishReason.LENGTH)
+            return StepEvent(sequence.rid, (), FinishReason.LENGTH, prompt_logprobs=scores)
         finish, matched, error, count = None, None, "", 0
         cached = sequence.first_cached if len(sequence.tokens) == sequence.prompt_length else 0
         for token in tokens:
@@ -174,6 +213,8 @@ class EngineCore:
             count += 1
             if token in sequence.stop_ids:
                 finish, matched = FinishReason.STOP, token
+            elif sequence.grammar is not None and sequence.grammar.take(token):
+                finish = FinishReason.STOP  # complete: nothing may follow
             elif len(sequence.tokens) >= sequence.limit:
                 finish = FinishReason.LENGTH
             if finish is not None:
@@ -182,11 +223,46 @@ class EngineCore:
         if count:
             sequence.failures_alone = 0
             self.scheduler.publish(sequence)
+        field = ""
+        if sequence.grammar is not None and (failed := sequence.grammar.failed):
+            finish, error, field, count = FinishReason.ERROR, f"takes too much work a token: {failed}", "constraint", 0
         if finish is not None:
             self._end(sequence, finish)
         return StepEvent(
-            sequence.rid, tuple(tokens[:count]), finish, matched, tuple(logprobs[:count]), error, cached_tokens=cached
+            sequence.rid,
+            tuple(tokens[:count]),
+            finish,
+            matched,
+            tuple(logprobs[:count]),
+            error,
+            cached_tokens=cached,
+            prompt_logprobs=scores,
+            field=field,
         )
+
+    def _prepared(self, one: Sequence | Refused) -> StepEvent | None:
+        if isinstance(one, Sequence):
+            self.scheduler.add(one)
+            return None
+        del self._sequences[one.sequence.rid]
+        one.sequence.finish = FinishReason.ERROR
+        return StepEvent(one.sequence.rid, (), FinishReason.ERROR, error=one.error, field=one.field)
+
+    def _mask(self, launched: Launched) -> Launched:
+        """Computes the masks of a step's constrained rows, and dispatches its second half."""
+        assert launched.half is not None
+        clock = time.perf_counter()
+        mask = self.runner.split.masks(launched.half)
+        rows = [
+            (row, sequence.grammar)
+            for sequence, row in zip(launched.plan.sequences, launched.sampled_rows)
+            if row >= 0 and sequence.grammar is not None and sequence.finish is None
+        ]
+        if rows and self.preparing.grammars is not None:
+            self.preparing.grammars.fill(mask, rows)
+        launched = self.runner.sample(launched, mask)
+        self._time("mask", clock)
+        return launched
 
     def _end(self, sequence: Sequence, finish: FinishReason) -> None:
         sequence.finish = finish

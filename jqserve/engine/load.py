@@ -18,8 +18,9 @@ from jqserve.engine.compile_cache import choose_folder, use_jax_cache
 from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
+from jqserve.engine.grammar import KINDS, Grammars, why_not
 from jqserve.engine.kernel_plan import with_kernels
-from jqserve.errors import UnsupportedError
+from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.build import quantized_weights
 from jqserve.ops.device import current_device
 from jqserve.ops.relayout import relayout_leaf
@@ -45,6 +46,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     if config.self_test is not False:
         run_self_test(config, loaded, tell)
     engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds), programs=programs)
+    _prepare_grammars(engine, config)
     engine.describe(sampling_defaults=sampling_defaults(loaded.generation_config, engine.limits))
     kv = engine.model_info()["kv"]
     tell("cache", f"{kv['pages']:,} KV pages of {kv['page_size']} tokens, {kv['bytes'] / 2**30:.2f} GiB", kv)
@@ -54,6 +56,8 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
             lambda done, total, what: tell("compile", f"{done}/{total} {what}", {"done": done, "total": total}),
             runs=warmup_runs(engine),
         )
+        if config.constraint_warmup:
+            engine.runner.split.prepare().result()
         if config.chunked_prefill_size is None:
             engine.describe(step_seconds=choose_budget(engine))
     kept = engine.runner.cache_of_programs
@@ -83,6 +87,19 @@ def with_kernel_plan(config: EngineConfig, loaded: LoadedCheckpoint) -> LoadedCh
     running = min(16, config.max_running_requests or defaults.max_running_requests)
     chunk = config.chunked_prefill_size or defaults.chunked_prefill_size
     return dataclasses.replace(loaded, plan=with_kernels(loaded.plan, device, loaded.config.dtype, running, chunk))
+
+
+def _prepare_grammars(engine: EngineCore, config: EngineConfig) -> None:
+    """Constraints, where there is a tokenizer that they can be had with; `scores`: prompts can always be scored."""
+    source, revision = config.tokenizer_path or config.model_path, None if config.tokenizer_path else config.revision
+    try:
+        directory = resolve(source, revision, weights=False)
+        why = why_not(directory)
+    except JqserveError as error:
+        directory, why = "", str(error)
+    if not why:
+        engine.preparing.grammars = Grammars(directory, engine.limits.vocab_size, engine.limits.eos_token_ids)
+    engine.describe(constraints=[] if why else list(KINDS), no_constraints=why, scores=True)
 
 
 def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:

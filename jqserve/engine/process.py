@@ -23,6 +23,7 @@ from jqserve.errors import EngineUnavailableError, JqserveError, QueueFullError,
 
 if TYPE_CHECKING:
     from jqserve.engine.engine import EngineCore
+    from jqserve.engine.operator import Operator
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +58,20 @@ def receive_first(channel: Channel) -> wire.Configure:
 def run(channel: Channel, config: EngineConfig) -> int:
     """Loads the engine and serves with it. Raises EOFError when the front end is gone, JqserveError from loading."""
     from jqserve.engine.load import load_engine
+    from jqserve.engine.operator import Operator
 
     engine = load_engine(config, lambda stage, text, detail: channel.send(wire.Progress(stage, text, detail)))
     channel.send(wire.Ready(engine.model_info()))
+    operator = Operator(engine, config.profile_dir)
     told, settled = 0.0, True
     while True:
         messages = channel.receive(timeout=0 if engine.has_work() else None)
         began = time.perf_counter()
         for message in messages:
-            _take(engine, channel, message)
+            if isinstance(message, wire.Ask):
+                _answer(operator, channel, message)
+            else:
+                _take(engine, channel, message)
         engine.host_seconds["receive"] += time.perf_counter() - began
         events = engine.step()
         now = time.monotonic()
@@ -94,6 +100,13 @@ def _take(engine: EngineCore, channel: Channel, message: wire.Message) -> None:
             channel.send(wire.Rejected(rid, "unavailable", str(error)))
     else:
         raise wire.WireError(f"the front end sent a {type(message).__name__}")
+
+
+def _answer(operator: Operator, channel: Channel, ask: wire.Ask) -> None:
+    try:
+        channel.send(wire.Answer(ask.number, operator(ask.verb)))
+    except JqserveError as error:
+        channel.send(wire.Answer(ask.number, error=str(error)))
 
 
 def _fail(channel: Channel, message: str, *, user: bool) -> int:

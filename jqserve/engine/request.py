@@ -83,6 +83,7 @@ class StepEvent:
     error: str = ""
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # once, with the first event: of prompt[prompt_from:]
+    field: str = ""  # with `error`: the request's own field is at fault, not the engine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
 from jqserve.engine.sequence import Sequence
 from jqserve.engine.slots import SlotParams, SlotTable, empty
+from jqserve.engine.split import LEAST, Half, SplitRunner, read_scores
 from jqserve.engine.step import SlotState, Structure, lower_step, make_state
 from jqserve.engine.variant import ORDER, Variant, needed_by
 
@@ -31,12 +32,16 @@ Progress = Callable[[int, int, str], None]  # (done, total, what)
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A dispatch under way: `sampled_rows` names the row of each of plan.decodes and plan.chunks, -1 for none."""
+    """A dispatch under way: `sampled_rows` names the row of each of plan.decodes and plan.chunks, -1 for none.
+
+    half: of a step in two halves, the first; `output` is None until the second is dispatched.
+    """
 
     plan: Plan
     sampled_rows: list[int]
-    output: Sampled
+    output: Sampled | None
     variant: Variant
+    half: Half | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Read:
 
     tokens: list[list[int]]
     logprobs: list[list[TokenLogprobs]]
+    scores: list[list[TokenLogprobs]] = dataclasses.field(default_factory=list)  # of each of plan.chunks, if any asks
 
 
 class Runner:
@@ -76,6 +82,7 @@ class Runner:
         self._adopt = Adopter(shape)
         self._warm = False
         self._programs: dict[Program, Any] = {}
+        self.split = SplitRunner(self)
 
     def programs(self) -> list[Program]:
         """All that serving can need, the costliest first.
@@ -172,6 +179,9 @@ class Runner:
                 self.slots.set(sequence)
         if plan.adopted:
             self.state = self._adopt(self.state, plan.adopted)
+        if needs_halves(plan):
+            half, rows = self.split.launch(plan)
+            return Launched(plan, rows, None, Variant.SAMPLE, half)
         program = self.choose(plan)
         packed, rows = pack(plan, self.shape, program[0])
         output = self._run(program, packed)
@@ -179,16 +189,25 @@ class Runner:
             leaf.copy_to_host_async()
         return Launched(plan, rows, output, program[1])
 
+    def sample(self, launched: Launched, mask: np.ndarray) -> Launched:
+        """Dispatches the second half of a step in two: mask int32 [R, ceil(V/32)] (see `engine/split`)."""
+        assert launched.half is not None
+        output, variant = self.split.draw(launched.plan, launched.half, mask)
+        return dataclasses.replace(launched, output=output, variant=variant)
+
     def read(self, launched: Launched) -> Read:
         """Waits for a dispatch. Raises what the device raised."""
         plan, rows = launched.plan, launched.sampled_rows
+        assert launched.output is not None
         sampled = np.asarray(launched.output.tokens)
         tokens = sampled.reshape(plan.steps, -1).T.tolist()
         taken = [tokens[row][:count] if row >= 0 else [] for row, count in zip(rows, plan.sampled)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in rows]
         if any(s.sampling.logprobs is not None for s in plan.sequences):
             logprobs = _read_logprobs(launched, plan.sequences, [len(t) for t in taken])
-        return Read(taken, logprobs)
+        half = launched.half
+        scores = read_scores(plan, half, self.shape) if half is not None and half.scores is not None else []
+        return Read(taken, logprobs, scores)
 
     def reset(self) -> None:
         """New KV pages and slot state, after a step raised: what was donated to it is gone."""
@@ -208,6 +227,11 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
+def needs_halves(plan: Plan) -> bool:
+    """Somebody's next token waits for a mask, or somebody's prompt is scored."""
+    return any(s.grammar is not None for s in plan.sequences) or any(c.sequence.wants_scores for c in plan.chunks)
+
+
 def describe(program: Program) -> str:
     bucket, variant = program
     return f"{bucket.decode_rows} rows + {bucket.tiles} tiles, {bucket.steps} steps, {variant}"
@@ -215,6 +239,7 @@ def describe(program: Program) -> str:
 
 def _read_logprobs(launched: Launched, sequences: list[Sequence], counts: list[int]) -> list[list[TokenLogprobs]]:
     output, steps = launched.output, launched.plan.steps
+    assert output is not None and output.logprob is not None
     chosen = np.asarray(output.logprob).reshape(steps, -1)
     top_ids = top = np.zeros((steps, chosen.shape[1], 0))
     if output.top_ids is not None and output.top is not None:
@@ -226,6 +251,8 @@ def _read_logprobs(launched: Launched, sequences: list[Sequence], counts: list[i
         entries = []
         for step in range(count if wanted is not None else 0):
             ids, values = top_ids[step, row, :wanted].tolist(), top[step, row, :wanted].tolist()
+            if sequence.grammar is not None:
+                values = [max(value, LEAST) for value in values]  # of tokens that the grammar does not allow
             entries.append(TokenLogprobs(float(chosen[step, row]), tuple(ids), tuple(values)))
         result.append(entries)
     return result

@@ -115,6 +115,8 @@ class Scheduler:
             return 1
         counts, missing = [0], 0
         for sequence in candidates:
+            if sequence.grammar is not None:
+                return 1  # each token's mask follows from the one before it
             if sequence.decodes:
                 counts.append(min(self.steps, max(0, sequence.limit - sequence.length)))
                 missing += max(0, -(-(sequence.computed + counts[-1]) // self.page_size) - len(sequence.pages))
@@ -196,7 +198,7 @@ class Scheduler:
 
     def _find(self, sequence: Sequence) -> list[int]:
         """Pages of its first tokens that are in the prefix cache; the last token is always computed."""
-        if not self.prefix_cache:
+        if not self.prefix_cache or sequence.wants_scores:
             return []
         pages = (len(sequence.tokens) - 1) // self.page_size
         extend(sequence.names, sequence.tokens, self.page_size, pages)

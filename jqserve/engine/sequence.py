@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams
+from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from jqserve.engine.grammar import Matcher
 
 
 @dataclasses.dataclass(eq=False)
@@ -19,6 +23,8 @@ class Sequence:
     limit      the length (prompt and answer) at which it ends
     names      of its first full pages (`engine/prefix`), as far as they were needed; named_pages: pages that have them
     cached_tokens  positions that were found in the prefix cache when it got its slot; first_cached: the first time
+    grammar    where its answer stands in its constraint, when it has one
+    scores     of its prompt's tokens, by place, as far as they are computed; None when nobody asks (any more)
     probation  it was in a step that failed: it runs alone until that many positions have been computed (0: no)
     """
 
@@ -39,7 +45,13 @@ class Sequence:
     named_pages: int = 0
     cached_tokens: int = 0
     first_cached: int = 0
+    grammar: Matcher | None = None
+    scores: dict[int, TokenLogprobs] | None = None
     finish: FinishReason | None = None
+
+    @property
+    def wants_scores(self) -> bool:
+        return self.scores is not None
 
     @property
     def rid(self) -> int:

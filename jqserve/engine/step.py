@@ -101,7 +101,7 @@ def run_step(
 ) -> tuple[Cache, SlotState, Sampled]:
     """What `lower_step` jits. `packed` int32 [packed_size(shape, bucket)]."""
     fields = unpack(packed, shape, bucket)
-    state = dataclasses.replace(state, page_table=_write_page_table(state.page_table, fields, shape))
+    state = dataclasses.replace(state, page_table=write_page_table(state.page_table, fields, shape))
     model = structure.merge(leaves)
     if bucket.steps == 1:
         return _once(model, shape, variant, kv, state, params, fields, 0)
@@ -125,6 +125,41 @@ def _once(
     at: jax.Array | int,
 ) -> tuple[Cache, SlotState, Sampled]:
     """Step `at` of the dispatch's decode rows, and all of its tiles."""
+    kv, computed = compute(model, shape, kv, state, fields, at)
+    logits = model.logits(computed.asked)
+    if variant is Variant.GREEDY:
+        sampled = greedy(logits)
+    else:
+        assert params is not None
+        state = count_tokens(state, fields, computed, params, shape)
+        rows_params = params.rows(computed.row_slot, computed.row_position + 1, state.generated, state.prompted)
+        sampled = sample(logits, rows_params, scored=variant is Variant.SCORED)
+    last_token = state.last_token.at[computed.row_slot].set(sampled.tokens)
+    return kv, dataclasses.replace(state, last_token=last_token), sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """What the model made of a step's T tokens, and the R rows whose next token is asked: every decode row, and the
+    last row of every tile (most tiles' result is dropped).
+
+    hidden [T, D]; tokens, positions int32 [T]; decode_position int32 [Bd], -1 = padding; asked [R, D], row_slot and
+    row_position (of the row's own token) int32 [R].
+    """
+
+    hidden: jax.Array
+    tokens: jax.Array
+    positions: jax.Array
+    decode_position: jax.Array
+    asked: jax.Array
+    row_slot: jax.Array
+    row_position: jax.Array
+
+
+def compute(
+    model: Model, shape: StepShape, kv: Cache, state: SlotState, fields: Fields, at: jax.Array | int
+) -> tuple[Cache, Computed]:
+    """The model over step `at` of the decode rows and all tiles; `state.page_table` is up to date."""
     decodes, tiles = fields.decode_slot.shape[0], fields.tile_slot.shape[0]
     decode_position = jnp.where(at < fields.decode_count, fields.decode_position + at, -1)
     tile_position = fields.tile_start[:, None] + lax.iota(jnp.int32, shape.tile_size)  # [Nt, Tq]
@@ -133,30 +168,16 @@ def _once(
     tokens = jnp.concatenate([state.last_token[decode_slot], fields.tile_tokens.reshape(-1)])
     meta = _attention_metadata(state.page_table, fields, decode_position, tile_position, shape)
     hidden, kv = model(tokens, positions, kv, meta)
-
-    # Rows whose next token is asked: every decode row, and the last row of every tile (most tiles' result is dropped).
     row_slot = jnp.concatenate([decode_slot, jnp.where(fields.tile_sample == 1, fields.tile_slot, shape.slots)])
-    position = positions[:decodes]
+    asked, position = hidden, positions[:decodes]
     if tiles:
         last_of_tile = lax.iota(jnp.int32, tiles) * shape.tile_size + jnp.maximum(fields.tile_len - 1, 0)
         rows = jnp.concatenate([lax.iota(jnp.int32, decodes), decodes + last_of_tile])
-        hidden, position = hidden[rows], positions[rows]
-    logits = model.logits(hidden)
-    generated, prompted = state.generated, state.prompted
-    if variant is Variant.GREEDY:
-        sampled = greedy(logits)
-    else:
-        assert params is not None
-        generated, prompted = _count_tokens(
-            generated, prompted, fields, decode_position, tokens, positions, params, shape
-        )
-        rows_params = params.rows(row_slot, position + 1, generated, prompted)
-        sampled = sample(logits, rows_params, scored=variant is Variant.SCORED)
-    last_token = state.last_token.at[row_slot].set(sampled.tokens)
-    return kv, SlotState(last_token, state.page_table, generated, prompted), sampled
+        asked, position = hidden[rows], positions[rows]
+    return kv, Computed(hidden, tokens, positions, decode_position, asked, row_slot, position)
 
 
-def _write_page_table(page_table: jax.Array, fields: Fields, shape: StepShape) -> jax.Array:
+def write_page_table(page_table: jax.Array, fields: Fields, shape: StepShape) -> jax.Array:
     """The host names the page of every position that a step writes; the table keeps it. Page 0 is none: dropped."""
 
     def put(table: jax.Array, slots: jax.Array, start: jax.Array, pages: jax.Array) -> jax.Array:
@@ -195,17 +216,12 @@ def _attention_metadata(
     )
 
 
-def _count_tokens(
-    generated: jax.Array,
-    prompted: jax.Array,
-    fields: Fields,
-    decode_position: jax.Array,
-    tokens: jax.Array,
-    positions: jax.Array,
-    params: SlotParams,
-    shape: StepShape,
-) -> tuple[jax.Array, jax.Array]:
+def count_tokens(
+    state: SlotState, fields: Fields, computed: Computed, params: SlotParams, shape: StepShape
+) -> SlotState:
     """Counts this step's input tokens by slot; a slot whose sequence starts (position 0) is cleared first."""
+    generated, prompted = state.generated, state.prompted
+    decode_position, tokens, positions = computed.decode_position, computed.tokens, computed.positions
     nobody = shape.slots + 1  # out of range: dropped
     if fields.tile_slot.shape[0]:
         starts = jnp.where((fields.tile_start == 0) & (fields.tile_len > 0), fields.tile_slot, nobody)
@@ -217,4 +233,4 @@ def _count_tokens(
     of_prompt = positions < params.prompt_length(jnp.minimum(slots, shape.slots))
     prompted = prompted.at[jnp.where(of_prompt, slots, nobody), tokens].set(True, mode="drop")
     generated = generated.at[jnp.where(of_prompt, nobody, slots), tokens].add(1, mode="drop")
-    return generated, prompted
+    return dataclasses.replace(state, generated=generated, prompted=prompted)

@@ -26,7 +26,7 @@ class Limits:
 def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     """Raises RequestError for the first field out of range."""
     s = sampling
-    _integer("max_new_tokens", s.max_new_tokens, 1, optional=True)
+    _integer("max_new_tokens", s.max_new_tokens, 1 if s.prompt_logprobs is None else 0, optional=True)
     _integer("min_new_tokens", s.min_new_tokens, 0)
     if s.max_new_tokens is not None and s.min_new_tokens > s.max_new_tokens:
         raise RequestError("min_new_tokens", f"{s.min_new_tokens} is more than max_new_tokens {s.max_new_tokens}")
@@ -39,6 +39,10 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     _number("frequency_penalty", s.frequency_penalty, -2, 2)
     _integer("seed", s.seed, -(2**63), 2**64 - 1, optional=True)
     _integer("logprobs", s.logprobs, 0, min(MAX_TOP_LOGPROBS, limits.vocab_size), optional=True)
+    _integer("prompt_logprobs", s.prompt_logprobs, 0, min(MAX_TOP_LOGPROBS, limits.vocab_size), optional=True)
+    _integer("prompt_from", s.prompt_from, 1)
+    if s.constraint is not None and s.min_new_tokens:
+        raise RequestError("min_new_tokens", "cannot be asked together with a constraint: it says when an answer ends")
     if len(s.logit_bias) > MAX_LOGIT_BIAS:
         raise RequestError("logit_bias", f"{len(s.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are supported")
     for token, bias in s.logit_bias:

@@ -8,7 +8,7 @@ header and the prompt as packed uint32. `Step`, the one message on the hot path,
     cached u32[events]
     token u32[tokens]
     logprob f32[logprobs]   k u16[logprobs]   top_id u32[tops]   top f32[tops]
-    extras JSON {event index: {"error": text, "prompt": [[logprob], [[id]], [[logprob]]]}}
+    extras JSON {event index: {"error": text, "field": name, "prompt": [[logprob], [[id]], [[logprob]]]}}
     stats JSON
 
 The order of a session: the front end sends `Configure` once; the engine answers with any number of `Progress` and then
@@ -243,6 +243,8 @@ def _pack_step(message: Step) -> bytes:
 def _extra(event: StepEvent) -> dict[str, Any]:
     """What few events have."""
     extra: dict[str, Any] = {"error": event.error} if event.error else {}
+    if event.field:
+        extra["field"] = event.field
     if entries := event.prompt_logprobs:
         extra["prompt"] = [[e.token for e in entries], [e.top_ids for e in entries], [e.top for e in entries]]
     return extra
@@ -296,6 +298,7 @@ def _unpack_step(body: bytes) -> Step:
                 matched_stop=None if matched[i] < 0 else matched[i],
                 logprobs=tuple(logprobs[logprob_at : logprob_at + scored]),
                 error=extra.get("error", ""),
+                field=extra.get("field", ""),
                 cached_tokens=cached[i],
                 prompt_logprobs=_prompt_logprobs(extra.get("prompt", ((), (), ()))),
             )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from jqserve.engine.request import EngineRequest, FinishReason, StepEvent, TokenLogprobs
-from jqserve.errors import EngineFailedError, EngineUnavailableError, JqserveError
+from jqserve.errors import EngineFailedError, EngineUnavailableError, JqserveError, RequestError
 from jqserve.server.detokenize import Detokenizer
 from jqserve.server.stops import StopStrings
 
@@ -183,7 +183,8 @@ class Sequence:
         """The engine says that the sequence has ended."""
         assert event.finish is not None
         if event.finish is FinishReason.ERROR:
-            self.error = EngineFailedError(event.error or "the engine failed on this request")
+            failed = EngineFailedError(event.error or "the engine failed on this request")
+            self.error = RequestError(event.field, event.error) if event.field else failed
         if event.matched_stop is not None:
             self._matched_token = event.matched_stop
             if self._undecoded and self._undecoded[-1] == event.matched_stop:

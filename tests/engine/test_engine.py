@@ -302,6 +302,7 @@ class Doomed:
     """A launched step that fails when it is read."""
 
     plan: Any
+    half: Any = None
 
 
 class Failing:
@@ -419,4 +420,4 @@ def test_stats(make_core: MakeCore) -> None:
     assert stats.running == 6 and 6 <= stats.pages_used <= 12 and stats.pages_total == 256
     drain(core)
     assert core.stats().generated_tokens == 48 and core.stats().mean_batch > 4
-    assert set(core.stats().host_seconds) == {"receive", "schedule", "launch", "wait", "emit", "send"}
+    assert set(core.stats().host_seconds) == {"receive", "schedule", "launch", "wait", "mask", "emit", "send"}

@@ -37,7 +37,7 @@ MESSAGES: list[wire.Message] = [
     wire.Step(
         (
             StepEvent(1, (4, 5)),
-            StepEvent(2, (), FinishReason.ERROR, error="müde"),
+            StepEvent(2, (), FinishReason.ERROR, error="müde", field="constraint"),
             StepEvent(
                 3, (6,), FinishReason.STOP, matched_stop=2, logprobs=(TokenLogprobs(-0.5, (6, 7), (-0.5, -2.0)),)
             ),

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
-from jqserve.client import AsyncClient, Client, Result, ServerError
+from jqserve.client import AsyncClient, Result, ServerError
+from tests.server.program import Program, alive, compilation_cache, eventually, idle
 
 pytestmark = pytest.mark.slow
 
-#: 28 pages of 16 tokens for up to 16 sequences of up to 120 tokens: preemption is certain
-SMALL = "--max-running-requests 16 --chunked-prefill-size 64 --context-length 384 --num-pages 28".split()  # noqa: SIM905
-SMALL += ["--schedule-conservativeness", "0"]
 ASKED = {
     "What is 463 + 88?": "551",
     "Which is larger, 679 or 26?": "679",
@@ -34,69 +30,27 @@ ASKED = {
 STORY = "Short story about Nina the horse, the garden and a stone."
 
 
-class Program:
-    """jqserve-server in its own process."""
-
-    def __init__(self, folder: Path, *flags: str) -> None:
-        self.ready_file = folder / "ready.json"
-        self.ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "jqserve.cli.server", "--port", "0", "--ready-file", str(self.ready_file)]
-        command += ["--compilation-cache-dir", str(folder / "cache"), *SMALL, *flags]
-        self.log = open(folder / "log", "w+")  # noqa: SIM115 (closed with the program)
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
-
-    def wait_until_ready(self) -> None:
-        eventually(lambda: self.ready_file.exists() or self.process.poll() is not None, 240)
-        assert self.process.poll() is None, self.output()
-        self.facts = json.loads(self.ready_file.read_text())
-        self.target = f"127.0.0.1:{self.facts['port']}"
-        self.client = Client(self.target)
-
-    def output(self) -> str:
-        return Path(self.log.name).read_text()
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("served")
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[Program]:
-    program = Program(folder)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compilation_cache(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path, cache: Path) -> Iterator[Program]:
+    program = Program(folder, cache=cache)
     program.wait_until_ready()
     yield program
     program.client.close()
     program.end()
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def chat(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
-
-
-def idle(client: Client) -> bool:
-    load = client.server_info().load
-    return load.running == load.waiting == load.pages_used == 0
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_it_prints_the_plan_and_where_it_listens(served: Program) -> None:
@@ -246,8 +200,8 @@ def test_sigterm_drains_and_exits_with_0(served: Program) -> None:
     assert "Traceback" not in served.output()
 
 
-def test_killing_the_engine_gives_every_stream_a_status(folder: Path) -> None:
-    program = Program(folder, "--disable-warmup")
+def test_killing_the_engine_gives_every_stream_a_status(folder: Path, cache: Path) -> None:
+    program = Program(folder, "--disable-warmup", cache=cache)
     try:
         program.wait_until_ready()
         streams = [program.client.generate(chat(STORY), temperature=0, ignore_eos=True) for _ in range(6)]

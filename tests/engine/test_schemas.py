@@ -1,0 +1,70 @@
+"""200 schemas: whatever is drawn from the masks, with the demo model's tokenizer, is JSON that fits its schema."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from jqserve.engine.grammar import Grammars
+from tests.data.schemas import cases
+
+EOS, VOCAB = 2, 4096
+WANDER = 60  # tokens that are drawn freely; after that whatever brings the answer to its end
+LIMIT = 400
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def grammars(demo_dir: Path) -> Grammars:
+    return Grammars(str(demo_dir), VOCAB, (EOS,))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_dir: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(demo_dir / "tokenizer.json"))
+
+
+def answer(grammars: Grammars, schema: dict[str, Any], rng: random.Random, closing: list[int]) -> list[int]:
+    """Random tokens of those allowed, without the EOS at the end."""
+    matcher = grammars.compile(("json_schema", json.dumps(schema))).result()
+    mask = np.empty((1, VOCAB // 32), np.int32)
+    tokens: list[int] = []
+    while len(tokens) < LIMIT:
+        mask[:] = -1
+        grammars.fill(mask, [(0, matcher)])
+        assert not matcher.failed, matcher.failed
+        allowed = np.nonzero(np.unpackbits(mask[0].view(np.uint8), bitorder="little"))[0].tolist()
+        ends = [token for token in closing if token in allowed] if len(tokens) >= WANDER else []
+        token = ends[0] if ends else rng.choice(allowed)
+        if token == EOS:
+            return tokens
+        tokens.append(token)
+        if matcher.take(token):
+            return tokens
+    raise AssertionError(f"no end after {LIMIT} tokens: {tokens}")
+
+
+def test_there_are_200() -> None:
+    assert len(CASES) == 200 and len({name for name, _ in CASES}) == 200
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_answers_are_valid(grammars: Grammars, tokenizer: Tokenizer, part: int) -> None:
+    closing = [EOS, *(tokenizer.token_to_id(text) for text in ('"', "}", "]", ",", ":", "0", "1", "e"))]
+    closing = [token for token in closing if token is not None]
+    checker = jsonschema.FormatChecker(("uuid", "ipv4"))  # its dates have no year 0, its times no time zones
+    for number, (name, schema) in list(enumerate(CASES))[part::4]:
+        tokens = answer(grammars, schema, random.Random(number), closing)
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise AssertionError(f"{name}: {text!r} is not JSON") from error
+        jsonschema.Draft202012Validator(schema, format_checker=checker).validate(value)
