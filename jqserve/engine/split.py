@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -173,21 +174,34 @@ class SplitRunner:
 
     def compile_forward(self, bucket: Bucket, scored: bool) -> Any:
         runner = self.runner
-        self.runner.compilations += 1
         packed = jax.ShapeDtypeStruct((packed_size(runner.shape, bucket),), jnp.int32)
         targets = jax.ShapeDtypeStruct((bucket.tiles, runner.shape.tile_size), jnp.int32) if scored else None
         function = functools.partial(forward, runner.structure, runner.shape, bucket, scored)
-        function.__name__ = f"forward_{bucket.decode_rows}_{bucket.tiles}{'_scored' * scored}"  # type: ignore[attr-defined]
-        return jax.jit(function, donate_argnums=(1, 2)).lower(*self._arguments, packed, targets).compile()
+        name = f"forward_{bucket.decode_rows}_{bucket.tiles}{'_scored' * scored}"
+        function.__name__ = name  # type: ignore[attr-defined]
+        jitted = jax.jit(function, donate_argnums=(1, 2))
+        return self._kept(name, lambda: jitted.lower(*self._arguments, packed, targets).compile())
 
     def compile_draw(self, rows: int, scored: bool) -> Any:
         _, _, state, params = self._arguments
-        self.runner.compilations += 1
         logits = jax.ShapeDtypeStruct((rows, self.runner.shape.vocab_size), jnp.float32)
         ints, mask = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows, self.words), jnp.int32)
         function = functools.partial(draw, scored)
-        function.__name__ = f"draw_{rows}{'_scored' * scored}"  # type: ignore[attr-defined]
-        return jax.jit(function, donate_argnums=(0,)).lower(state, params, logits, ints, ints, mask).compile()
+        name = f"draw_{rows}{'_scored' * scored}"
+        function.__name__ = name  # type: ignore[attr-defined]
+        jitted = jax.jit(function, donate_argnums=(0,))
+        return self._kept(name, lambda: jitted.lower(state, params, logits, ints, ints, mask).compile())
+
+    def _kept(self, name: str, compile_it: Callable[[], Any]) -> Any:
+        """From the cache of programs, where there is one, or compiled."""
+        kept = self.runner.cache_of_programs
+        if kept is not None and (known := kept.load(name)) is not None:
+            return known
+        self.runner.compilations += 1
+        compiled = compile_it()
+        if kept is not None:
+            kept.store(name, compiled)
+        return compiled
 
     def launch(self, plan: Plan) -> tuple[Half, list[int]]:
         """Dispatches the first half: (it, the row of each of plan.sequences, -1 for none)."""

@@ -15,6 +15,8 @@ import time
 from jqserve.engine import wire
 from jqserve.engine.channel import Channel
 from jqserve.engine.request import EngineRequest, EngineStats, FinishReason, StepEvent, TokenLogprobs
+from jqserve.engine.validate import Limits, check_request
+from jqserve.errors import RequestError
 
 SLOW, STUCK, BROKEN, REFUSED = 1001, 1002, 1003, 1004
 EOS = 2
@@ -82,6 +84,8 @@ def serve(channel: Channel) -> None:
         return
     delay = config.get("token_seconds", 0.0)  # of every request
     channel.send(wire.Ready({**INFO, **config.get("info", {})}))
+    info = {**INFO, **config.get("info", {})}
+    limits = Limits(info["vocab_size"], info["context_length"], (EOS,))
     running: dict[int, Running] = {}
     changed, steps = False, 0
     while True:
@@ -91,7 +95,12 @@ def serve(channel: Channel) -> None:
                 if message.request.sampling.seed == REFUSED:
                     channel.send(wire.Rejected(message.request.rid, "request", "temperature: is bad", "temperature"))
                     continue
-                running[message.request.rid] = Running(message.request, delay)
+                try:
+                    request = check_request(message.request, limits)
+                except RequestError as error:
+                    channel.send(wire.Rejected(message.request.rid, "request", str(error), error.field))
+                    continue
+                running[request.rid] = Running(request, delay)
             elif isinstance(message, wire.Abort):
                 for rid in message.rids:
                     running.pop(rid, None)
