@@ -6,7 +6,7 @@ Clients are closed loops, twice as many as the server has slots and pages that d
 queue is always full and sequences are preempted. Every --fault-seconds a step of the engine raises; every
 --kill-seconds the front end is killed with SIGKILL and the server started again. Counted: how every request ended, the
 tokens of greedy answers against what each gives alone, gaps between tokens, and memory, descriptors, pages and calls of
-the processes while it runs. It fails on: a request that ended without a status, or hung; INTERNAL that no kill explains;
+the processes while it runs. It fails on: a request without a status, or that hung; INTERNAL that no kill explains;
 a wrong answer; pages or calls left behind; memory or descriptors that keep growing.
 """
 

@@ -31,7 +31,7 @@ log = logging.getLogger("jqserve.gateway")
 HEALTH_SECONDS = 5  # smg's own default of 60 leaves a dead worker in rotation for minutes
 POLL_SECONDS = 0.2
 RESTART_SECONDS = (1, 5, 15, 60)  # between the restarts of a worker that keeps dying
-GRACE_SECONDS = 30
+GRACE_SECONDS = 190  # smg lets requests in flight run for 180
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
