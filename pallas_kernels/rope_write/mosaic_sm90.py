@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention.simt import Mlir, Reg
 from pallas_kernels.rope_write.program import UNIT, Problem, turn_and_write
 
 _KINDS = {"bfloat16": "bf16", "float16": "f16"}
-_NAMES = ("qkv", "cos", "sin", "slots", "k_pages", "v_pages", "q")
+_NAMES = ("qkv", "cos", "sin", "slots", "k_scale", "v_scale", "k_pages", "v_pages", "q")
 
 
 class Ops(Mlir):
@@ -44,6 +44,19 @@ class Ops(Mlir):
     def store_words(self, pointer: Reg, offset: int, words: list[Reg]) -> None:
         self._ptx(f"st.global.v2.b32 [$0 + {offset}], {{$1, $2}};", pointer, *words, effects=True)
 
+    def load_scale(self, name: str, index: Reg) -> Reg:
+        return self._ptx("ld.global.f32 $0, [$1];", self.pointer(name, index, 4), out=self.f32, effects=True)
+
+    def divide(self, x: Reg, y: Reg) -> Reg:
+        return self._ptx("div.rn.f32 $0, $1, $2;", x, y, out=self.f32)
+
+    def store_byte_quad(self, pointer: Reg, offset: int, values: list[Reg]) -> None:
+        """Four f32 as float8_e4m3fn, clamped to +-448, round to nearest even."""
+        convert = "cvt.rn.satfinite.e4m3x2.f32"
+        text = f"{{ .reg .b16 lo, hi; .reg .b32 quad; {convert} lo, $2, $1; {convert} hi, $4, $3; "
+        text += f"mov.b32 quad, {{lo, hi}}; st.global.b32 [$0 + {offset}], quad; }}"
+        self._ptx(text, pointer, *values, effects=True)
+
     def unpack(self, word: Reg) -> tuple[Reg, Reg]:
         if self.kind == "bf16":
             return self.unpack_bf16(word)
@@ -55,18 +68,21 @@ class Ops(Mlir):
         return Reg(arith.andi(x.value, y.value))
 
 
-def problem(qkv: jax.Array, k_pages: jax.Array, threads: int) -> Problem:
+def problem(qkv: jax.Array, k_pages: jax.Array, threads: int, scales: int = 1) -> Problem:
     """The static description of a call, or NotImplementedError with what this kernel does not take."""
     pages, kv_heads, page_size, head_dim = k_pages.shape
     kind = _KINDS.get(str(qkv.dtype))
-    if kind is None or k_pages.dtype != qkv.dtype:
-        raise NotImplementedError(f"takes bf16 or f16 and pages of the same dtype, not {qkv.dtype} and {k_pages.dtype}")
+    fp8 = k_pages.dtype == jnp.float8_e4m3fn
+    if kind is None or not (fp8 or k_pages.dtype == qkv.dtype):
+        raise NotImplementedError(
+            f"takes bf16 or f16 and pages of the same dtype or float8_e4m3fn, not {qkv.dtype} and {k_pages.dtype}"
+        )
     if head_dim % (2 * UNIT):
         raise NotImplementedError(f"takes head dims that are multiples of {2 * UNIT}, not {head_dim}")
     if qkv.shape[0] == 0:
         raise NotImplementedError("takes no empty batch")
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    return Problem(heads, kv_heads, head_dim, page_size, pages, kind, threads)
+    return Problem(heads, kv_heads, head_dim, page_size, pages, kind, threads, fp8, scales > 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -96,10 +112,14 @@ def _kernel(p: Problem, rows: int, dtype: Any) -> Any:
 
 def rope_write(qkv, cos, sin, slots, k_pages, v_pages, *, k_scale=None, v_scale=None):
     """See api.rope_write."""
-    if k_scale is not None or v_scale is not None:
-        raise NotImplementedError("takes no scales")
+    if k_pages.dtype != jnp.float8_e4m3fn and not (k_scale is None and v_scale is None):
+        raise NotImplementedError("takes scales with fp8 pages only")
+    k_scale, v_scale = (jnp.asarray(1.0 if s is None else s, jnp.float32).reshape(-1) for s in (k_scale, v_scale))
+    if k_scale.size != v_scale.size:
+        k_scale, v_scale = (jnp.broadcast_to(s, k_pages.shape[1:2]) for s in (k_scale, v_scale))
     # Few tokens: all units of one at once, for latency; many: fewer threads a block, several blocks a multiprocessor.
-    p = problem(qkv, k_pages, 512 if qkv.shape[0] <= 256 else 256)
+    p = problem(qkv, k_pages, 512 if qkv.shape[0] <= 256 else 256, k_scale.size)
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    q = _kernel(p, qkv.shape[0], qkv.dtype)(qkv, cos, sin, slots.astype(jnp.int32), k_ref, v_ref)
+    kernel = _kernel(p, qkv.shape[0], qkv.dtype)
+    q = kernel(qkv, cos, sin, slots.astype(jnp.int32), k_scale, v_scale, k_ref, v_ref)
     return q, jax.freeze(k_ref), jax.freeze(v_ref)

@@ -21,8 +21,10 @@ class Problem:
     head_dim: int
     page_size: int
     pages: int
-    kind: str  # "bf16" | "f16", of qkv and of the pages
+    kind: str  # "bf16" | "f16", of qkv, and of the pages unless they are fp8
     threads: int
+    fp8: bool = False  # pages are float8_e4m3fn and hold x / scale
+    scale_per_head: bool = False  # k_scale, v_scale have one entry a key/value head; else one
 
     @property
     def units(self) -> int:
@@ -35,7 +37,7 @@ class Problem:
 
 
 def turn_and_write(ops: Any, p: Problem, token: Any, thread: Any) -> None:
-    """All units of this thread. `ops` also has load_words(pointer, n), store_words(pointer, words), unpack(word)."""
+    """All units of this thread; what `ops` has beside simt's instructions stands in `mosaic_sm90.Ops`."""
     slot = ops.load_slot(token)
     inside = ops.both(slot >= p.page_size, slot < p.pages * p.page_size)  # page 0 is the padding's: nobody reads it
     for start in range(0, p.units, p.threads):
@@ -66,14 +68,19 @@ def _unit(ops: Any, p: Problem, token: Any, slot: Any, inside: Any, unit: Any) -
         ops.store_words(target, 0, words[0])
         ops.store_words(target, half * 2, words[1])
 
+    def store_page(pages: str, scales: str, head: Any) -> None:
+        row = ((slot // p.page_size) * p.kv_heads + head) * p.page_size + slot % p.page_size
+        if not p.fp8:
+            return store(pages, row)
+        target = ops.pointer_at(pages, row, p.head_dim, at)
+        scale = ops.load_scale(scales, head if p.scale_per_head else head * 0)
+        for i, part in enumerate(words):  # rounded to 16 bits first, as where the pages have 16
+            ops.store_byte_quad(target, i * half, [ops.divide(x, scale) for x in _floats(ops, part)])
+
     ops.when(head < p.heads, lambda: store("q", token * p.heads + head))
-
-    def pool_row(head: Any) -> Any:
-        return ((slot // p.page_size) * p.kv_heads + head) * p.page_size + slot % p.page_size
-
     is_key = ops.both(head >= p.heads, head < p.heads + p.kv_heads)
-    ops.when(ops.both(inside, is_key), lambda: store("k_pages", pool_row(head - p.heads)))
-    ops.when(ops.both(inside, is_value), lambda: store("v_pages", pool_row(head - p.heads - p.kv_heads)))
+    ops.when(ops.both(inside, is_key), lambda: store_page("k_pages", "k_scale", head - p.heads))
+    ops.when(ops.both(inside, is_value), lambda: store_page("v_pages", "v_scale", head - p.heads - p.kv_heads))
 
 
 def _floats(ops: Any, words: list[Any]) -> list[Any]:
