@@ -1,0 +1,97 @@
+"""How many kernels a decode step has on an H200, counted in the program compiled for one without a device."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jqserve.engine.batch import StepShape, packed_size
+from jqserve.engine.buckets import Bucket
+from jqserve.engine.cache import cache_shape
+from jqserve.engine.slots import empty
+from jqserve.engine.step import make_state, run_step
+from jqserve.engine.variant import Variant
+from jqserve.models.build import build, split
+from jqserve.models.config import ModelConfig, RopeConfig
+from jqserve.ops.relayout import relayout_leaf
+from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
+from pallas_kernels.dispatch import KNOWN_DEVICES, use_device
+from tests.pallas_kernels.aot import Compiled, compile_for_h200
+
+LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, VOCAB, ROWS = 2, 1024, 2048, 8, 2, 128, 2048, 8
+FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
+
+
+def fp8_model() -> tuple[ModelConfig, dict]:
+    """A small Llama in the FP8 scheme of compressed-tensors (per channel, per token); shapes only."""
+    shape = jax.ShapeDtypeStruct
+    config = ModelConfig(
+        "LlamaForCausalLM", "llama", VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, DIM, 1e-5, RopeConfig(), 4096, False
+    )
+
+    def linear(n: int, k: int) -> dict:
+        spec = QuantSpec(
+            "float8_e4m3fn", (n, k), (1, k), "none", ActivationSpec("dynamic_token", "float8_e4m3fn", 448.0)
+        )
+        weight = QuantizedTensor(shape((n, k), jnp.float8_e4m3fn), shape((n, 1), jnp.float32), None, None, None, spec)
+        return {"weight": jax.eval_shape(lambda w: relayout_leaf(w, KNOWN_DEVICES["h200"]), weight)}
+
+    norm = {"weight": shape((HIDDEN,), jnp.bfloat16)}
+    layer = {
+        "attn_norm": norm,
+        "attn": {"qkv": linear((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), "o": linear(HIDDEN, HEADS * DIM)},
+        "mlp_norm": norm,
+        "mlp": {"gate_up": linear(2 * FFN, HIDDEN), "down": linear(HIDDEN, FFN)},
+    }
+    head = {"weight": shape((VOCAB, HIDDEN), jnp.bfloat16)}
+    layers = {str(i): layer for i in range(LAYERS)}
+    return config, {"embed": head, "layers": layers, "final_norm": norm, "lm_head": head}
+
+
+def compiled_step(variant: Variant, steps: int = 1) -> Compiled:
+    with use_device(KNOWN_DEVICES["h200"]):
+        config, params = fp8_model()
+    structure, leaves = split(build(config, params))
+    shape, bucket = StepShape(ROWS, 64, 8, 128, VOCAB), Bucket(ROWS, 0, steps)
+    cache = cache_shape(config, page_size=64, pages=100, dtype="bfloat16")
+    state = jax.eval_shape(lambda: make_state(shape))
+    given = None
+    if variant is not Variant.GREEDY:
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty(ROWS))
+    packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
+    step = lambda *a: run_step(structure, shape, bucket, variant, *a)  # noqa: E731
+    return compile_for_h200(step, leaves, cache.abstract(), state, given, packed, donate_argnums=(1, 2))
+
+
+def operations(hlo: str, computation: str) -> list[str]:
+    """What a computation launches: the operation of each line, a custom call by its target."""
+    body = hlo[hlo.index(computation) :]
+    body = body[: body.index("\n}")]
+    found = []
+    for line in body.splitlines():
+        if match := re.search(r" = (?:\(.*?\)|\S+) ([\w-]+)\(", line):
+            target = re.search(r'custom_call_target="([^"]+)"', line)
+            found.append(target[1] if target else match[1])
+    return [name for name in found if name not in FREE]
+
+
+@pytest.mark.slow
+def test_a_decode_layer_is_ten_kernels() -> None:
+    """norm+quantize, qkv, rotary+KV write, attention, quantize, o, norm+quantize, gate_up, SiLU+quantize, down."""
+    launched = operations(compiled_step(Variant.GREEDY).hlo, "\nENTRY")
+    assert launched.count("mosaic_gpu_v2") == 10 * LAYERS
+    assert set(launched) <= {"mosaic_gpu_v2", "fusion", "custom-call", "copy"} | {"__cublas$gemm", "__cublas$lt$matmul"}
+    # Beside the layers: page table, positions, rotary table, embedding, last norm, head, argmax, the token's place.
+    assert len(launched) - 10 * LAYERS <= 18, launched
+
+
+@pytest.mark.slow
+def test_several_steps_copy_no_pages() -> None:
+    """The loop carries the pages in place, and its trip count is known to the compiler."""
+    hlo = compiled_step(Variant.GREEDY, steps=4).hlo
+    assert operations(hlo, "\nENTRY").count("while") == 1
+    assert not re.search(r"bf16\[101,2,64,128\]\S* copy\(", hlo)
+    assert '"known_trip_count":{"n":"4"}' in hlo
