@@ -59,8 +59,12 @@ def prefill_heuristic(head_dim: int) -> PrefillConfig:
 
 
 def prefill_search_space(head_dim: int, page_size: int) -> list[PrefillConfig]:
-    """Configs that fit into an SM's 227 KiB of shared memory and whose blocks are whole pages."""
-    every = itertools.product((64, 96, 128, 160, 176), (2, 3, 4), (True, False))
+    """Configs that fit into an SM's 227 KiB of shared memory and whose blocks are whole pages.
+
+    Blocks of 160 and 176 compile and are fast (697 TFLOP/s, not causal) but were wrong on an H200 (an error of 0.7:
+    bench/results/kernels.json, group prefill_other); until that is understood no search may choose them.
+    """
+    every = itertools.product((64, 128), (2, 3, 4), (True, False))
     return [
         PrefillConfig(block, stages, pingpong)
         for block, stages, pingpong in every
