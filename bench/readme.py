@@ -81,17 +81,14 @@ def kernels() -> str:
         for m in ms:
             ours = sums.get((op, m))
             peers = [(sums[p, m]["us"], p) for p in {p for p, n in sums if n == m} if p.startswith(PEERS_OF[op])]
-            cell = "-"
-            if ours:
-                cell = f"{ours['kernel_us']:,.0f} / " if "kernel_us" in ours else ""
-                cell += f"{ours['us']:,.0f}"
+            cell = f"{ours.get('kernel_us', ours['us']):,.0f}" if ours else "-"
             if peers:
                 us, name = min(peers)
                 cell += f" ({us:,.0f} {name.split('_mm')[0].replace('_', ' ')})"
             cells.append(cell)
         lines.append(cells)
     bandwidth = (result.get("hbm_bytes_per_second") or 0) / 1e12
-    text = table(["microseconds: kernels / wall (best peer's wall)", *(f"M={m:,}" for m in ms)], lines)
+    text = table(["us of four kernels, CUPTI (best peer, graph replay)", *(f"M={m:,}" for m in ms)], lines)
     if result.get("note"):
         text += f"\n\n{result['note']}"
     return f"{text}\n\n{_attention(result['rows'])}\n\nMemory read at {bandwidth:.2f} TB/s. {source(result, 'kernels')}"
