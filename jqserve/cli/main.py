@@ -17,6 +17,7 @@ from jqserve.errors import JqserveError
 #: name -> (module, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("jqserve.cli.convert", "write a checkpoint as an Orbax tree with a checked manifest"),
+    "eval": ("jqserve.cli.evaluate", "perplexity, divergence from the base, tasks and errors by layer"),
     "gateway": ("jqserve.cli.gateway", "an OpenAI-compatible HTTP endpoint (smg) in front of workers"),
     "generate": ("jqserve.cli.generate", "complete prompts offline, with a progress bar"),
     "quantize": (
