@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -65,7 +64,7 @@ def predict(
         if base is None:
             found: Any = {"nll": _nll(logits, ids)}
         else:
-            found = _compared(base[0](base[1], ids), logits, ids)
+            found = compared_with(log_probabilities(base[0](base[1], ids)), logits, ids)
         for name, values in found.items():
             sums[name] += np.asarray(values, np.float64).sum(axis=0)
         if progress:
@@ -77,7 +76,9 @@ def predict(
     return Prediction(mean["nll"], mean["kl"], mean["base_nll"], agree, count * (length - 1))
 
 
-def _log_p(logits: jax.Array) -> jax.Array:
+@jax.jit
+def log_probabilities(logits: jax.Array) -> jax.Array:
+    """Logits [B, S, V] -> log p of the next token at each of the S - 1 positions that have one."""
     return jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
 
 
@@ -87,12 +88,13 @@ def _of_next(log_p: jax.Array, ids: jax.Array) -> jax.Array:
 
 @jax.jit
 def _nll(logits: jax.Array, ids: jax.Array) -> jax.Array:
-    return _of_next(_log_p(logits), ids)
+    return _of_next(log_probabilities(logits), ids)
 
 
-@functools.partial(jax.jit, donate_argnums=())
-def _compared(base: jax.Array, logits: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
-    p, q = _log_p(base), _log_p(logits)
+@jax.jit
+def compared_with(p: jax.Array, logits: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
+    """p [B, S - 1, V], the base's log probabilities; logits [B, S, V] -> nll, base_nll, kl, agree [B, S - 1]"""
+    q = log_probabilities(logits)
     return {
         "nll": _of_next(q, ids),
         "base_nll": _of_next(p, ids),

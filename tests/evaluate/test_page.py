@@ -1,0 +1,121 @@
+"""The page stands alone, escapes what it is given, and its plots say what the numbers say; the verdict's arithmetic."""
+
+from __future__ import annotations
+
+import html.parser
+import itertools
+import json
+import re
+from typing import Any
+
+import pytest
+
+from jqserve.evaluate.page import page
+from jqserve.evaluate.summary import rows
+from jqserve.evaluate.svg import Axes, ticks
+from jqserve.evaluate.verdict import FAILED, judge
+
+NAME = "models/<script>alert(1)</script>"
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    layer = {"own": 20.0, "accumulated": 18.0, "weights": {"q": 21.0, "down": 19.0}}
+    found: dict[str, Any] = {
+        "model": NAME,
+        "base": "b",
+        "scheme": "awq",
+        "size": {"model": 4 << 20, "base": 11 << 20},
+        "text": {
+            "perplexity": 11.0,
+            "base_perplexity": 10.0,
+            "kl": 0.1,
+            "top1_agreement": 0.9,
+            "kl_by_position": [0.1] * 200,
+        },
+        "tasks": {
+            "accuracy": 0.9,
+            "base_accuracy": 0.95,
+            "by_kind": {"add": [9, 10], "sub": [9, 10]},
+            "base_by_kind": {"add": [10, 10], "sub": [9, 10]},
+        },
+        "layers": [{"index": 0, **layer}, {"index": 1, **layer, "own": 10.0}],
+        "speed": {"model": 2000.0, "base": 1000.0},
+        "made": {"jqserve": "0", "jax": "0", "device": "cpu", "date": "2026"},
+        **changes,
+    }
+    verdict = judge(found, 0.98)
+    found["verdict"] = {"passed": verdict.passed, "line": verdict.line()}
+    return found
+
+
+class Outside(html.parser.HTMLParser):
+    """Everything that would be fetched, and every tag that is left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "data")]
+        self.scripts += tag == "script" and ("type", "application/json") not in attrs
+        if tag not in ("meta", "line", "circle", "rect", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+
+def test_the_page_needs_nothing_else() -> None:
+    text = page(result())
+    parser = Outside()
+    parser.feed(text)
+    assert parser.fetched == [] and parser.scripts == 0
+    assert not re.search(r"url\(|@import|https?://", text)
+    assert "<script>alert" not in text and "&lt;script&gt;" in text
+    assert text.count("<svg") == 5
+    data = re.search(r"id='result'>(.*?)</script>", text, re.S)
+    assert data and json.loads(data[1]) == result()
+
+
+def test_what_was_not_measured_is_not_shown() -> None:
+    text = page(result(tasks=None, layers=None, speed=None, text=None, size={"model": 1, "base": None}))
+    assert text.count("<svg") == 0 and "no verdict" in text
+
+
+def test_rows() -> None:
+    found = {name.strip(): (own, base) for name, own, base in rows(result())}
+    assert found["perplexity"] == ("11.000", "10.000")
+    assert found["task accuracy"] == ("90.0%", "95.0%")
+    assert found["add"] == ("9 of 10", "10 of 10")
+    assert found["worst layer, dB"][0] == "10.0 (layer 1)"
+    assert found["tokens a second"] == ("2,000", "1,000")
+
+
+def test_bars_are_as_high_as_their_values() -> None:
+    axes = Axes((0, 1), (0, 1), "", "")
+    axes.bar(0.5, 0.2, 0.5, "red", "x")
+    height, whole = (float(re.search(r'height="([\d.]+)"', axes.svg(""))[1]), axes.at(0, 0)[1] - axes.at(0, 1)[1])  # type: ignore[index]
+    assert height == pytest.approx(whole / 2, abs=0.1)
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(0, 1, 0.2), (0, 37, 10), (-3, 3, 2), (5, 5, 1)])
+def test_ticks(low: float, high: float, expected: float) -> None:
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 7
+    assert all(b - a == pytest.approx(expected) for a, b in itertools.pairwise(found))
+
+
+def test_the_verdict() -> None:
+    verdict = judge(result(), 0.9)
+    assert verdict.parts == {"tasks": pytest.approx(0.9 / 0.95), "perplexity": pytest.approx(10 / 11)}
+    assert verdict.recovery == pytest.approx(10 / 11) and verdict.passed and verdict.status == 0
+    assert verdict.line().startswith("PASS: recovery 90.9% (tasks 94.7%, perplexity 90.9%)")
+    assert judge(result(), 0.95).status == FAILED
+    alone = judge(result(tasks=None, text={"perplexity": 3.0, "base_perplexity": None}), 0.98)
+    assert alone.passed and "nothing to compare" in alone.line()

@@ -1,0 +1,90 @@
+"""Exact match by one forward pass and by generation must agree; here the model's logits are written by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jqserve.errors import RequestError
+from jqserve.evaluate.tasks import Task, read_tasks, score
+
+END = 1
+
+
+class Letters:
+    """A character an id; "#" stands for the text "ab" too."""
+
+    chat = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+@dataclasses.dataclass
+class Counting:
+    """A model that answers with the prompt's last letter's successor, then ends."""
+
+    class config:
+        eos_token_ids = (END,)
+        vocab_size = 128
+
+    calls: int = 0
+
+    def __call__(self, params: Any, ids: Any) -> Any:
+        self.calls += 1
+        ids = np.asarray(ids)
+        following = np.where(np.roll(ids, 1, 1) == ord("?"), END, ids + 1)
+        following = np.where(ids == ord("?"), np.roll(ids, 1, 1) + 1, following)
+        return jnp.asarray(np.eye(128, dtype=np.float32)[np.clip(following, 0, 127)])
+
+
+def test_what_is_right_is_seen_in_one_pass_and_the_rest_is_generated() -> None:
+    tasks = [Task("a?", "b", "x"), Task("c?", "d", "x"), Task("a?", "z", "y"), Task("k?", "yes", "y")]
+    asked: list[tuple[list[list[int]], list[int]]] = []
+
+    def generate(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[str]:
+        asked.append(([list(p) for p in prompts], list(limits)))
+        return [" b ", " yes\n"]
+
+    model = Counting()
+    scores = score(model, {}, Letters(), tasks, generate)  # type: ignore[arg-type]
+    assert model.calls == 1
+    assert asked == [([[97, 63], [107, 63]], [18, 20])]
+    assert scores.by_kind == {"x": (2, 2), "y": (1, 2)}
+    assert scores.accuracy == 0.75
+
+
+def test_an_answer_that_does_not_end_is_generated() -> None:
+    """ "b" alone would be right by its tokens; the model has to end there as well."""
+
+    class Endless(Counting):
+        def __call__(self, params: Any, ids: Any) -> Any:
+            return super().__call__(params, ids).at[..., END].set(-1)
+
+    generated: list[int] = []
+
+    def generate(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[str]:
+        generated.extend(limits)
+        return ["bcdef"]
+
+    scores = score(Endless(), {}, Letters(), [Task("a?", "b")], generate)  # type: ignore[arg-type]
+    assert generated and scores.accuracy == 0
+
+
+def test_reading(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt": "p", "answer": 3}\n\n{"prompt": "q", "answer": "b", "kind": "k"}\n')
+    assert read_tasks(path) == [Task("p", "3"), Task("q", "b", "k")]
+    assert len(read_tasks(path, 1)) == 1
+    path.write_text('{"prompt": "p", "answer": 3}\n[1]')
+    with pytest.raises(RequestError, match="line 2: expected"):
+        read_tasks(path)
+    path.write_text("\n")
+    with pytest.raises(RequestError, match="holds no tasks"):
+        read_tasks(path)
