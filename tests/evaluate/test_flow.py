@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from jqserve.client import Client
-from jqserve.evaluate.verdict import FAILED
 from tests.e2e.server_process import server_process
 
 
@@ -20,6 +19,7 @@ def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # a minute and a half of two cores: three commands that compile, and a server
 def test_quantize_eval_serve(fixtures_dir: Path, tmp_path: Path) -> None:
     base, out = fixtures_dir / "base-bf16", tmp_path / "quantized"
     made = command("quantize", "--model-path", base, "--out", out, "--scheme", "w4a16", "--group-size", "64")
@@ -38,8 +38,6 @@ def test_quantize_eval_serve(fixtures_dir: Path, tmp_path: Path) -> None:
     assert found["tasks"]["accuracy"] > 0.8 and len(found["layers"]) == 6
     assert judged.stdout.strip().splitlines()[-1] == found["verdict"]["line"]
     assert page.read_text().count("<svg") == 5
-    refused = command(*compared, "--no-layers", "--min-recovery", "1.5")
-    assert refused.returncode == FAILED and "FAIL: recovery" in refused.stdout
     flags = ("--context-length", "128", "--max-running-requests", "2", "--disable-warmup")
     chat = [{"role": "user", "content": "What is 463 + 88?"}]
     with server_process(out, *flags) as server, Client(server.target) as client:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from jqserve.cli.main import main
+from jqserve.evaluate import run
 from jqserve.evaluate.page import page
 from jqserve.evaluate.summary import rows
 from jqserve.evaluate.svg import Axes, ticks
@@ -109,6 +111,20 @@ def test_ticks(low: float, high: float, expected: float) -> None:
     found = ticks(low, high)
     assert 2 <= len(found) <= 7
     assert all(b - a == pytest.approx(expected) for a, b in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize(("threshold", "status"), [("0.9", 0), ("0.95", FAILED)])
+def test_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], threshold: str, status: int
+) -> None:
+    def evaluate(question: run.Question, progress: Any) -> dict[str, Any]:
+        found = result()
+        verdict = judge(found, question.threshold)
+        return {**found, "verdict": {"passed": verdict.passed, "line": verdict.line()}}
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    assert main(["eval", "--model-path", "m", "--base", "b", "--text", "t", "--min-recovery", threshold]) == status
+    assert capsys.readouterr().out.strip().endswith(f"threshold {float(threshold):.1%}")
 
 
 def test_the_verdict() -> None:
