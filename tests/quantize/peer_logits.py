@@ -30,10 +30,10 @@ def by_transformers(folder: str) -> torch.nn.Module:
 
 
 def by_gptqmodel(folder: str) -> torch.nn.Module:
-    """GPTQModel's loader and its torch kernel."""
+    """GPTQModel's loader and its torch kernel, which knows 16-bit types only."""
     from gptqmodel import BACKEND, GPTQModel
 
-    return GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32).model
+    return GPTQModel.load(folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model
 
 
 def by_autoawq(folder: str) -> torch.nn.Module:
