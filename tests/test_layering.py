@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
         "jqserve.checkpoint",
         "jqserve.quant",
         "jqserve.engine",
-        "jqserve.models.config",
+        "jqserve.models",
         "jqserve.server.tokenizer",
         "jqserve.errors",
     },
