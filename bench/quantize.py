@@ -39,7 +39,7 @@ PAIRS: list[tuple[str, str | None, dict[str, Any]]] = [
     ("INT8 per channel", None, {"scheme": "w8a8-int8"}),
 ]
 #: Grids that no format here stores: (bits, symmetric, group); 0: a scale a channel. GPTQ, AWQ and rounding compared.
-INTERNAL = [(3, False, 128), (3, False, 0), (4, False, 0)]
+INTERNAL = [(3, False, 128), (4, False, 0), (3, False, 0)]
 
 
 def main() -> None:
@@ -61,16 +61,18 @@ def main() -> None:
         rows = measure(args.scheme, args.layers, args.samples, args.seqlen, args.scale)
         record.write(f"quantize_{args.shape}_{args.scheme}", rows, args.out)
         return
-    quality = Quality(16 if args.quick or args.internal else 64, 100 if args.quick else 0 if args.internal else 1000)
-    rows = quality.internal() if args.internal else quality.pairs(args.only)
     name = "quantize_quality_internal" if args.internal else "quantize_quality"
-    record.write(f"{name}_quick" if args.quick else name, rows, args.out)
+    name = f"{name}_quick" if args.quick else name
+    windows, tasks = 16 if args.quick or args.internal else 64, 100 if args.quick else 0 if args.internal else 1000
+    quality = Quality(windows, tasks, lambda rows: record.write(name, rows, args.out))
+    quality.internal() if args.internal else quality.pairs(args.only)
 
 
 class Quality:
     """Every checkpoint is dequantized into the base's own tree, so that one compiled program serves all."""
 
-    def __init__(self, windows: int, tasks: int) -> None:
+    def __init__(self, windows: int, tasks: int, keep: Callable[[list[dict[str, Any]]], Any]) -> None:
+        """keep: called with all rows so far; a run takes an hour on two busy cores."""
         import jax
         import jax.numpy as jnp
 
@@ -78,7 +80,7 @@ class Quality:
         from jqserve.evaluate.tasks import read_tasks
         from jqserve.server.tokenizer import load_tokenizer
 
-        self.jax, self.jnp, self.jqserve = jax, jnp, jqserve
+        self.jax, self.jnp, self.jqserve, self.keep = jax, jnp, jqserve, keep
         base = FIXTURES / "base-bf16"
         self.model, self.base = jqserve.load(base, dtype="float32")
         ids = np.fromfile(FIXTURES / "valid.bin", "<u2")[: windows * 512]
@@ -107,6 +109,7 @@ class Quality:
             if len(pair) == 2:
                 pair[1]["kl_ratio"] = round(pair[1]["kl"] / pair[0]["kl"], 4)
             rows += pair
+            self.keep(rows)
         return rows
 
     def internal(self) -> list[dict[str, Any]]:
@@ -115,6 +118,7 @@ class Quality:
             name = f"{bits}-bit {'sym' if symmetric else 'asym'} {f'g{group}' if group else 'per channel'}"
             for algorithm in ("rtn", "gptq", "awq"):
                 rows.append(self.made(name, f"jqserve {algorithm}", {}, internal(algorithm, bits, symmetric, group)))
+                self.keep(rows)
         return rows
 
     def made(self, name: str, maker: str, flags: dict[str, Any], options: Any = None) -> dict[str, Any]:
