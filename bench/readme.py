@@ -140,7 +140,21 @@ def decode() -> str:
 
 
 _SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}
-TABLES: dict[str, Callable[[], str]] = {"start_line": start_line, "decode": decode, "kernels": kernels}
+
+
+def support() -> str:
+    """Which kernel a scheme takes on which device."""
+    from bench.support import COLUMNS, support_rows
+
+    return table(["scheme", *COLUMNS], support_rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "support": support,
+    "start_line": start_line,
+    "decode": decode,
+    "kernels": kernels,
+}
 
 
 def rendered(text: str) -> str:
