@@ -17,13 +17,15 @@ from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Place, Weight
 from jqserve.checkpoint.names import Vector
 from jqserve.checkpoint.open import AnyCheckpoint
+from jqserve.checkpoint.online import Online
 from jqserve.checkpoint.plan import PlanRow, matrix_row, source_text
 from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
 from jqserve.checkpoint.scheme import Arrays, Prepared, cast
 from jqserve.errors import CheckpointError
 
-#: Modules whose transfer and decoding may be under way on the device at a time.
-IN_FLIGHT = 2
+#: Modules whose transfer and decoding may be under way on the device while the next one is sent. Unquantized ones are
+#: large beside what becomes of them: with one under way, never more than two are there.
+IN_FLIGHT, IN_FLIGHT_ONLINE = 2, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Stream:
     ) -> None:
         self._checkpoint, self._modules, self._kv = checkpoint, audited.modules, audited.kv
         self._dtype, self._place, self._on_device = dtype, place, on_device
+        groups = (module for module in audited.modules if isinstance(module, GroupSource))
+        online = any(isinstance(part.scheme, Online) for group in groups for part in group.parts)
+        self._in_flight = IN_FLIGHT_ONLINE if online else IN_FLIGHT
         self._flying: deque[tuple[str, Any]] = deque()  # path, whether it is finite (perhaps not computed yet)
 
     def __len__(self) -> int:
@@ -68,7 +73,7 @@ class Stream:
         for module, own, ahead in zip(self._modules, names, [*names[1:], []]):
             self._checkpoint.prefetch(own + ahead)
             built = self._vector(module) if isinstance(module, Vector) else self._group(module)
-            self._settle(IN_FLIGHT if self._on_device else 0)
+            self._settle(self._in_flight if self._on_device else 0)
             yield built
             del built  # or the host would hold it while the next one is made
         if self._kv is not None:

@@ -25,6 +25,7 @@ from jqserve.errors import CheckpointError, JqserveError, UnsupportedError
 from jqserve.quant import QuantizedTensor
 from tests.checkpoint import configs as c
 from tests.checkpoint import tiny
+from tests.checkpoint import tiny_more as m
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 FORMATS: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
@@ -41,9 +42,15 @@ FORMATS: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
         c.compressed("float-quantized", c.weights(8, "float", "tensor"), c.inputs("float", static=True)),
     ),
     "int8": (tiny.eight("int"), c.compressed("int-quantized", c.weights(8, "int", "channel"), c.inputs("int"))),
+    "bnb nf4 double": (
+        m.bnb4("nf4", True),
+        m.bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    ),
+    "torchao int4wo": (m.torchao4(32), m.torchao("Int4WeightOnlyConfig", group_size=32)),
+    "fp8 blocks": (m.blocks(), c.fp8(weight_block_size=[128, 128])),
     "fp8 plain": (tiny.eight(shape="scalar"), c.fp8()),
 }
-PER_KIND = 12  # cases of each kind and format: 8 * 5 * 12 = 480
+PER_KIND = 10  # cases of each kind and format: 11 * 5 * 10 = 550
 
 
 class Case:
