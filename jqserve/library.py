@@ -77,11 +77,12 @@ def load(
     layout: Literal["kernel", "canonical"] = "kernel",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Loads a checkpoint directory (or a Hub id from the local cache, or a `jqserve convert` directory).
+    """Loads a checkpoint directory (or a .gguf file, a Hub id from the local cache, or a `jqserve convert` directory).
 
     Args:
       dtype: "float32", "bfloat16" or "float16" for everything unquantized and for activations; None: the checkpoint's.
-      quantization: "fp8" quantizes an unquantized checkpoint while it loads.
+      quantization: quantizes an unquantized checkpoint while it loads: "fp8", "int4", ... or "torchao:int4wo-128", ...
+        (docs/quantization-flags.md).
       activations: "none" leaves activations unquantized whatever the checkpoint asks, to look at the weights alone.
       revision: of a Hub id.
       progress: called with (modules done, modules in all, the path just done).

@@ -26,12 +26,13 @@ def load(
     decode: Literal["auto", "host", "device"] = "auto",
     progress: Progress | None = None,
 ) -> LoadedCheckpoint:
-    """Loads the checkpoint directory `path`; its headers are checked as a whole before any tensor is read.
+    """Loads the checkpoint directory or .gguf file `path`; its headers are checked as a whole before any tensor is read.
 
     dtype         of dense weights, norms, biases and the embedding: "bfloat16", "float16", "float32"; None or "auto":
                   the checkpoint's own. Scales keep their stored dtype, or are widened to float32
     activations   "none" leaves the input of activation-quantized Linears as it is, to look at the weights alone
-    quantization  "fp8" quantizes the Linears (not the head) of an unquantized checkpoint while they stream in
+    quantization  an online scheme for the Linears (not the head) of an unquantized checkpoint, as they stream in; on a
+                  quantized one it must say what that is (`asked`). "torchao:NAME" is --torchao-config NAME
     device_put    called with each weight (array or QuantizedTensor), bias and norm as soon as it is built; what it
                   returns stands in the tree. None: `jax.device_put` to the default device. `keep_on_host` for numpy
     decode        "host": numpy; "device": raw tensors are sent as they are and repacked there; "auto": on the device

@@ -1,0 +1,124 @@
+"""Memory while an unquantized model is quantized on its way in: peak on the device and on the host, for every scheme.
+
+    python -m bench.load_peak --layers 32 [--schemes fp8 int4 ...] [--mem-fraction 0.12] --out DIR
+
+The checkpoint is Llama-3.1-8B's shape in bfloat16 as a sparse file (all zeros: the sizes are what matters), made in a
+temporary folder. Each scheme loads in a process of its own, for the device's peak counter cannot be reset;
+--mem-fraction caps what XLA may allocate, to show that a model loads where it would not fit unquantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+#: The two largest modules of a layer-wise load: gate and up together, and the embedding or the head.
+SLACK = 64 << 20
+
+
+def checkpoint(folder: Path, layers: int) -> None:
+    """A sparse bf16 checkpoint of CONFIG's shapes."""
+    from jqserve.checkpoint.model_config import model_config
+    from jqserve.checkpoint.names import Vector, modules
+
+    config = {**CONFIG, "num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    header: dict[str, Any] = {}
+    offset = 0
+    for module in modules(model_config(config)):
+        if isinstance(module, Vector):
+            named = {module.name: list(module.shape)}
+        else:
+            named = {f"{slot.name}.weight": [slot.n, slot.k] for _, slot in module.parts}
+        for name, shape in named.items():
+            size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+
+
+def measure(folder: str, scheme: str) -> dict[str, Any]:
+    """Loads in this process; bytes."""
+    import jax
+
+    from jqserve.checkpoint.convert import load
+    from jqserve.checkpoint.forecast import forecast
+    from jqserve.checkpoint.open import open_checkpoint
+    from jqserve.checkpoint.opening import open_model
+    from jqserve.ops.relayout import place
+
+    with open_checkpoint(folder) as opened:
+        planned = forecast(open_model(opened, None, "config", scheme))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    loaded = load(folder, quantization=scheme, device_put=place, decode="device")
+    jax.block_until_ready(loaded.params)
+    stats = jax.devices()[0].memory_stats() or {}
+    final = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
+    peak = stats.get("peak_bytes_in_use")
+    return {
+        "scheme": scheme,
+        "final_bytes": final,
+        "peak_device_bytes": peak,
+        "over_final_bytes": None if peak is None else peak - final,
+        "two_largest_modules_bytes": planned.largest,
+        "within_bound": None if peak is None else peak - final <= planned.largest + SLACK,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--layers", type=int, default=32)
+    add("--schemes", nargs="+", default=["none", "fp8", "fp8_block", "w8a8_int8", "int8", "int4", "torchao:int4wo-128"])
+    add("--mem-fraction", type=float, help="of the device's memory that XLA may allocate")
+    add("--out", help="default: bench/results")
+    add("--one", nargs=2, metavar=("FOLDER", "SCHEME"), help="(what the command runs for each scheme)")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*args.one)))
+        return
+    environment = dict(os.environ)
+    if args.mem_fraction:
+        environment["XLA_CLIENT_MEM_FRACTION"] = str(args.mem_fraction)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint(Path(folder), args.layers)
+        for scheme in args.schemes:
+            command = [sys.executable, "-m", "bench.load_peak", "--one", folder, scheme]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            last = (done.stdout.strip().splitlines() or [""])[-1]
+            row = json.loads(last) if done.returncode == 0 else {"scheme": scheme, "failed": done.stderr[-400:]}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    from bench import record
+
+    print(record.write("load_peak", rows, args.out, layers=args.layers, mem_fraction=args.mem_fraction))
+
+
+if __name__ == "__main__":
+    main()
