@@ -26,7 +26,7 @@ def load(
     decode: Literal["auto", "host", "device"] = "auto",
     progress: Progress | None = None,
 ) -> LoadedCheckpoint:
-    """Loads the checkpoint directory or .gguf file `path`; its headers are checked as a whole before any tensor is read.
+    """Loads the directory or .gguf file `path`; its headers are checked as a whole before any tensor is read.
 
     dtype         of dense weights, norms, biases and the embedding: "bfloat16", "float16", "float32"; None or "auto":
                   the checkpoint's own. Scales keep their stored dtype, or are widened to float32

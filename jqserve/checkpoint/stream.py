@@ -16,8 +16,8 @@ from jqserve.checkpoint.finite import all_finite
 from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Place, Weight
 from jqserve.checkpoint.names import Vector
-from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.online import Online
+from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.plan import PlanRow, matrix_row, source_text
 from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
 from jqserve.checkpoint.scheme import Arrays, Prepared, cast
