@@ -151,6 +151,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-growth", type=float, default=300.0, metavar="MB")
+    parser.add_argument("server", nargs="*", help="after --: more flags of the server that is started here")
     args = parser.parse_args()
     pids = {name: pid for name, pid in (("front end", args.pid), ("engine", args.engine_pid)) if pid}
     process = None
@@ -159,7 +160,8 @@ def main() -> int:
         if target is None:
             ready = Path(folder) / "ready.json"
             command = [sys.executable, "-m", "jqserve.cli.server", "--port", "0", "--ready-file", str(ready)]
-            process = subprocess.Popen([*command, "--context-length", "384"], stdout=subprocess.DEVNULL)
+            command += ["--context-length", "384", "--constraint-warmup", *args.server]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             while not ready.exists():
                 if process.poll() is not None:
                     return 1

@@ -86,7 +86,7 @@ class Engine:
             with _bar(progress) as bar:
                 task = bar.add_task("generate", total=len(requests), rate="")
                 while queue or self.core.has_work():
-                    while queue and len(self.core.scheduler.waiting) < max(1, self.core.max_queued):
+                    while queue and self.core.queued < max(1, self.core.max_queued):
                         self.core.add(queue.pop())
                     for event in self.core.step():
                         if running[event.rid].take(event, self.core):

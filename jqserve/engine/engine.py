@@ -64,7 +64,7 @@ class EngineCore:
         """Queues a request. Raises RequestError for what cannot be served, QueueFullError when too many wait."""
         if request.rid in self._sequences:
             raise RequestError("rid", f"request {request.rid} is running already")
-        waiting = len(self.scheduler.waiting) + len(self.preparing)
+        waiting = self.queued
         if waiting >= self.max_queued + len(self.scheduler.free_slots):
             raise QueueFullError(f"{waiting} requests wait already (max_queued {self.max_queued}); try again later")
         request = check_request(request, self.limits)
@@ -99,6 +99,11 @@ class EngineCore:
         cached = self.scheduler.pool.cached
         self.scheduler.pool.forget()
         return cached
+
+    @property
+    def queued(self) -> int:
+        """Requests without a slot."""
+        return len(self.scheduler.waiting) + len(self.preparing)
 
     def has_work(self) -> bool:
         """Whether `step` has something to do; False only when nothing runs, waits, or has to be read."""
@@ -149,7 +154,7 @@ class EngineCore:
         pool = self.scheduler.pool
         return EngineStats(
             running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting) + len(self.preparing),
+            waiting=self.queued,
             pages_used=pool.used,
             pages_total=pool.total,
             preemptions=self.scheduler.preemptions,

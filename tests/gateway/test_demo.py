@@ -16,7 +16,8 @@ import pytest
 
 from jqserve.client import Client, ServerError
 from jqserve.server.pb import jqserve_pb2 as pb
-from jqserve.server.pb import jqserve_pb2_grpc
+from jqserve.server.pb import jqserve_pb2_grpc, vllm_engine_pb2_grpc
+from jqserve.server.pb import vllm_engine_pb2 as vll
 from tests.data.schemas import cases
 from tests.gateway.smg import Gateway, gateway
 from tests.server.program import Program, compilation_cache, eventually, idle
@@ -235,6 +236,23 @@ def test_scores_agree_with_what_generation_says(native: Client) -> None:
     assert [entry.token_id for entry in again.logprobs] == whole[1:]
     (text,) = native.score(["The cat sat."])
     assert list(text.token_ids) == native.tokenize("The cat sat.") and text.total < 0
+
+
+def test_prompt_logprobs_over_the_gateways_protocol(served: tuple[Program, Gateway], native: Client) -> None:
+    ids = native.tokenize(STORY)
+    (expected,) = native.score([ids], top_logprobs=2)
+    request = vll.GenerateRequest(tokenized=vll.TokenizedInput(input_ids=ids), stream=True)
+    request.sampling_params.CopyFrom(vll.SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=2, n=2))
+    with grpc.insecure_channel(served[0].target) as channel:
+        answers = list(vllm_engine_pb2_grpc.VllmEngineStub(channel).Generate(request))
+    firsts = {a.chunk.index: a.chunk.input_logprobs for a in answers if a.chunk.completion_tokens == 1}
+    assert not firsts[1].token_ids  # the prompt is scored once
+    entries = firsts[0].token_logprobs
+    assert list(firsts[0].token_ids) == ids and not entries[0].HasField("value")
+    assert [e.value for e in entries[1:]] == pytest.approx([e.logprob for e in expected.logprobs], abs=1e-4)
+    assert [list(t.token_ids) for t in firsts[0].top_logprobs[1:]] == [
+        [top.token_id for top in e.top] for e in expected.logprobs
+    ]
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_tokens_are_read_from_a_file_and_shown_nowhere(tmp_path: Path) -> None:
     config = cli.server_config(cli.parser().parse_args(["--api-key-file", str(file), "--api-key", "third"]))
     assert config.api_keys == ("third", TOKEN, "second")
     assert TOKEN not in repr(config) and "third" not in repr(config)
+    assert "third" not in str(config.arguments)  # which GetServerInfo shows to everybody
     file.write_text("# none\n")
     with pytest.raises(UnsupportedError, match="holds no token"):
         cli.server_config(cli.parser().parse_args(["--api-key-file", str(file)]))
