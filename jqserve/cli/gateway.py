@@ -24,6 +24,7 @@ import threading
 import time
 from pathlib import Path
 
+from jqserve.cli.defaults_shown import DefaultsShown
 from jqserve.errors import JqserveError, UnsupportedError
 
 log = logging.getLogger("jqserve.gateway")
@@ -35,7 +36,7 @@ GRACE_SECONDS = 190  # smg lets requests in flight run for 180
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = DefaultsShown
     add = parser.add_argument
     add("--workers", nargs="+", metavar="URL|N", default=["1"], help="grpc://host:port ..., or how many to start")
     add("--model-path", metavar="DIR|HUB_ID", default=None, help="start workers with this model on this machine")

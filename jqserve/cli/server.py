@@ -14,6 +14,7 @@ from typing import Any
 
 from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.gguf_tokenizer import tokenizer_folder
+from jqserve.cli.defaults_shown import DefaultsShown
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.server.app import Server
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="jqserve-server",
         description="Serve a Hugging Face checkpoint (AWQ, GPTQ, compressed-tensors, FP8 or unquantized) over gRPC.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsShown,
     )
     model = parser.add_argument_group("model")
     add = functools.partial(model.add_argument, default=None)

@@ -92,12 +92,12 @@ def test_the_engines_numbers_and_the_plan_are_there(server: tuple[Running, Clien
 
 
 def test_the_dashboard_is_current_and_asks_only_for_what_there_is(server: tuple[Running, Client]) -> None:
-    spec = importlib.util.spec_from_file_location("make_dashboard", ROOT / "grafana" / "make.py")
+    spec = importlib.util.spec_from_file_location("make_dashboard", ROOT / "docs" / "grafana" / "make.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = (ROOT / "grafana" / "jqserve.json").read_text()
-    assert json.loads(text) == module.dashboard(), "run python grafana/make.py"
+    text = (ROOT / "docs" / "grafana" / "jqserve.json").read_text()
+    assert json.loads(text) == module.dashboard(), "run python docs/grafana/make.py"
     names = set(re.findall(r"jqserve:[a-z0-9_]+", text))
     assert len(names) > 20
     phases = {"jqserve:host_seconds_total"}  # the echoing engine has no phases
