@@ -108,7 +108,6 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
 
     done("import")
     jax.devices()
-    jax.block_until_ready(jax.numpy.zeros(8))
     done("device")
     ended = {"plan": "load", "cache": "pages"}
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from jqserve.errors import CheckpointError
 
@@ -77,6 +78,7 @@ def use_jax_cache(folder: Path | None) -> None:
     if folder is None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder / f"xla-{source_digest()[:16]}"))
+    compilation_cache.reset_cache()  # an array made before now has opened whatever cache was set for the machine
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
