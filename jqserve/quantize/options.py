@@ -100,8 +100,15 @@ class Options:
         static = self.row.inputs == "static"
         return self.algorithm != "rtn" or static or self.smoothquant is not None or self.kv_cache != "none"
 
+    @property
+    def written(self) -> str:
+        """The format's name. Zero points default to GPTQ's version 2: GPTQModel loads them in version 1 only from files
+        of its own making."""
+        default = self.row.formats[0]
+        return self.format or ("gptq_v2" if default == "gptq" and self.symmetric is False else default)
+
     def writer(self) -> Format:
-        name = self.format or self.row.formats[0]
+        name = self.written
         if name == "compressed-tensors":
             return CompressedTensors()
         others: tuple[Format, ...] = (Gptq(1), Gptq(2), Awq(), BlockFp8())
@@ -109,7 +116,7 @@ class Options:
 
     def grid(self, model_dtype: str) -> Grid:
         """The grid of every quantized Linear of a model of `model_dtype`."""
-        row, form = self.row, self.format or self.row.formats[0]
+        row, form = self.row, self.written
         group = row.group
         if row.grouped and self.group_size is not None:
             group = (1, 0 if self.group_size == -1 else self.group_size)

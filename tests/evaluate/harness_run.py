@@ -66,7 +66,9 @@ def main() -> None:
     )
     assert harness.JqserveLM
     rolling = [float(sample["filtered_resps"][0]) for sample in found["samples"]["local_rolling"]]
-    choice = [[float(x[0]) for x in s["filtered_resps"]] for s in found["samples"]["local_choice"]]
+    choice = []  # what was really asked, and the answer
+    for sample in found["samples"]["local_choice"]:
+        choice += [[*args[:2], float(x[0])] for args, x in zip(sample["arguments"], sample["filtered_resps"])]
     out.write_text(json.dumps({"results": found["results"], "rolling": rolling, "choice": choice}))
 
 

@@ -55,11 +55,11 @@ def test_local_tasks(fixtures_dir: Path, tmp_path: Path) -> None:
 
     model, params = jqserve.load(base, dtype="float32")
     tokenizer = load_tokenizer(str(base))
-    for row, scores in zip(wrong, found["choice"]):
-        for answer, score in zip((row["right"], row["wrong"]), scores):
-            before, after = (tokenizer.encode(x, add_special_tokens=False) for x in (row["prompt"], answer))
-            expected = log_p(model, params, [*before, *after])[-len(after) :].sum()
-            assert score == pytest.approx(expected, abs=2e-3)
+    assert len(found["choice"]) == 2 * len(wrong)
+    for context, continuation, score in found["choice"]:
+        before, after = (tokenizer.encode(x, add_special_tokens=False) for x in (context, continuation))
+        expected = log_p(model, params, [*before, *after])[-len(after) :].sum()
+        assert score == pytest.approx(expected, abs=2e-3, rel=1e-4), (context, continuation)
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) > 128
     expected = log_p(model, params, [1, *ids[:64]]).sum()  # bos, then windows of 64 that end where the last one began

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "fp8 static": ({"scheme": "fp8-static"}, 28),
     "int8": ({"scheme": "w8a8-int8"}, 38),
     "int8 smoothquant gptq": ({"scheme": "w8a8-int8", "smoothquant": 0.5, "gptq": True}, 33),
-    "gptq v1 asym": ({"scheme": "gptq", "symmetric": False, "group_size": 64}, 10),
+    "gptq v1 asym": ({"scheme": "gptq", "format": "gptq", "symmetric": False, "group_size": 64}, 10),
     "gptq v2 act-order": ({"scheme": "gptq", "format": "gptq_v2", "act_order": True, "group_size": 64}, 10),
     "gptq ct act-order": ({"scheme": "gptq", "format": "compressed-tensors", "act_order": True, "group_size": 32}, 10),
     "gptq 8 bit static": ({"scheme": "gptq", "bits": 8, "act_order": True, "static_groups": True}, 38),
