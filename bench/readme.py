@@ -149,7 +149,23 @@ def support() -> str:
     return table(["scheme", *COLUMNS], support_rows())
 
 
+def quantize_quality() -> str:
+    """Our quantizers beside the peers'."""
+    result = load("quantize_quality")
+    if result is None:
+        return "Not measured yet."
+    header = ["weights alone", "made by", "perplexity", "KL to base", "tasks", "KL over the peer's"]
+    rows = []
+    for row in result["rows"]:
+        maker = row["maker"].partition(":")[0]
+        ratio = f"{row['kl_ratio']:.2f}" if "kl_ratio" in row else ""
+        accuracy = f"{row['task_accuracy']:.1%}" if "task_accuracy" in row else ""
+        rows.append([row["name"], maker, f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", accuracy, ratio])
+    return table(header, rows) + "\n\n" + source(result, "quantize_quality")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "quantize_quality": quantize_quality,
     "support": support,
     "start_line": start_line,
     "decode": decode,
