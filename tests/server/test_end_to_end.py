@@ -57,7 +57,7 @@ def test_it_prints_the_plan_and_where_it_listens(served: Program) -> None:
     assert "load plan: gptq" in served.output() and f"listening on {served.target}" in served.output()
     model = served.client.model_info()
     assert model.architecture == "LlamaForCausalLM" and model.served_model_name == "demo"
-    assert {m.bits for m in model.modules if "attn" in m.path} == {4} and model.kv_cache.pages == 28
+    assert {m.bits for m in model.modules if "attn" in m.path} == {4} and model.kv_cache.pages == 36
 
 
 @pytest.mark.parametrize("question", ASKED)
@@ -150,6 +150,20 @@ def agree(crowd: Result, alone: Result, greedy: bool) -> bool:
 
 
 def test_64_clients_with_cancellations_get_what_each_gets_alone(served: Program) -> None:
+    crowd_equals_alone(served)
+
+
+def test_64_clients_on_an_unquantized_model(fixtures_dir: Path, tmp_path: Path, cache: Path) -> None:
+    program = Program(tmp_path, "--model-path", str(fixtures_dir / "base-bf16"), "--dtype", "float32", cache=cache)
+    try:
+        program.wait_until_ready()
+        crowd_equals_alone(program)
+    finally:
+        program.end()
+
+
+def crowd_equals_alone(served: Program) -> None:
+    """64 clients, a quarter of which leave early, on so few pages that sequences are preempted; then each alone."""
     requests = requests_of_a_crowd(seed=1, count=64)
     before = served.client.server_info().load
 
@@ -178,12 +192,12 @@ def test_64_clients_with_cancellations_get_what_each_gets_alone(served: Program)
     finished = [i for i, result in enumerate(results) if result is not None]
     assert len(finished) >= 48
     steps = load.steps - before.steps
-    tokens = load.generated_tokens - before.generated_tokens
-    assert tokens / steps >= 6, (tokens, steps)
-    assert load.preemptions - before.preemptions >= 20
+    rows = load.mean_batch * load.steps - before.mean_batch * before.steps
+    assert rows / steps >= 8, (rows, steps)
+    assert load.preemptions - before.preemptions >= 20, load
     assert load.compilations_after_warmup == 0
     eventually(lambda: idle(served.client), 3)
-    for i in finished[::3]:
+    for i in finished:
         alone = served.client.generate(**requests[i]).wait()
         got = results[i]
         assert got is not None and agree(got, alone, greedy=i % 2 == 1), i
