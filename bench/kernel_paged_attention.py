@@ -1,8 +1,9 @@
 """Paged attention on this GPU: prefill and decode, each result against the XLA reference before it is timed.
 
-    python -m bench.kernel_paged_attention [--only prefill,decode] [--budget SECONDS] [--out DIR] [--sweep] [--check]
+    python -m bench.kernel_paged_attention [--only prefill,decode] [--budget SECONDS] [--out DIR] [--sweep] [--check] [--wide]
 
 `--check` also runs the test table (every head dim, window, soft cap, fp8) against float64 numpy, after the first rows.
+`--wide` only checks prefill's blocks of 160 and 176 keys over that table, and then times them.
 Writes DIR/paged_attention.json (see record.py) and, as they come, lines of DIR/paged_attention.jsonl.
 """
 
@@ -33,6 +34,7 @@ from pallas_kernels.paged_attention.config import (
 )
 
 KV_HEADS, GROUP, HEAD_DIM, PAGE = 8, 4, 128, 16  # Llama-3.1-8B: 32 query heads
+WIDE_BLOCKS = (PrefillConfig(160, 2), PrefillConfig(176, 2))
 ERROR_LIMIT = 0.02  # of the largest output: weights are rounded to 16 bits, sums of 8,192 of them
 
 
@@ -223,9 +225,18 @@ def prefill_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
 
 
 def prefill_alternatives(*, quick: bool = False) -> list[Task]:
-    """Other configs than the op's own choice at S = 4,096: wider blocks (FlashAttention-3's 176), no turns."""
-    configs = [] if quick else [PrefillConfig(160, 2), PrefillConfig(176, 2), PrefillConfig(128, 2, False)]
-    return [prefill_task(kind, 4096, Pool(4 * 4096), config=c) for c in configs for kind in ("full", "causal")]
+    """Other configs than the op's own choice at S = 4,096: wider blocks (FlashAttention-3's 176), no turns.
+
+    Wider blocks first run the test table: `ok` of all their checks stands in front of their times.
+    """
+    if quick:
+        return []
+    timed = [
+        prefill_task(kind, 4096, Pool(4 * 4096), config=c)
+        for c in (*WIDE_BLOCKS, PrefillConfig(128, 2, False))
+        for kind in ("full", "causal")
+    ]
+    return [task for config in WIDE_BLOCKS for task in config_checks(config)] + timed
 
 
 def decode_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
@@ -243,8 +254,8 @@ def decode_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
     return tasks
 
 
-def check_task(kind: str, name: str) -> Task:
-    """One case of the test table, against float64 numpy."""
+def check_task(kind: str, name: str, config: PrefillConfig | None = None) -> Task:
+    """One case of the test table, against float64 numpy; prefill with `config` instead of the op's own choice."""
     case = (DECODE_CASES if kind == "decode" else PREFILL_CASES)[name]
     data = make(case)
     options: dict[str, Any] = dict(
@@ -254,6 +265,10 @@ def check_task(kind: str, name: str) -> Task:
     lens = [data["lens"]] if kind == "decode" else [data["lens"][:, 0], data["lens"][:, 1]]
     args = (*(data[n] for n in ("q", "k_pages", "v_pages", "page_table")), *lens)
     op = functools.partial(decode_attention if kind == "decode" else prefill_attention, **options)
+    if config is not None:
+        from pallas_kernels.paged_attention import mosaic_prefill_sm90
+
+        op = functools.partial(mosaic_prefill_sm90.prefill_attention, config=config, **options)
 
     def run(compiled: Any) -> dict[str, Any]:
         got = np.asarray(compiled(*args), np.float32)
@@ -261,7 +276,20 @@ def check_task(kind: str, name: str) -> Task:
         error = float(np.abs(got - want).max() / np.abs(want).max())
         return {"op": f"{kind}_check", "error": round(error, 5), "ok": error < ERROR_LIMIT}
 
-    return Task(f"check {kind} {name}", lambda: jax.jit(op).lower(*args).compile(), run)
+    key = f"check {kind} {name}" + (f" {config}" if config else "")
+    return Task(key, lambda: jax.jit(op).lower(*args).compile(), run)
+
+
+def config_checks(config: PrefillConfig) -> list[Task]:
+    """The cases of the prefill table that the kernel takes with `config`."""
+    return [
+        check_task("prefill", name, config)
+        for name, case in PREFILL_CASES.items()
+        if case.dtype != "float32"
+        and case.q_tile % 128 == 0
+        and case.kv_dtype == case.dtype  # fp8 pages need two more stages of shared memory
+        and config in prefill_search_space(case.head_dim, case.page_size)
+    ]
 
 
 def check_tasks(kinds: Sequence[str]) -> list[Task]:
@@ -276,6 +304,7 @@ def main() -> None:
     parser.add_argument("--out", help="folder of the result files (default bench/results)")
     parser.add_argument("--sweep", action="store_true", help="every config of the search space")
     parser.add_argument("--check", action="store_true", help="the test table first")
+    parser.add_argument("--wide", action="store_true", help="prefill's wider blocks only: checks, then times")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try this script without a GPU")
     args = parser.parse_args()
     from bench.record import RESULTS, write
@@ -285,6 +314,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kinds = args.only.split(",")
     tasks: list[Task] = []
+    if args.wide:
+        tasks, kinds = prefill_alternatives(quick=args.quick), []
     if "prefill" in kinds:
         tasks += prefill_tasks(sweep=args.sweep, quick=args.quick)
     if "decode" in kinds:

@@ -46,6 +46,8 @@ _DECODE = (
 _PREFILL = (
     Case("one_tile", 8, 2, 128, 16, ((0, 128),), q_tile=128),
     Case("chunks", 8, 2, 128, 16, ((0, 128), (128, 128), (256, 37), (0, 0), (77, 128)), q_tile=128),
+    # Chunks that start at, before and far behind the edges of blocks of 128, 160 and 176 keys, some of them unmasked.
+    Case("edges", 2, 1, 128, 16, ((352, 128), (479, 40), (700, 20)), q_tile=128),
     Case("page64", 8, 2, 128, 64, ((0, 128), (130, 100)), q_tile=128),
     Case("mha64", 4, 4, 64, 32, ((0, 64), (64, 64), (0, 1)), q_tile=128),
     Case("head256", 4, 2, 256, 16, ((0, 128), (128, 60)), q_tile=128),

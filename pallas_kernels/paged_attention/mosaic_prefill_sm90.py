@@ -111,6 +111,10 @@ def prefill_attention(
         raise NotImplementedError(
             f"takes page sizes that are multiples of 8 and divide {config.block_kv}, not {page_size}"
         )
+    if config.block_kv % 16 or config.block_kv * head_dim % 2048:
+        raise NotImplementedError(
+            f"takes blocks of a multiple of 16 keys and of 2,048 elements, not {config.block_kv} keys x {head_dim}"
+        )
     p = Problem(
         tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages,
         page_size=page_size, table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,

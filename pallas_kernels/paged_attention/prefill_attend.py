@@ -34,6 +34,8 @@ from pallas_kernels.paged_attention.prefill_problem import (
 from pallas_kernels.paged_attention.prefill_softmax import LOG2E, LOWEST, Softmax, row_array, scalar
 from pallas_kernels.paged_attention.simt import Mlir, Reg
 
+_WGMMA_K = 16  # inner dimension of one wgmma of 16-bit operands
+
 
 class Attend:
     """One consumer warpgroup."""
@@ -157,7 +159,7 @@ class Attend:
 
     def add_values(self, acc: Any, weights: Any, j: Reg) -> Any:
         """Issues acc += P V_j; both prepared."""
-        acc = _wgmma_registers(acc, weights, self.slot("v", j), self.p.swizzle)
+        acc = wgmma_registers(acc, weights, self.slot("v", j), self.p.swizzle)
         self._commit()
         return mgpu.WGMMAAccumulator(_value=acc, _original_layout=fa.WGMMA_LAYOUT, _sync=False)
 
@@ -315,19 +317,24 @@ class Attend:
         utils.commit_shared()
 
 
-def _wgmma_registers(acc: Any, a: Any, b: ir.Value, swizzle: int) -> Any:
-    """acc [64, n] + a [64, k] @ b, both in registers: mgpu.wgmma without its fence, which writes a's registers."""
+def wgmma_registers(acc: Any, a: Any, b: ir.Value, swizzle: int) -> Any:
+    """acc [64, n] + a [64, k] @ b, both in registers: mgpu.wgmma without its fence, which writes a's registers.
+
+    In steps of 16 of k, the instruction's own: mgpu.wgmma goes by whole swizzles (64), which blocks of 160 keys are not.
+    """
     (k, n), element = mma_utils.tiled_memref_shape(b)
-    group = swizzle // 2
-    (base, (_, (k_stride, *_))), (_, k_group_stride), fastest = mma_utils.create_descriptor(
-        b, swizzle=swizzle, large_tile=(group, group), group_size=(group, n), logical_k_major=True
+    if k % _WGMMA_K:
+        raise ValueError(f"wgmma takes multiples of {_WGMMA_K} of the inner dimension, not {k}")
+    (base, (_, (stride, *_))), _, fastest = mma_utils.create_descriptor(
+        b, swizzle=swizzle, group_size=(_WGMMA_K, n), logical_k_major=True
     )
     registers = acc.registers.copy()
-    for i in range(k // group):
-        offset = arith.constant(base.type, mma_utils.encode_addr(i * k_group_stride))
+    for i in range(k // _WGMMA_K):
+        offset = arith.constant(base.type, mma_utils.encode_addr(i * stride))
         registers[0:1] = mgpu._wgmma.wgmma_m64(
-            registers[0:1], a[:, i * group : (i + 1) * group], arith.addi(base, offset), swizzle=swizzle, n=n,
-            a_element_type=element, b_element_type=element, a_transpose=None, a_k_stride=None,
-            b_transpose=fastest != mma_utils.Dim.K, b_k_stride=k_stride,
+            registers[0:1], a[:, i * _WGMMA_K : (i + 1) * _WGMMA_K], arith.addi(base, offset),
+            swizzle=2 * _WGMMA_K,  # read there as the width of `a` in bytes; the descriptor holds the true swizzle
+            n=n, a_element_type=element, b_element_type=element, a_transpose=None, a_k_stride=None,
+            b_transpose=fastest != mma_utils.Dim.K, b_k_stride=stride,
         )  # fmt: skip
     return fa.FragmentedArray(_registers=registers, _layout=acc.layout, _is_signed=acc.is_signed)
