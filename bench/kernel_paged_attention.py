@@ -1,6 +1,7 @@
 """Paged attention on this GPU: prefill and decode, each result against the XLA reference before it is timed.
 
-    python -m bench.kernel_paged_attention [--only prefill,decode] [--budget SECONDS] [--out DIR] [--sweep] [--check] [--wide]
+    python -m bench.kernel_paged_attention [--only prefill,decode] [--budget SECONDS] [--out DIR]
+                                           [--sweep] [--check] [--wide]
 
 `--check` also runs the test table (every head dim, window, soft cap, fp8) against float64 numpy, after the first rows.
 `--wide` only checks prefill's blocks of 160 and 176 keys over that table, and then times them.

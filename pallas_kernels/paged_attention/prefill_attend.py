@@ -320,7 +320,7 @@ class Attend:
 def wgmma_registers(acc: Any, a: Any, b: ir.Value, swizzle: int) -> Any:
     """acc [64, n] + a [64, k] @ b, both in registers: mgpu.wgmma without its fence, which writes a's registers.
 
-    In steps of 16 of k, the instruction's own: mgpu.wgmma goes by whole swizzles (64), which blocks of 160 keys are not.
+    In steps of 16 of k, the instruction's own: mgpu.wgmma goes by swizzles (64 keys), which blocks of 160 do not fill.
     """
     (k, n), element = mma_utils.tiled_memref_shape(b)
     if k % _WGMMA_K:

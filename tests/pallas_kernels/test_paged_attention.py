@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,17 +31,24 @@ from tests.pallas_kernels.aot import compile_for_h200
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 5e-6}
 
 
+@functools.cache
+def compiled(op: Any, chunk_bytes: int, **static: Any) -> Any:
+    """The op as one XLA program (op by op it would be forty); `chunk_bytes` is what the reference was traced with.
+
+    Compiled without LLVM's optimizations, which cost more here than they save: 11 CPU seconds for all cases, not 16.
+    """
+    return jax.jit(functools.partial(op, **static), compiler_options={"xla_backend_optimization_level": 0})
+
+
 def run(case: Case, data: dict, implementation: str | None = None) -> np.ndarray:
     """The op on a case, as float32 numpy."""
-    kwargs = dict(
-        sm_scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap,
-        k_scale=data["k_scale"], v_scale=data["v_scale"], implementation=implementation,
-    )  # fmt: skip
-    pages = [jnp.asarray(data[name]) for name in ("q", "k_pages", "v_pages", "page_table")]
-    if case.q_tile:
-        start, length = jnp.asarray(data["lens"][:, 0]), jnp.asarray(data["lens"][:, 1])
-        return np.asarray(prefill_attention(*pages, start, length, **kwargs).astype(jnp.float32))
-    return np.asarray(decode_attention(*pages, jnp.asarray(data["lens"]), **kwargs).astype(jnp.float32))
+    static = dict(
+        sm_scale=case.head_dim**-0.5, window=case.window, soft_cap=case.soft_cap, implementation=implementation
+    )
+    lens = (data["lens"][:, 0], data["lens"][:, 1]) if case.q_tile else (data["lens"],)
+    op = compiled(prefill_attention if case.q_tile else decode_attention, reference._CHUNK_BYTES, **static)
+    arrays = (data[name] for name in ("q", "k_pages", "v_pages", "page_table"))
+    return np.asarray(op(*arrays, *lens, k_scale=data["k_scale"], v_scale=data["v_scale"]).astype(jnp.float32))
 
 
 @pytest.mark.parametrize(
@@ -90,11 +100,11 @@ def test_prefill_of_one_query_is_decode():
     case = DECODE_CASES["softcap"]
     data = make(case)
     lens = data["lens"]
-    args = [jnp.asarray(data[n]) for n in ("k_pages", "v_pages", "page_table")]
-    kwargs = dict(sm_scale=0.1, soft_cap=20.0)
-    q = jnp.asarray(data["q"])
-    one = prefill_attention(q[:, None], *args, jnp.asarray(lens - 1), jnp.ones_like(lens), **kwargs)[:, 0]
-    np.testing.assert_array_equal(one, decode_attention(q, *args, jnp.asarray(lens), **kwargs))
+    args = [data[n] for n in ("k_pages", "v_pages", "page_table")]
+    static = dict(sm_scale=0.1, soft_cap=20.0, implementation="xla")
+    prefill, decode = (compiled(op, reference._CHUNK_BYTES, **static) for op in (prefill_attention, decode_attention))
+    one = prefill(data["q"][:, None], *args, lens - 1, np.ones_like(lens))[:, 0]
+    np.testing.assert_array_equal(one, decode(data["q"], *args, lens))
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float8_e4m3fn"])

@@ -79,7 +79,9 @@ def emitted(block: int, head_dim: int) -> list[tuple[list[int], int]]:
         found = []
         for op in program.func_op.entry_block.operations:
             if op.name == "llvm.inline_asm":
-                assert f"wgmma.mma_async.sync.aligned.m64n{head_dim}k16.f32.bf16.bf16" in str(op.attributes["asm_string"])
+                assert f"wgmma.mma_async.sync.aligned.m64n{head_dim}k16.f32.bf16.bf16" in str(
+                    op.attributes["asm_string"]
+                )
                 operands = list(op.operands)[head_dim // 2 :]  # behind the accumulator
                 found.append(([argument(v) for v in operands[:4]], evaluate(operands[4])))
     return found
