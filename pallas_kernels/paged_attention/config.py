@@ -63,9 +63,9 @@ def prefill_search_space(head_dim: int, page_size: int) -> list[PrefillConfig]:
     bytes at a time) have equal shares of a block.
 
     160 and 176 have not run on a device since P V takes all of their keys. An H200 measured 697 and 687 TFLOP/s (not
-    causal, against 656 with 128) when it left out the last 32 and 48 of them, 10 % and 14 % of the products: do not
-    expect those figures of them (bench/results/kernels.json, group prefill_other). ptxas spills nothing with 160 and
-    32 bytes with 176.
+    causal, against 656 with 128) when it left out the last 32 and 48 of them, 10 % and 14 % of the products
+    (bench/results/kernels.json, group prefill_other); with those added at 765 to 989 TFLOP/s, expect 640 to 650 and 610
+    to 630. ptxas spills nothing with 160 and 32 bytes with 176.
     """
     every = itertools.product((64, 128, 160, 176), (2, 3, 4), (True, False))
     return [
