@@ -164,7 +164,7 @@ def matrices(params: dict[str, Any]) -> dict[str, np.ndarray]:
     for i, layer in params["layers"].items():
         for block, hf in BLOCKS.items():
             for key, linear in layer[block].items():
-                if key.endswith("norm"):
+                if key.endswith(("norm", "_scale")):  # an FP8 KV cache's k_scale and v_scale: no matrices
                     continue
                 names = FUSED.get(key, (SINGLE.get(key),))
                 weight = linear["weight"]
