@@ -114,11 +114,21 @@ def _attention(rows: list[dict[str, Any]]) -> str:
     return table(["paged attention, 32/8 heads of 128", "ours", "best peer"], lines)
 
 
+DECODE_RESULTS = ("decode", "decode_fp8")
+
+
 def decode() -> str:
-    """Decode steps of the engine, in process."""
-    result = load("decode")
-    if result is None:
+    """Decode steps of the engine, in process: the rows of every file, then where each comes from."""
+    found = {name: result for name in DECODE_RESULTS if (result := load(name)) is not None}
+    if not found:
         return "Not measured yet."
+    rows = [row for result in found.values() for row in _decode_rows(result)]
+    header = ["weights", "KV", "sequences x context", "K", "tokens/s (vLLM 0.25.1)", "step ms", "its kernels ms"]
+    header += ["kernels", "host ms", "of the bound"]
+    return table(header, rows) + "\n\n" + "\n".join(source(result, name) for name, result in found.items())
+
+
+def _decode_rows(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for row in result["rows"]:
         if "step_ms" not in row:
@@ -134,9 +144,7 @@ def decode() -> str:
             f"{host:.2f}",
         ]
         rows.append([*what, f"{row['tokens_per_second']:,.0f}{peer}", *times, f"{share:.0%}" if share else ""])
-    header = ["weights", "KV", "sequences x context", "K", "tokens/s (vLLM 0.25.1)", "step ms", "its kernels ms"]
-    header += ["kernels", "host ms", "of the bound"]
-    return table(header, rows) + "\n\n" + source(result, "decode")
+    return rows
 
 
 _SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}
