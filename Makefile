@@ -1,6 +1,8 @@
-# make demo   serve the shipped 4-bit model and chat with it      make test   everything that CI checks but lint and types
-# make lint   ruff and mypy                                       make format let ruff rewrite
-.PHONY: demo test lint format protos setup
+# make demo   serve the shipped 4-bit model and chat with it      make test        the tests
+# make lint   ruff and mypy                                       make integration whole commands, gateways, small benches
+# make format let ruff rewrite                                    .ci/run          all three, as CI does
+.PHONY: demo test integration lint format protos setup
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q --durations=15
 PY := .venv/bin/python
 
 setup:
@@ -11,7 +13,10 @@ demo:
 	@$(PY) -m jqserve.demo
 
 test: setup
-	@$(PY) -m pytest -n 2 --dist loadfile -q --durations=15 tests
+	@$(PY) $(PYTEST) -m "not integration" tests
+
+integration: setup
+	@$(PY) $(PYTEST) -m integration tests
 
 lint: setup
 	@$(PY) -m ruff format --check .

@@ -14,6 +14,30 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+#: whole commands, gateways, crashes, small benches: `make integration`, so that `make test` stays under ten minutes
+INTEGRATION = (
+    "tests/bench/test_serve_bench.py",
+    "tests/bench/test_kernels_bench.py",
+    "tests/bench/test_sanitize.py",
+    "tests/evaluate/test_flow.py",
+    "tests/gateway/",
+    "tests/quantize/test_faults.py",
+    "tests/quantize/test_round_trip.py",
+    "tests/server/test_hostile.py",
+)
+#: files of minutes: they come first, or one worker ends long after the other
+LONGEST = ("tests/server/test_end_to_end.py", "tests/evaluate/test_flow.py", "tests/e2e/", "tests/gateway/test_demo.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def path(item: pytest.Item) -> str:
+        return item.path.relative_to(REPOSITORY).as_posix()
+
+    for item in items:
+        if path(item).startswith(INTEGRATION):
+            item.add_marker(pytest.mark.integration)
+    items.sort(key=lambda item: not path(item).startswith(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
