@@ -13,8 +13,8 @@ import pytest
 
 from jqserve.client import Client
 
-#: 36 pages of 16 tokens for up to 16 sequences of up to 120 tokens: preemption is certain
-SMALL = "--max-running-requests 16 --chunked-prefill-size 64 --context-length 384 --num-pages 36".split()  # noqa: SIM905
+#: 32 pages of 16 tokens for up to 16 sequences of up to 120 tokens: preemption is certain
+SMALL = "--max-running-requests 16 --chunked-prefill-size 64 --context-length 384 --num-pages 32".split()  # noqa: SIM905
 SMALL += ["--schedule-conservativeness", "0"]
 
 
