@@ -21,7 +21,9 @@ INTEGRATION = (
     "tests/bench/test_sanitize.py",
     "tests/evaluate/test_flow.py",
     "tests/gateway/",
+    "tests/quantize/test_awq.py",
     "tests/quantize/test_faults.py",
+    "tests/quantize/test_gptq.py",
     "tests/quantize/test_round_trip.py",
     "tests/server/test_hostile.py",
 )

@@ -132,7 +132,7 @@ def requests_of_a_crowd(seed: int, count: int) -> list[dict[str, Any]]:
     questions = [*ASKED, STORY]
     requests: list[dict[str, Any]] = []
     for i in range(count):
-        options: dict[str, Any] = {"max_new_tokens": rng.randint(10, 70), "ignore_eos": True, "logprobs": 2}
+        options: dict[str, Any] = {"max_new_tokens": rng.randint(10, 85), "ignore_eos": True, "logprobs": 2}
         options |= {"temperature": 0} if i % 2 else {"temperature": 0.8, "top_p": 0.95, "seed": i}
         requests.append({"prompt": chat(rng.choice(questions)), **options})
     return requests
