@@ -16,15 +16,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 #: whole commands, gateways, crashes, small benches: `make integration`, so that `make test` stays under ten minutes
 INTEGRATION = (
-    "tests/bench/test_serve_bench.py",
     "tests/bench/test_kernels_bench.py",
     "tests/bench/test_sanitize.py",
-    "tests/evaluate/test_flow.py",
+    "tests/bench/test_serve_bench.py",
+    "tests/engine/test_step_kernels.py",
+    "tests/evaluate/",
     "tests/gateway/",
-    "tests/quantize/test_awq.py",
-    "tests/quantize/test_faults.py",
-    "tests/quantize/test_gptq.py",
-    "tests/quantize/test_round_trip.py",
+    "tests/quantize/",
     "tests/server/test_hostile.py",
 )
 #: files of minutes: they come first, or one worker ends long after the other
