@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.timing import kernel_durations
 from pallas_kernels.a16 import decode_config, decode_sm90, wgmma_config, wgmma_sm90
 from pallas_kernels.a16.cases import CASES, LLAMA_8B, Case, make, worst
 from pallas_kernels.a16.dequant import KINDS
@@ -80,16 +81,9 @@ class Log:
 
 def kernel_times(call: Callable[[int], Any], n: int) -> tuple[list[float], int]:
     """Microseconds of the kernels of each of n calls (CUPTI), and kernels per call."""
-    from jax._src.lib import mosaic_gpu as lib
-
-    ext = lib._mosaic_gpu_ext
-    ext._cupti_init()
-    try:
-        jax.block_until_ready([call(i) for i in range(n)])
-    finally:
-        timings = ext._cupti_get_timings(True)
+    timings = kernel_durations(lambda: [call(i) for i in range(n)])
     each = len(timings) // n
-    return [sum(ms for _, ms in timings[i * each : (i + 1) * each]) * 1e3 for i in range(n)], each
+    return [sum(us for _, us in timings[i * each : (i + 1) * each]) for i in range(n)], each
 
 
 class Turn:

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.timing import GpuLock
+from bench.timing import GpuLock, kernel_durations
 
 MODES = ("row", "block", "int8")
 SHAPES = ("qkv", "o", "gate_up", "down")
@@ -121,16 +121,8 @@ def compiler(session: Session) -> Callable[..., Any]:
 
 def kernel_times(call: Callable[[], Any]) -> tuple[float, int]:
     """(sum of kernel durations in us, kernels) of one call, by CUPTI."""
-    import jax
-    from jax._src.lib import mosaic_gpu as lib
-
-    ext = lib._mosaic_gpu_ext
-    ext._cupti_init()
-    try:
-        jax.block_until_ready(call())
-    finally:
-        timings = ext._cupti_get_timings(True)
-    return sum(ms for _, ms in timings) * 1e3, len(timings)
+    durations = kernel_durations(call)
+    return sum(us for _, us in durations), len(durations)
 
 
 def measure(fn: Any, args: tuple[Any, ...], calls: int, seconds: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jqserve.checkpoint.regular_file import open_regular
 from jqserve.errors import CheckpointError, UnsupportedError
 
 #: type -> (name, values a block, bytes a block); the names are ggml's
@@ -105,12 +106,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is not a regular file")
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._fd = open_regular(path)
         try:
             self.size = os.fstat(self._fd).st_size
             self.fields, self.tensors = self._read_header()
