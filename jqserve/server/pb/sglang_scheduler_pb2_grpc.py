@@ -6,7 +6,7 @@ import warnings
 from jqserve.server.pb import common_pb2 as jqserve_dot_compat_dot_common__pb2
 from jqserve.server.pb import sglang_scheduler_pb2 as jqserve_dot_compat_dot_sglang__scheduler__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.80.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -26,7 +26,7 @@ if _version_not_supported:
     )
 
 
-class SglangSchedulerStub:
+class SglangSchedulerStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -87,7 +87,7 @@ class SglangSchedulerStub:
                 _registered_method=True)
 
 
-class SglangSchedulerServicer:
+class SglangSchedulerServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
@@ -211,7 +211,7 @@ def add_SglangSchedulerServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class SglangScheduler:
+class SglangScheduler(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
