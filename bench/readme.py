@@ -114,7 +114,7 @@ def _attention(rows: list[dict[str, Any]]) -> str:
     return table(["paged attention, 32/8 heads of 128", "ours", "best peer"], lines)
 
 
-DECODE_RESULTS = ("decode", "decode_fp8")
+DECODE_RESULTS = ("decode",)
 
 
 def decode() -> str:
