@@ -126,13 +126,15 @@ def chat_message(
 ) -> pb.Chat:
     """Messages of role and text as they are; anything richer (tool calls, parts) as JSON."""
     plain = all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages)
-    return pb.Chat(
+    chat = pb.Chat(
         messages=[pb.ChatMessage(role=m["role"], content=m["content"]) for m in messages] if plain else (),
         messages_json="" if plain else json.dumps([dict(m) for m in messages]),
         tools_json=json.dumps(list(tools)) if tools else "",
         template_kwargs_json=json.dumps(dict(template_kwargs)) if template_kwargs else "",
-        add_generation_prompt=add_generation_prompt,
     )
+    if add_generation_prompt is not None:  # the field has presence: unset means the server's default
+        chat.add_generation_prompt = add_generation_prompt
+    return chat
 
 
 def tokenize_request(prompt: str | Messages, add_special_tokens: bool = True) -> pb.TokenizeRequest:
