@@ -75,8 +75,10 @@ def load(scheme: str, points: list[Point], decode_steps: list[int], room: int, a
     runner.buckets = Buckets(rows, (Bucket(most, engine.scheduler.tiles),), max(decode_steps))
     shapes = [*runner.buckets.mixed, *(Bucket(n, 0, k) for n in rows for k in decode_steps)]
     began = time.perf_counter()
-    runner.warm_up(programs=[runner.cheapest(bucket) for bucket in shapes], runs=1 if args.quick else 3)
-    prefill = runner.idle_run(runner.full_step(engine.scheduler.tiles), 2)
+    runner.warm_up(
+        programs=[p for bucket in shapes for p in runner.programs.cheapest(bucket)], runs=1 if args.quick else 3
+    )
+    prefill = runner.idle_run(runner.programs.full_step(engine.scheduler.tiles), 2)
     facts = {
         "load_seconds": engine.model_info()["load_seconds"],
         "compile_seconds": round(time.perf_counter() - began, 2),

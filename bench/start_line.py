@@ -55,7 +55,7 @@ def measure(case: str, batches: list[int], prompt: int, new: int, quick: bool = 
     mixed = Bucket(max(batches), runner.buckets.mixed[-1].tiles)
     runner.buckets = Buckets(tuple(batches), (mixed,))
     compiling = time.perf_counter()
-    runner.warm_up(programs=[runner.cheapest(bucket) for bucket in runner.buckets.all()], runs=3)
+    runner.warm_up(programs=[p for bucket in runner.buckets.all() for p in runner.programs.cheapest(bucket)], runs=3)
     compile_seconds = time.perf_counter() - compiling
     info = engine.model_info()
     row: dict[str, Any] = {

@@ -128,7 +128,7 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
         "total": round(time.time() - began, 3),
         "compiled": info["programs_compiled"],
         "from_cache": info["programs_from_cache"],
-        "programs": len(engine.runner.programs()),
+        "programs": len(engine.runner.programs.always()),
         "weight_gib": round(sum(x.nbytes for x in engine.runner.leaves) / 2**30, 3),
     }
 

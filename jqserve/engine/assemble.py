@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -18,12 +19,14 @@ from jqserve.engine.compile_cache import ProgramCache, environment_facts, rememb
 from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.pages import PagePool
+from jqserve.engine.programs import Draw, Forward, Programs
 from jqserve.engine.runner import Runner
 from jqserve.engine.scheduler import Scheduler
 from jqserve.engine.slots import empty
-from jqserve.engine.step import Structure, lower_step, make_state
+from jqserve.engine.split import lower_draw, lower_forward
+from jqserve.engine.step import Structure, make_state
 from jqserve.engine.validate import Limits
-from jqserve.engine.variant import ORDER
+from jqserve.engine.variant import ORDER, Variant
 from jqserve.errors import UnsupportedError
 from jqserve.models.build import build, split
 from jqserve.models.config import ModelConfig
@@ -61,7 +64,9 @@ def assemble(
     context = _wanted_context(config, model, device.platform)
     smallest = cache_shape(model, page_size=page_size, pages=1, dtype=dtype)
     shape = StepShape(slots, page_size, -(-context // page_size), tile_size, model.vocab_size)
-    pages = config.num_pages or _choose_pages(config, structure, leaves, model, shape, smallest, buckets, programs)
+    pages = config.num_pages or _choose_pages(
+        config, structure, leaves, model, shape, smallest, buckets, defaults.variants, programs
+    )
     cache = dataclasses.replace(smallest, pages=pages + 1)
     if cache.tokens < context:
         context = _shortened(config, context, cache)
@@ -100,8 +105,10 @@ def choose_budget(engine: EngineCore) -> dict[str, float]:
     """After the warm-up: sets the tiles of a step in which others decode. Returns the seconds by step, measured."""
     runner, scheduler = engine.runner, engine.scheduler
     rows = runner.buckets.decode[-1]
-    measured = {tiles: runner.idle_run(runner.full_step(tiles), 2) for tiles in runner.buckets.tile_counts(rows)}
-    decode = runner.idle_run(runner.full_step(0), 2)
+    measured = {
+        tiles: runner.idle_run(runner.programs.full_step(tiles), 2) for tiles in runner.buckets.tile_counts(rows)
+    }
+    decode = runner.idle_run(runner.programs.full_step(0), 2)
     scheduler.decode_tiles = min(scheduler.tiles, decode_tiles(measured, decode))
     log.info("a decode step takes %.1f ms; %d prefill tiles beside it", decode * 1e3, scheduler.decode_tiles)
     return {f"{rows}+{tiles}": round(seconds, 6) for tiles, seconds in {0: decode, **measured}.items()}
@@ -137,6 +144,7 @@ def _choose_pages(
     shape: StepShape,
     smallest: CacheShape,
     buckets: Buckets,
+    variants: tuple[Variant, ...],
     programs: Path | None,
 ) -> int:
     """Usable pages: on a CPU a fixed budget, on a GPU what weights and the worst step's activations leave."""
@@ -147,17 +155,28 @@ def _choose_pages(
         return max(1, min(most, CPU_POOL_BYTES // smallest.page_bytes))
     trial = dataclasses.replace(smallest, pages=shape.slots + 1)
     state = jax.eval_shape(lambda: make_state(shape))
-    worst = max(buckets.all(), key=lambda b: (b.sampled, b.rows(shape.tile_size)))
+    programs_of = Programs(buckets, shape.tile_size, variants).always()
+    forward = max((p for p in programs_of if isinstance(p, Forward)), key=lambda p: p.bucket.rows(shape.tile_size))
+    draw = max((p for p in programs_of if isinstance(p, Draw)), key=lambda p: (p.rows, ORDER.index(p.variant)))
+    logits = 2 * draw.rows * shape.vocab_size * 4  # those of the step before may still be there
 
-    def measure() -> int:
-        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
-        everything, params = ORDER[-1], empty(shape.slots)
-        lowered = lower_step(structure, shape, worst, everything, weights, trial.abstract(), state, params)
+    def temporary_of(lowered: jax.stages.Lowered) -> int:
         analysis = lowered.compile().memory_analysis()
         return int(analysis.temp_size_in_bytes) if analysis is not None else 2**30
 
+    def measure() -> int:
+        """The two take turns. Compiled at once, for XLA compiles without the interpreter's lock."""
+        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
+        params = empty(shape.slots)
+        with concurrent.futures.ThreadPoolExecutor(2, "measure") as pool:
+            first = pool.submit(
+                lambda: temporary_of(lower_forward(structure, shape, forward, weights, trial.abstract(), state, params))
+            )
+            second = pool.submit(lambda: temporary_of(lower_draw(shape, draw, state, params)))
+            return max(first.result(), second.result())
+
     facts = environment_facts(device) | _program_facts(structure, leaves, model, shape, trial)
-    temporary = remembered(programs, facts | {"bucket": dataclasses.asdict(worst)}, measure)
+    temporary = remembered(programs, facts | {"programs": [forward.name, draw.name]}, measure) + logits
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     limit = int(stats["bytes_limit"])
     pages = pages_that_fit(

@@ -34,8 +34,8 @@ class Buckets:
     decode   row counts of steps without prefill, ascending; the last is the greatest number of running requests
     mixed    shapes of steps with prefill; contains one that covers everything
     steps    decode steps of the programs for "nobody waits to prefill" (1: there are none)
-    coarse   row counts of rarer kinds of steps (see `engine/variant`), ascending and ending as `decode` does; empty:
-             the same as `decode`
+    coarse   row counts of decode steps that are not greedy (see `engine/programs`), ascending and ending as `decode`
+             does; empty: the same as `decode`
     """
 
     decode: tuple[int, ...]
@@ -75,15 +75,16 @@ def ladder(top: int, steps: Sequence[int]) -> tuple[int, ...]:
 def make_buckets(running: int, tiles: int, *, fine: bool, steps: int = 1) -> Buckets:
     """The shapes for at most `running` requests, `tiles` prefill tiles a step, `steps` decode steps a dispatch.
 
-    `fine` (GPUs): powers of two. Padding a decode step from 9 to 16 rows costs next to nothing, for the weights are
-    read once either way; a mixed step is dominated by its tiles, so it is padded to few or to all decode rows.
+    `fine` (GPUs): powers of two from 8 on. Padding a decode step from 2 to 8 rows costs nothing, since the kernels'
+    smallest tile has 8 columns, and from 9 to 16 next to nothing, for the weights are read once either way; a mixed
+    step is dominated by its tiles, so it is padded to few or to all decode rows.
     Otherwise (CPUs, where a row costs its share and compilation is on the user's clock): factors of four, two mixed.
     """
     if fine:
-        rows = ladder(running, (1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
-        counts = ladder(tiles, (1, 4, 16, 64))
+        rows = ladder(running, (1, 8, 16, 32, 64, 128, 256, 512))
+        counts = ladder(tiles, (1, 2, 4, 8, 16, 64))
         mixed = {Bucket(b, n) for b in ladder(running, (8,)) for n in counts}
-        return Buckets(rows, tuple(sorted(mixed)), steps, ladder(running, (1, 4, 16, 64, 128, 256)))
+        return Buckets(rows, tuple(sorted(mixed)), steps, ladder(running, (8, 32, 64, 128, 256)))
     rows = ladder(running, (4, 16, 64, 256))
     mixed = {Bucket(running, tiles), Bucket(rows[0], 1)}
     return Buckets(rows, tuple(sorted(mixed)), steps)

@@ -52,7 +52,7 @@ class EngineCore:
         self.runner, self.scheduler, self.limits = runner, scheduler, limits
         self.max_queued, self.overlap = max_queued, overlap
         self._info = info or {}
-        self.preparing = Preparing(grammars, runner.split.prepare)
+        self.preparing = Preparing(grammars, runner.prepare)
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: Launched | None = None
         self._arrivals = 0
@@ -130,8 +130,8 @@ class EngineCore:
         if self.overlap:
             self._in_flight = launched
             events += self._resolve(previous) if previous is not None else []
-        # What was launched in halves gets its masks now: the tokens that they follow from have been read.
-        if launched is not None and launched.half is not None and self._failures <= failures:
+        # What waits for its masks gets them now: the tokens that they follow from have been read.
+        if launched is not None and launched.output is None and self._failures <= failures:
             try:
                 launched = self._mask(launched)
             except Exception as error:
@@ -255,9 +255,8 @@ class EngineCore:
 
     def _mask(self, launched: Launched) -> Launched:
         """Computes the masks of a step's constrained rows, and dispatches its second half."""
-        assert launched.half is not None
         clock = time.perf_counter()
-        mask = self.runner.split.masks(launched.half)
+        mask = self.runner.masks(launched)
         rows = [
             (row, sequence.grammar)
             for sequence, row in zip(launched.plan.sequences, launched.sampled_rows)

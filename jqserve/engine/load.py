@@ -57,7 +57,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
             runs=warmup_runs(engine),
         )
         if config.constraint_warmup:
-            engine.runner.split.prepare().result()
+            engine.runner.prepare().result()
         if config.chunked_prefill_size is None:
             engine.describe(step_seconds=choose_budget(engine))
     kept = engine.runner.cache_of_programs

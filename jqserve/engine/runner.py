@@ -4,44 +4,51 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jqserve.engine.adopt import Adopter
-from jqserve.engine.batch import StepShape, pack, padding, tiles_needed
-from jqserve.engine.buckets import Bucket, Buckets
+from jqserve.engine.batch import StepShape, pack, padding
+from jqserve.engine.buckets import Buckets
 from jqserve.engine.cache import Cache, CacheShape, make_cache
 from jqserve.engine.compile_cache import ProgramCache, compile_lowered
 from jqserve.engine.plan import Plan
+from jqserve.engine.programs import Draw, Forward, Fused, Program, Programs, describe
 from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
 from jqserve.engine.sequence import Sequence
 from jqserve.engine.slots import SlotParams, SlotTable, empty
-from jqserve.engine.split import LEAST, Half, SplitRunner, read_scores
+from jqserve.engine.split import LEAST, Half, lower_draw, lower_forward, mask_words, pack_targets, read_scores
 from jqserve.engine.step import SlotState, Structure, lower_step, make_state
-from jqserve.engine.variant import ORDER, Variant, needed_by
+from jqserve.engine.variant import ORDER, Variant
 
-Program = tuple[Bucket, Variant]
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, str], None]  # (done, total, what)
+
+_HOW = {True: "compiled", False: "found in JAX's cache"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
     """A dispatch under way: `sampled_rows` names the row of each of plan.decodes and plan.chunks, -1 for none.
 
-    half: of a step in two halves, the first; `output` is None until the second is dispatched.
+    half: of a step in two halves, the first, of the program `forward`; `output` is None until the second is dispatched,
+    which waits for the masks of constrained rows.
     """
 
     plan: Plan
     sampled_rows: list[int]
     output: Sampled | None
-    variant: Variant
     half: Half | None = None
+    forward: Forward | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,88 +75,73 @@ class Runner:
         variants: tuple[Variant, ...] = ORDER,
         cache_of_programs: ProgramCache | None = None,
     ) -> None:
-        """`variants`: those that have programs of their own; a step takes the first that gives all it asks."""
+        """`variants`: the samplers to have programs of."""
         self.cache_of_programs = cache_of_programs
-        self.variants = variants
+        self.programs = Programs(buckets, shape.tile_size, variants)
         self.structure, self.leaves = structure, leaves
-        self.shape, self.cache_shape, self.buckets = shape, cache, buckets
+        self.shape, self.cache_shape = shape, cache
         self.device = next(iter(leaves[0].devices()))
         self.kv: Cache = make_cache(cache, self.device)
         self.state: SlotState = make_state(shape, self.device)
         self.slots = SlotTable(shape.slots, self.device)
         self.compilations = 0
         self.compilations_after_warmup = 0
+        arguments = self.leaves, self.kv, self.state, empty(shape.slots)
+        self._abstract = jax.tree.map(_abstract, arguments)  # now: a compilation may run beside steps that donate them
         self._adopt = Adopter(shape)
         self._warm = False
-        self._programs: dict[Program, Any] = {}
-        self.split = SplitRunner(self)
+        self._compiled: dict[Program, Any] = {}
+        self._prepared: concurrent.futures.Future[None] | None = None
 
-    def programs(self) -> list[Program]:
-        """All that serving can need, the costliest first.
+    @property
+    def buckets(self) -> Buckets:
+        return self.programs.buckets
 
-        Steps with prefill have no greedy program (their sampler is a small part of them), and the rarer variants take
-        coarser row counts: every program costs a start-up a second or more of compilation.
-        """
-        if len(self.variants) == 1:
-            return [(bucket, self.variants[0]) for bucket in self.buckets.all()]
-        buckets, programs = self.buckets, []
-        for variant in self.variants:
-            greedy = variant is Variant.GREEDY
-            programs += [] if greedy else [(bucket, variant) for bucket in sorted(buckets.mixed, reverse=True)]
-            rows = buckets.decode if greedy else buckets.coarse or buckets.decode
-            programs += [(bucket, variant) for bucket in buckets.only_decode(rows)]
-        return sorted(programs, key=lambda p: (-p[0].rows(self.shape.tile_size), -p[0].steps, p[1]))
-
-    def choose(self, plan: Plan) -> Program:
-        """The program of a plan."""
-        tiles = tiles_needed(plan, self.shape.tile_size)
-        least = ORDER.index(needed_by(plan.sequences))
-        if tiles and len(self.variants) > 1:
-            least = max(least, ORDER.index(Variant.SAMPLE))
-        variant = next(v for v in self.variants if ORDER.index(v) >= least)
-        bucket = self.buckets.choose(
-            len(plan.decodes), tiles, self.shape.tile_size, steps=plan.steps, coarse=variant is not Variant.GREEDY
-        )
-        return bucket, variant
-
-    def cheapest(self, bucket: Bucket) -> Program:
-        """The program of a bucket in the variant that does least."""
-        least = Variant.SAMPLE if bucket.tiles else Variant.GREEDY
-        return bucket, least if least in self.variants else self.variants[-1]
-
-    def full_step(self, tiles: int) -> Program:
-        """The cheapest program in which everybody decodes beside so many tiles."""
-        return self.cheapest(self.buckets.choose(self.buckets.decode[-1], tiles, self.shape.tile_size))
+    @buckets.setter
+    def buckets(self, buckets: Buckets) -> None:
+        self.programs = Programs(buckets, self.shape.tile_size, self.programs.variants)
 
     def program(self, program: Program) -> Any:
         """The compiled program; compiles it when warm-up has not (and counts that)."""
-        if program not in self._programs:
-            self._programs[program] = self.compile(program)
+        if program not in self._compiled:
+            self._compiled[program] = self.compile(program)
             self.compilations_after_warmup += self._warm
-        return self._programs[program]
+        return self._compiled[program]
 
     def compile(self, program: Program) -> Any:
         """Any thread may call this: XLA compiles without the interpreter's lock."""
-        bucket, variant = program
-        name = f"{bucket.decode_rows}-{bucket.tiles}-{bucket.steps}-{variant}"
-        if self.cache_of_programs is not None and (known := self.cache_of_programs.load(name)) is not None:
+        if self.cache_of_programs is not None and (known := self.cache_of_programs.load(program.name)) is not None:
             return known
         self.compilations += 1
-        arguments = jax.tree.map(_abstract, (self.leaves, self.kv, self.state, empty(self.shape.slots)))
-        compiled, new = compile_lowered(lower_step(self.structure, self.shape, bucket, variant, *arguments))
+        began = time.perf_counter()
+        lowered = self._lower(program)
+        between = time.perf_counter()
+        compiled, new = compile_lowered(lowered)
+        seconds = between - began, time.perf_counter() - between
+        log.debug("%s: lowered in %.1f s, %s in %.1f s", program.name, seconds[0], _HOW[new], seconds[1])
         if self.cache_of_programs is not None and new:
-            self.cache_of_programs.store(name, compiled)
+            self.cache_of_programs.store(program.name, compiled)
         return compiled
+
+    def _lower(self, program: Program) -> jax.stages.Lowered:
+        leaves, kv, state, params = self._abstract
+        match program:
+            case Fused():
+                return lower_step(self.structure, self.shape, program, leaves, kv, state, params)
+            case Forward():
+                return lower_forward(self.structure, self.shape, program, leaves, kv, state, params)
+            case Draw():
+                return lower_draw(self.shape, program, state, params)
 
     def warm_up(self, progress: Progress | None = None, *, runs: int = 1, programs: Iterable[Program] = ()) -> None:
         """Compiles every program in threads and runs each `runs` times on padding (CUDA graphs are captured so)."""
-        wanted = list(programs) or self.programs()
+        wanted = list(programs) or self.programs.always()
         workers = max(1, min(len(wanted), os.cpu_count() or 1))
         with concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
-            jobs = {pool.submit(self.compile, p): p for p in wanted if p not in self._programs}
+            jobs = {pool.submit(self.compile, p): p for p in wanted if p not in self._compiled}
             try:
                 for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                    self._programs[jobs[job]] = job.result()
+                    self._compiled[jobs[job]] = job.result()
                     if progress is not None:
                         progress(done, len(jobs), describe(jobs[job]))
             except BaseException:
@@ -157,19 +149,43 @@ class Runner:
                 raise
         self.state = self._adopt.warm_up(self.state)
         for program in wanted:
-            self.idle_run(program, runs)
+            self.idle_run([program], runs)
         jax.block_until_ready(self.state.last_token)
         self._warm = True
 
-    def idle_run(self, program: Program, runs: int) -> float:
-        """Runs a program `runs` times with nothing but padding; seconds of the last one, with the device waited for."""
-        packed, _views = padding(self.shape, program[0])
-        for _ in range(runs - 1):
-            self._run(program, packed)
-        jax.block_until_ready(self.state.last_token)
+    def prepare(self) -> concurrent.futures.Future[None]:
+        """Compiles what constrained requests and scored prompts need, in threads; the first call starts it, every call
+        gives the same future."""
+        if self._prepared is None:
+            workers = max(1, (os.cpu_count() or 1) // 2)  # the other half goes on serving
+            pool = concurrent.futures.ThreadPoolExecutor(workers + 1, "compile")
+            self._prepared = pool.submit(self._compile_on_demand, pool)
+            self._prepared.add_done_callback(lambda _: pool.shutdown(wait=False))
+        return self._prepared
+
+    def _compile_on_demand(self, pool: concurrent.futures.ThreadPoolExecutor) -> None:
+        programs = [p for p in self.programs.on_demand() if p not in self._compiled]
+        compiled = list(pool.map(self.compile, programs))
+        self._compiled |= dict(zip(programs, compiled))
+
+    def idle_run(self, programs: Iterable[Program], runs: int) -> float:
+        """Runs the programs of a step `runs` times with nothing but padding; seconds of the last time, with the device
+        waited for."""
         began = time.perf_counter()
-        self._run(program, packed)
-        jax.block_until_ready(self.state.last_token)
+        for _ in range(runs):
+            jax.block_until_ready(self.state.last_token)
+            began = time.perf_counter()
+            half = None
+            for program in programs:
+                if isinstance(program, Draw):
+                    self._draw(program, half or self._no_logits(program.rows), None)
+                else:
+                    packed, _views = padding(self.shape, program.bucket)
+                    if isinstance(program, Fused):
+                        self._step(program, packed)
+                    else:
+                        half = self._forward(program, packed, None)
+            jax.block_until_ready(self.state.last_token)
         return time.perf_counter() - began
 
     def launch(self, plan: Plan) -> Launched:
@@ -179,21 +195,29 @@ class Runner:
                 self.slots.set(sequence)
         if plan.adopted:
             self.state = self._adopt(self.state, plan.adopted)
-        if needs_halves(plan):
-            half, rows = self.split.launch(plan)
-            return Launched(plan, rows, None, Variant.SAMPLE, half)
-        program = self.choose(plan)
-        packed, rows = pack(plan, self.shape, program[0])
-        output = self._run(program, packed)
-        for leaf in jax.tree.leaves(output):
+        if (fused := self.programs.fused(plan)) is not None:
+            packed, rows = pack(plan, self.shape, fused.bucket)
+            return Launched(plan, rows, _copied(self._step(fused, packed)))
+        program = self.programs.forward(plan)
+        packed, rows = pack(plan, self.shape, program.bucket)
+        targets = pack_targets(plan, self.shape, program.bucket) if program.scored else None
+        half = self._forward(program, packed, targets)
+        for leaf in jax.tree.leaves(half.scores):
             leaf.copy_to_host_async()
-        return Launched(plan, rows, output, program[1])
+        launched = Launched(plan, rows, None, half, program)
+        constrained = any(sequence.grammar is not None for sequence in plan.sequences)
+        return launched if constrained else self.sample(launched, None)
 
-    def sample(self, launched: Launched, mask: np.ndarray) -> Launched:
+    def masks(self, launched: Launched) -> np.ndarray:
+        """Room for the masks of a dispatch, everything allowed: int32 [R, ceil(V/32)]."""
+        assert launched.forward is not None
+        return np.full((launched.forward.asked, mask_words(self.shape)), -1, np.int32)
+
+    def sample(self, launched: Launched, mask: np.ndarray | None) -> Launched:
         """Dispatches the second half of a step in two: mask int32 [R, ceil(V/32)] (see `engine/split`)."""
-        assert launched.half is not None
-        output, variant = self.split.draw(launched.plan, launched.half, mask)
-        return dataclasses.replace(launched, output=output, variant=variant)
+        assert launched.half is not None and launched.forward is not None
+        program = self.programs.draw(launched.plan, launched.forward, mask is not None)
+        return dataclasses.replace(launched, output=_copied(self._draw(program, launched.half, mask)))
 
     def read(self, launched: Launched) -> Read:
         """Waits for a dispatch. Raises what the device raised."""
@@ -216,25 +240,43 @@ class Runner:
         self.state = make_state(self.shape, self.device)
         self.slots = SlotTable(self.shape.slots, self.device)
 
-    def _run(self, program: Program, packed: np.ndarray) -> Sampled:
-        params: SlotParams | None = None if program[1] is Variant.GREEDY else self.slots.on_device()
-        compiled = self.program(program)
-        self.kv, self.state, output = compiled(self.leaves, self.kv, self.state, params, packed)
+    def _step(self, program: Fused, packed: np.ndarray) -> Sampled:
+        params: SlotParams | None = None if program.variant is Variant.GREEDY else self.slots.on_device()
+        self.kv, self.state, output = self.program(program)(self.leaves, self.kv, self.state, params, packed)
         return output
+
+    def _forward(self, program: Forward, packed: np.ndarray, targets: np.ndarray | None) -> Half:
+        if program.scored and targets is None:
+            targets = np.zeros((program.bucket.tiles, self.shape.tile_size), np.int32)
+        params = self.slots.on_device()
+        outputs = self.program(program)(self.leaves, self.kv, self.state, params, packed, targets)
+        self.kv, self.state, *half = outputs
+        return Half(*half)
+
+    def _draw(self, program: Draw, half: Half, mask: np.ndarray | None) -> Sampled:
+        params = None if program.variant is Variant.GREEDY else self.slots.on_device()
+        if program.masked and mask is None:
+            mask = np.full((program.rows, mask_words(self.shape)), -1, np.int32)
+        arguments = self.state, params, half.logits, half.slot, half.position, mask
+        self.state, output = self.program(program)(*arguments)
+        return output
+
+    def _no_logits(self, rows: int) -> Half:
+        """What a padding step would give, to run a second half alone."""
+        nobody = jnp.full((rows,), self.shape.slots, jnp.int32, device=self.device)
+        logits = jnp.zeros((rows, self.shape.vocab_size), jnp.float32, device=self.device)
+        return Half(logits, nobody, jnp.zeros_like(nobody), None)
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def needs_halves(plan: Plan) -> bool:
-    """Somebody's next token waits for a mask, or somebody's prompt is scored."""
-    return any(s.grammar is not None for s in plan.sequences) or any(c.sequence.wants_scores for c in plan.chunks)
-
-
-def describe(program: Program) -> str:
-    bucket, variant = program
-    return f"{bucket.decode_rows} rows + {bucket.tiles} tiles, {bucket.steps} steps, {variant}"
+def _copied(output: Sampled) -> Sampled:
+    """On its way to the host."""
+    for leaf in jax.tree.leaves(output):
+        leaf.copy_to_host_async()
+    return output
 
 
 def _read_logprobs(launched: Launched, sequences: list[Sequence], counts: list[int]) -> list[list[TokenLogprobs]]:

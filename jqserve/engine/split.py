@@ -1,40 +1,33 @@
-"""Steps whose sampling waits for the host, as two programs: the logits, and the tokens once their masks are there.
+"""A step as two programs: `forward`, the model up to the logits, and `draw`, the tokens.
 
 A grammar's mask for a token follows from the token before it, which the host has only read when the step that gave it
-is over. So that the device does not wait for the host meanwhile, such a step is dispatched in two halves: `forward`
-(the model, which needs no mask and takes nearly all of the time) before the step before it is read, and `draw` after
-the masks have been computed on the host beside it. The same forward program can score: the log-probability of every
-token of a prompt. Steps in which nobody asks for either never come here, and pay nothing.
-
-The programs are compiled when the first such request comes, in the background (`prepare`), or ahead.
+is over. So that the device does not wait for the host meanwhile, `forward` (which needs no mask and takes nearly all of
+the time) is dispatched before the step before it is read, and `draw` after the masks have been computed on the host
+beside it. Without masks both are dispatched at once. A forward program can score as well: the log-probability of every
+token of a prompt. `engine/programs` says which programs there are.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jqserve.engine.batch import StepShape, pack, packed_size, tiles_needed, unpack
+from jqserve.engine.batch import StepShape, packed_size, unpack
 from jqserve.engine.buckets import Bucket
 from jqserve.engine.cache import Cache
 from jqserve.engine.plan import Plan
+from jqserve.engine.programs import Draw, Forward
 from jqserve.engine.request import TokenLogprobs
-from jqserve.engine.sampler import MAX_TOP_LOGPROBS, Sampled, sample
-from jqserve.engine.slots import SlotParams, empty
+from jqserve.engine.sampler import MAX_TOP_LOGPROBS, Sampled, greedy, sample
+from jqserve.engine.slots import SlotParams
 from jqserve.engine.step import Model, SlotState, Structure, compute, count_tokens, write_page_table
-from jqserve.engine.variant import ORDER, Variant, needed_by
-
-if TYPE_CHECKING:
-    from jqserve.engine.runner import Runner
+from jqserve.engine.variant import Variant
 
 NEVER = -1e30  # the logit of a token that may not come: finite, so that nothing downstream meets inf - inf
 LEAST = -9999.0  # what is told as its logprob
@@ -68,6 +61,7 @@ def forward(
     structure: Structure,
     shape: StepShape,
     bucket: Bucket,
+    asked: int,
     scored: bool,
     leaves: tuple[jax.Array, ...],
     kv: Cache,
@@ -76,11 +70,12 @@ def forward(
     packed: jax.Array,
     targets: jax.Array | None,
 ) -> tuple[Cache, SlotState, jax.Array, jax.Array, jax.Array, Scores | None]:
-    """One step up to its logits. targets int32 [Nt, Tq] when `scored`: the token after each of the tiles' tokens."""
+    """One step up to the logits of `asked` rows R. targets int32 [Nt, Tq] when `scored`: the token after each of the
+    tiles' tokens."""
     fields = unpack(packed, shape, bucket)
     state = dataclasses.replace(state, page_table=write_page_table(state.page_table, fields, shape))
     model = structure.merge(leaves)
-    kv, computed = compute(model, shape, kv, state, fields, 0)
+    kv, computed = compute(model, shape, kv, state, fields, 0, asked)
     logits = model.logits(computed.asked)
     state = count_tokens(state, fields, computed, params, shape)
     scores = None
@@ -105,131 +100,61 @@ def score_tiles(model: Model, hidden: jax.Array, targets: jax.Array) -> Scores:
 
 
 def draw(
-    scored: bool,
+    variant: Variant,
     state: SlotState,
-    params: SlotParams,
+    params: SlotParams | None,
     logits: jax.Array,
     slot: jax.Array,
     position: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | None,
 ) -> tuple[SlotState, Sampled]:
     """The other half. mask int32 [R, ceil(V/32)]: bit t % 32 of word t // 32 says whether token t may come."""
-    bits = jnp.right_shift(mask[:, :, None], jnp.arange(32, dtype=jnp.int32)) & 1
-    allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[-1]] == 1
-    masked = jnp.where(allowed | jnp.isnan(logits), logits, NEVER)
-    sampled = sample(masked, params.rows(slot, position, state.generated, state.prompted), scored=scored)
+    if mask is not None:
+        bits = jnp.right_shift(mask[:, :, None], jnp.arange(32, dtype=jnp.int32)) & 1
+        allowed = bits.reshape(mask.shape[0], -1)[:, : logits.shape[-1]] == 1
+        logits = jnp.where(allowed | jnp.isnan(logits), logits, NEVER)
+    if variant is Variant.GREEDY:
+        sampled = greedy(logits)
+    else:
+        assert params is not None
+        rows = params.rows(slot, position, state.generated, state.prompted)
+        sampled = sample(logits, rows, scored=variant is Variant.SCORED)
     return dataclasses.replace(state, last_token=state.last_token.at[slot].set(sampled.tokens)), sampled
 
 
-class SplitRunner:
-    """The programs, and plans run by them. Belongs to a `Runner`, whose weights, pages and state it uses."""
+def lower_forward(
+    structure: Structure,
+    shape: StepShape,
+    program: Forward,
+    leaves: Any,
+    kv: Any,
+    state: Any,
+    params: Any,
+) -> jax.stages.Lowered:
+    """For arguments that are arrays or ShapeDtypeStructs."""
+    bucket = program.bucket
+    packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
+    targets = jax.ShapeDtypeStruct((bucket.tiles, shape.tile_size), jnp.int32) if program.scored else None
+    function = functools.partial(forward, structure, shape, bucket, program.asked, program.scored)
+    function.__name__ = program.name  # type: ignore[attr-defined]
+    return jax.jit(function, donate_argnums=(1, 2)).lower(leaves, kv, state, params, packed, targets)
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.words = -(-runner.shape.vocab_size // 32)
-        trees = (runner.leaves, runner.kv, runner.state, empty(runner.shape.slots))
-        self._arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)), trees)
-        self._forward: dict[tuple[Bucket, bool], Any] = {}
-        self._draw: dict[tuple[int, bool], Any] = {}
-        self._prepared: concurrent.futures.Future[None] | None = None
 
-    def prepare(self) -> concurrent.futures.Future[None]:
-        """Compiles everything, in threads; the first call starts it, every call gives the same future."""
-        if self._prepared is None:
-            workers = max(1, (os.cpu_count() or 1) // 2)  # the other half goes on serving
-            pool = concurrent.futures.ThreadPoolExecutor(workers + 1, "compile")
-            self._prepared = pool.submit(self._compile_all, pool)
-            self._prepared.add_done_callback(lambda _: pool.shutdown(wait=False))
-        return self._prepared
+def lower_draw(shape: StepShape, program: Draw, state: Any, params: Any) -> jax.stages.Lowered:
+    """For arguments that are arrays or ShapeDtypeStructs. The greedy variant ignores `params`."""
+    rows, words = program.rows, mask_words(shape)
+    logits = jax.ShapeDtypeStruct((rows, shape.vocab_size), jnp.float32)
+    ints = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    mask = jax.ShapeDtypeStruct((rows, words), jnp.int32) if program.masked else None
+    function = functools.partial(draw, program.variant)
+    function.__name__ = program.name  # type: ignore[attr-defined]
+    params = None if program.variant is Variant.GREEDY else params
+    return jax.jit(function, donate_argnums=(0,)).lower(state, params, logits, ints, ints, mask)
 
-    def _compile_all(self, pool: concurrent.futures.ThreadPoolExecutor) -> None:
-        jobs = self.programs()
-        draws = [(rows, scored) for rows in sorted({b.sampled for b, _ in jobs}) for scored in self._scored_kinds()]
-        forwards = list(pool.map(lambda job: self.compile_forward(*job), jobs))
-        drawn = list(pool.map(lambda job: self.compile_draw(*job), draws))
-        self._forward |= dict(zip(jobs, forwards))
-        self._draw |= dict(zip(draws, drawn))
 
-    def programs(self) -> list[tuple[Bucket, bool]]:
-        """(bucket, scored) of all forward programs, the costliest first. Few: coarse row counts, and prompts are scored
-        in steps of all rows. Where every program is on the user's clock (CPUs), one with tiles and one without."""
-        buckets, rows = self.runner.buckets, self.runner.buckets.decode[-1]
-        if len(self.runner.variants) == 1:
-            return [(max(buckets.mixed), True), (Bucket(rows, 0), False)]
-        mixed = sorted(buckets.mixed, reverse=True)
-        scored = [(b, True) for b in mixed if b.decode_rows == rows]
-        decode = [(Bucket(n, 0), False) for n in reversed(buckets.coarse or buckets.decode)]
-        return [*scored, *((b, False) for b in mixed), *decode]
-
-    def choose(self, plan: Plan) -> tuple[Bucket, bool]:
-        """The forward program of a plan: the one with the fewest rows that holds it."""
-        size, rows = self.runner.shape.tile_size, len(plan.decodes)
-        tiles = tiles_needed(plan, size)
-        scored = any(chunk.sequence.wants_scores for chunk in plan.chunks)
-        fitting = [(b, s) for b, s in self._forward if b.decode_rows >= rows and b.tiles >= tiles and (s or not scored)]
-        return min(fitting, key=lambda program: (program[0].rows(size), program[0].sampled, program[1]))
-
-    def _scored_kinds(self) -> tuple[bool, ...]:
-        return (False, True) if len(self.runner.variants) > 1 else (True,)
-
-    def compile_forward(self, bucket: Bucket, scored: bool) -> Any:
-        runner = self.runner
-        packed = jax.ShapeDtypeStruct((packed_size(runner.shape, bucket),), jnp.int32)
-        targets = jax.ShapeDtypeStruct((bucket.tiles, runner.shape.tile_size), jnp.int32) if scored else None
-        function = functools.partial(forward, runner.structure, runner.shape, bucket, scored)
-        name = f"forward_{bucket.decode_rows}_{bucket.tiles}{'_scored' * scored}"
-        function.__name__ = name  # type: ignore[attr-defined]
-        jitted = jax.jit(function, donate_argnums=(1, 2))
-        return self._kept(name, lambda: jitted.lower(*self._arguments, packed, targets).compile())
-
-    def compile_draw(self, rows: int, scored: bool) -> Any:
-        _, _, state, params = self._arguments
-        logits = jax.ShapeDtypeStruct((rows, self.runner.shape.vocab_size), jnp.float32)
-        ints, mask = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows, self.words), jnp.int32)
-        function = functools.partial(draw, scored)
-        name = f"draw_{rows}{'_scored' * scored}"
-        function.__name__ = name  # type: ignore[attr-defined]
-        jitted = jax.jit(function, donate_argnums=(0,))
-        return self._kept(name, lambda: jitted.lower(state, params, logits, ints, ints, mask).compile())
-
-    def _kept(self, name: str, compile_it: Callable[[], Any]) -> Any:
-        """From the cache of programs, where there is one, or compiled."""
-        kept = self.runner.cache_of_programs
-        if kept is not None and (known := kept.load(name)) is not None:
-            return known
-        self.runner.compilations += 1
-        compiled = compile_it()
-        if kept is not None:
-            kept.store(name, compiled)
-        return compiled
-
-    def launch(self, plan: Plan) -> tuple[Half, list[int]]:
-        """Dispatches the first half: (it, the row of each of plan.sequences, -1 for none)."""
-        runner, shape = self.runner, self.runner.shape
-        bucket, scored = self.choose(plan)
-        packed, rows = pack(plan, shape, bucket)
-        targets = pack_targets(plan, shape, bucket) if scored else None
-        program, params = self._forward[bucket, scored], runner.slots.on_device()
-        runner.kv, runner.state, *outputs = program(runner.leaves, runner.kv, runner.state, params, packed, targets)
-        logits, slot, position, scores = outputs
-        for leaf in jax.tree.leaves(scores):
-            leaf.copy_to_host_async()
-        return Half(logits, slot, position, scores), rows
-
-    def masks(self, half: Half) -> np.ndarray:
-        """Room for the masks, everything allowed: int32 [R, ceil(V/32)]."""
-        return np.full((half.logits.shape[0], self.words), -1, np.int32)
-
-    def draw(self, plan: Plan, half: Half, mask: np.ndarray) -> tuple[Sampled, Variant]:
-        """Dispatches the second half."""
-        runner = self.runner
-        kinds = self._scored_kinds()
-        scored = kinds[-1] and (len(kinds) == 1 or needed_by(plan.sequences) is ORDER[-1])
-        program, params = self._draw[half.logits.shape[0], scored], runner.slots.on_device()
-        runner.state, sampled = program(runner.state, params, half.logits, half.slot, half.position, mask)
-        for leaf in jax.tree.leaves(sampled):
-            leaf.copy_to_host_async()
-        return sampled, Variant.SCORED if scored else Variant.SAMPLE
+def mask_words(shape: StepShape) -> int:
+    """int32 words of a row's mask."""
+    return -(-shape.vocab_size // 32)
 
 
 def pack_targets(plan: Plan, shape: StepShape, bucket: Bucket) -> np.ndarray:
@@ -266,7 +191,3 @@ def read_scores(plan: Plan, half: Half, shape: StepShape) -> list[list[TokenLogp
         result.append(entries)
         tile += tiles
     return result
-
-
-def _sharding(x: Any) -> Any:
-    return getattr(x, "sharding", None)

@@ -1,4 +1,5 @@
-"""One step of the engine as one jitted program: the only jit of serving; what is donated and static is visible here.
+"""One step of the engine, jitted as one program or, in `engine/split`, as two; what is donated and static is visible
+there and here, and nothing else of serving is jitted but `engine/adopt`.
 
 Inputs: weights as one flat tuple of leaves (never donated), the KV pages and the slots' state (donated, updated in
 place), the sampling parameters by slot, and one packed int32 vector from the host. A decode row takes its token from
@@ -21,6 +22,7 @@ from jax import lax
 from jqserve.engine.batch import Fields, StepShape, packed_size, unpack
 from jqserve.engine.buckets import Bucket
 from jqserve.engine.cache import Cache
+from jqserve.engine.programs import Fused
 from jqserve.engine.sampler import Sampled, greedy, sample
 from jqserve.engine.slots import SlotParams
 from jqserve.engine.variant import Variant
@@ -70,21 +72,20 @@ def make_state(shape: StepShape, device: Any = None) -> SlotState:
 def lower_step(
     structure: Structure,
     shape: StepShape,
-    bucket: Bucket,
-    variant: Variant,
+    program: Fused,
     leaves: Any,
     kv: Any,
     state: Any,
     params: Any,
 ) -> jax.stages.Lowered:
-    """The program of one bucket, lowered for arguments that are arrays or ShapeDtypeStructs.
+    """A fused program, lowered for arguments that are arrays or ShapeDtypeStructs.
 
     The greedy variant takes no sampling parameters: `params` is ignored.
     """
-    packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
-    function = functools.partial(run_step, structure, shape, bucket, variant)
-    function.__name__ = f"step_{bucket.decode_rows}_{bucket.tiles}_{bucket.steps}_{variant}"  # type: ignore[attr-defined]
-    params = None if variant is Variant.GREEDY else params
+    packed = jax.ShapeDtypeStruct((packed_size(shape, program.bucket),), jnp.int32)
+    function = functools.partial(run_step, structure, shape, program.bucket, program.variant)
+    function.__name__ = program.name  # type: ignore[attr-defined]
+    params = None if program.variant is Variant.GREEDY else params
     return jax.jit(function, donate_argnums=(1, 2)).lower(leaves, kv, state, params, packed)
 
 
@@ -141,7 +142,7 @@ def _once(
 @dataclasses.dataclass(frozen=True)
 class Computed:
     """What the model made of a step's T tokens, and the R rows whose next token is asked: every decode row, and the
-    last row of every tile (most tiles' result is dropped).
+    last row of every tile (most tiles' result is dropped), then perhaps padding.
 
     hidden [T, D]; tokens, positions int32 [T]; decode_position int32 [Bd], -1 = padding; asked [R, D], row_slot and
     row_position (of the row's own token) int32 [R].
@@ -157,9 +158,16 @@ class Computed:
 
 
 def compute(
-    model: Model, shape: StepShape, kv: Cache, state: SlotState, fields: Fields, at: jax.Array | int
+    model: Model,
+    shape: StepShape,
+    kv: Cache,
+    state: SlotState,
+    fields: Fields,
+    at: jax.Array | int,
+    rows_asked: int | None = None,
 ) -> tuple[Cache, Computed]:
-    """The model over step `at` of the decode rows and all tiles; `state.page_table` is up to date."""
+    """The model over step `at` of the decode rows and all tiles; `state.page_table` is up to date. `rows_asked`: R, the
+    rows behind the decode rows and tiles are padding; None: there are none."""
     decodes, tiles = fields.decode_slot.shape[0], fields.tile_slot.shape[0]
     decode_position = jnp.where(at < fields.decode_count, fields.decode_position + at, -1)
     tile_position = fields.tile_start[:, None] + lax.iota(jnp.int32, shape.tile_size)  # [Nt, Tq]
@@ -173,6 +181,8 @@ def compute(
     if tiles:
         last_of_tile = lax.iota(jnp.int32, tiles) * shape.tile_size + jnp.maximum(fields.tile_len - 1, 0)
         rows = jnp.concatenate([lax.iota(jnp.int32, decodes), decodes + last_of_tile])
+        padding = (rows_asked or decodes + tiles) - decodes - tiles
+        rows, row_slot = jnp.pad(rows, (0, padding)), jnp.pad(row_slot, (0, padding), constant_values=shape.slots)
         asked, position = hidden[rows], positions[rows]
     return kv, Computed(hidden, tokens, positions, decode_position, asked, row_slot, position)
 

@@ -29,6 +29,6 @@ def test_the_engine_measures_and_takes_it_over(make_core: Any, monkeypatch: pyte
 
     core = make_core()
     times = {0: 0.004, 2: 0.2}
-    monkeypatch.setattr(core.runner, "idle_run", lambda program, runs: times[program[0].tiles])
+    monkeypatch.setattr(core.runner, "idle_run", lambda programs, runs: times[programs[0].bucket.tiles])
     assert choose_budget(core) == {"16+0": 0.004, "16+2": 0.2}
     assert core.scheduler.decode_tiles == 2  # the only shape there is

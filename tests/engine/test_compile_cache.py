@@ -168,7 +168,7 @@ def test_an_engine_starts_from_the_cache(tmp_path: Path, model: Any, params: Any
     outcomes, compilations = [], []
     for _ in range(2):
         engine = assemble(config, model, params, programs=tmp_path)
-        engine.runner.variants = (Variant.GREEDY,)  # the one that compiles fastest
+        engine.runner.programs.variants = (Variant.GREEDY,)  # the one that compiles fastest
         engine.runner.warm_up()
         outcomes.append(complete(engine, [request(0, 20), request(1, 9)]))
         compilations.append(engine.runner.compilations)

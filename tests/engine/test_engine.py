@@ -302,7 +302,7 @@ class Doomed:
     """A launched step that fails when it is read."""
 
     plan: Any
-    half: Any = None
+    output: str = "under way"
 
 
 class Failing:

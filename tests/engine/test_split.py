@@ -270,8 +270,11 @@ def test_scoring_survives_preemption(make_core: Any, reference: Reference) -> No
 def test_nothing_of_this_is_run_for_ordinary_requests(
     make_core: Any, runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner.split, "launch", lambda plan: pytest.fail("an ordinary step was split"))
+    real, used = runner.program, set()
+    monkeypatch.setattr(runner, "program", lambda program: used.add(program) or real(program))
     run(make_core(), [request(i, 5, temperature=i % 2, seed=i, logprobs=i) for i in range(4)])
+    assert used and used <= set(runner.programs.always())
+    assert not used & set(runner.programs.on_demand())
 
 
 def test_scores_take_no_prefix_from_the_cache_but_leave_one(make_core: Any) -> None:
