@@ -4,7 +4,7 @@
                           [--mode grpc,engine] [--requests-per-slot 4] [--budget SECONDS] [--quick] [--out DIR]
                           [-- FLAGS OF jqserve-server]
 
-Workloads, with EOS ignored: `random:IN/OUT` (SGLang's random; --range-ratio 1 fixes the lengths) and
+Workloads (several: with commas), EOS ignored: `random:IN/OUT` (SGLang's random; --range-ratio 1 fixes the lengths) and
 `shared:GROUPSxQUESTIONS:PREFIX+QUESTION/OUT` (its generated-shared-prefix). Modes: `grpc` starts jqserve-server and
 loads it from --clients processes; `engine` runs the same requests in process. A row per mode and level:
 
@@ -20,6 +20,7 @@ Without --model-path the model has Llama-3.1-8B's shape and random weights in `-
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -117,20 +118,21 @@ def requests_for(level: dict[str, Any], args: argparse.Namespace) -> int:
 
 def sweep(drive: Any, vocabulary: int, args: argparse.Namespace, mode: str, deadline: float) -> list[dict[str, Any]]:
     rows = []
-    warm = items_of(args.workload, 4, vocabulary, args.range_ratio, 999)[:4]
+    workloads = args.workload.split(",")
+    warm = items_of(workloads[0], 4, vocabulary, args.range_ratio, 999)[:4]
     drive([Item(item.prompt, min(4, item.output)) for item in warm], concurrency=4, rate=None)
-    for i, level in enumerate(levels(args)):
-        facts = {"mode": mode, "workload": args.workload, **{k: v for k, v in level.items() if v is not None}}
+    for i, (workload, level) in enumerate(itertools.product(workloads, levels(args))):
+        facts = {"mode": mode, "workload": workload, **{k: v for k, v in level.items() if v is not None}}
         if time.monotonic() > deadline:
             rows.append(facts | {"skipped": "budget"})
             continue
-        items = items_of(args.workload, requests_for(level, args), vocabulary, args.range_ratio, i)
+        items = items_of(workload, requests_for(level, args), vocabulary, args.range_ratio, i)
         rows.append(facts | summarize(drive(items, **level)))
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def over_grpc(model: str, flags: list[str], args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+def over_grpc(model: str, flags: list[str], args: argparse.Namespace, budget: float) -> list[dict[str, Any]]:
     from bench.load_client import drive
     from jqserve.client import Client
 
@@ -143,13 +145,13 @@ def over_grpc(model: str, flags: list[str], args: argparse.Namespace, deadline: 
             def run(items: list[Item], **level: Any) -> Any:
                 return drive(served.target, items, processes=args.clients, **level)
 
-            rows = sweep(run, vocabulary, args, "grpc", deadline)
+            rows = sweep(run, vocabulary, args, "grpc", time.monotonic() + budget)
             return [row | {"start_seconds": served.start_seconds} for row in rows]
         finally:
             served.stop()
 
 
-def in_process(model: str, flags: list[str], args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+def in_process(model: str, flags: list[str], args: argparse.Namespace, budget: float) -> list[dict[str, Any]]:
     """In this process, which must not have touched jax before: the GPU's memory share is set here."""
     from jqserve.cli.server import parser, server_config
     from jqserve.engine.config import EngineConfig
@@ -171,14 +173,21 @@ def in_process(model: str, flags: list[str], args: argparse.Namespace, deadline:
         print(json.dumps({"host_share": {k: round(v, 4) for k, v in host.items()}}), file=sys.stderr)
         return records
 
-    return sweep(run, engine.limits.vocab_size, args, "engine", deadline)
+    extra = []
+    if args.first_token:
+        from bench.first_token import rows
+
+        extra = rows(engine)
+        print(json.dumps(extra), flush=True)
+    return extra + sweep(run, engine.limits.vocab_size, args, "engine", time.monotonic() + budget)
 
 
 def with_costs(rows: list[dict[str, Any]]) -> None:
     """What gRPC costs, level by level."""
-    bare = {(r.get("concurrency"), r.get("rate")): r for r in rows if r["mode"] == "engine"}
+    level = lambda r: (r.get("workload"), r.get("concurrency"), r.get("rate"))  # noqa: E731
+    bare = {level(r): r for r in rows if r["mode"] == "engine"}
     for row in rows:
-        other = bare.get((row.get("concurrency"), row.get("rate")))
+        other = bare.get(level(row))
         if row["mode"] == "grpc" and other and {"output_tokens_per_second"} <= row.keys() & other.keys():
             share = row["output_tokens_per_second"] / other["output_tokens_per_second"]
             row["grpc_cost"] = round(1 - share, 4)
@@ -188,7 +197,8 @@ def picture(rows: list[dict[str, Any]], title: str) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get("tpot_ms"):
-            series.setdefault(row["mode"], []).append((row["tpot_ms"]["p50"], row["output_tokens_per_second"]))
+            name = ", ".join(filter(None, (row["mode"], row.get("workload"))))
+            series.setdefault(name, []).append((row["tpot_ms"]["p50"], row["output_tokens_per_second"]))
     return chart(title, "time per output token, P50 (ms)", "output tokens/s", series)
 
 
@@ -199,7 +209,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", default="fp8", help="a key of bench.llama8b.SCHEMES, for random weights")
     parser.add_argument("--model-path", help="a real checkpoint instead")
-    parser.add_argument("--workload", default="random:1000/1000")
+    parser.add_argument("--workload", default="random:1000/1000", help="several, with commas")
     parser.add_argument("--range-ratio", type=float, default=1.0, help="of random: lengths from ratio * length up")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32,64,128,256,512", help="closed loop: levels")
     parser.add_argument("--rate", help="open loop instead: requests per second, several")
@@ -209,7 +219,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--least-requests", type=int, default=8)
     parser.add_argument("--mode", default="grpc,engine")
     parser.add_argument("--clients", type=int, default=4, help="processes that send")
-    parser.add_argument("--budget", type=float, default=600, help="seconds after which levels are skipped")
+    parser.add_argument("--budget", type=float, default=600, help="seconds of load after which levels are skipped")
+    parser.add_argument("--first-token", action="store_true", help="in engine mode rows of bench.first_token as well")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two levels: checks the script")
     parser.add_argument("--name", default="serve", help="of the result files")
     parser.add_argument("--out", help="folder of the result files (default bench/results)")
@@ -223,25 +234,24 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
-    start = time.monotonic()
     args, flags = arguments()
     if args.one:
-        print("ROWS " + json.dumps(in_process(args.one, flags, args, start + args.budget)))
+        print("ROWS " + json.dumps(in_process(args.one, flags, args, args.budget)))
         return
     from bench.llama8b import QUICK, make_checkpoint
 
     rows: list[dict[str, Any]] = []
+    budget = args.budget * (0.5 if "engine" in args.mode and "grpc" in args.mode else 1)
     with tempfile.TemporaryDirectory() as folder:
         model = args.model_path
         if model is None:
             model = str(make_checkpoint(Path(folder) / args.scheme, args.scheme, **(QUICK if args.quick else {})))
             flags = ["--load-format", "dummy", *flags]
         if "grpc" in args.mode:
-            rows += over_grpc(model, flags, args, start + args.budget * (0.5 if "engine" in args.mode else 1))
+            rows += over_grpc(model, flags, args, budget)
         if "engine" in args.mode:
-            left = args.budget - (time.monotonic() - start)
             own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-            command = [sys.executable, "-m", "bench.serve", *own, "--one", model, "--budget", f"{left:.0f}"]
+            command = [sys.executable, "-m", "bench.serve", *own, "--one", model, "--budget", f"{budget:.0f}"]
             command += ["--", *flags]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             for line in done.stdout.splitlines():
@@ -253,7 +263,7 @@ def main() -> None:
     from bench.record import write
 
     more = {"scheme": args.scheme, "model_path": args.model_path, "workload": args.workload, "server_flags": flags}
-    more["peers"] = PEERS.get((args.scheme, args.workload))
+    more["peers"] = {w: PEERS.get((args.scheme, w)) for w in args.workload.split(",")}
     path = write(args.name, rows, args.out, **more)
     path.with_suffix(".svg").write_text(picture(rows, f"{args.scheme}, {args.workload}"))
     print(path)

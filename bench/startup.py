@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -100,6 +101,9 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
         now = time.time()
         phases[phase] = round(phases.get(phase, 0.0) + now - clock[0], 3)
         clock[0] = now
+
+    logging.basicConfig(format="%(relativeCreated)d ms %(message)s", level=logging.INFO)  # to stderr
+    logging.getLogger("jqserve.engine.runner").setLevel(logging.DEBUG)  # seconds by program
 
     import jax
 
