@@ -6,7 +6,8 @@ Writes a checkpoint of Llama-3.1-8B's shape with random weights to local disk fi
 that reading and relaying weights is real; `--quick` takes a tiny one. Every run is a process of its own:
 
     import      Python, jax and our modules          device   the first use of the GPU
-    load        weights: read, sent, relaid          pages    pool and state, sizing it
+    load        weights: read, sent, relaid          self_test  each kernel once
+    pages       pool and state, sizing it
     warm_up     step programs compiled or read back, and run (`compiled`, `from_cache`: how many)
     first_token of a 128-token prompt                total    all of it, from exec
 """
@@ -116,8 +117,8 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
     ended = {"plan": "load", "cache": "pages"}
 
     def report(stage: str, text: str, detail: dict[str, Any]) -> None:
-        if stage in ended:
-            done(ended[stage])
+        if stage in ended or text.startswith("self-test"):
+            done("self_test" if text.startswith("self-test") else ended[stage])
 
     engine = load_engine(config, report)
     done("warm_up")

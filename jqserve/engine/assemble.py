@@ -30,6 +30,7 @@ from jqserve.engine.variant import ORDER, Variant
 from jqserve.errors import UnsupportedError
 from jqserve.models.build import build, split
 from jqserve.models.config import ModelConfig
+from jqserve.ops.compiler_options import compiler_options
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _choose_pages(
     logits = 2 * draw.rows * shape.vocab_size * 4  # those of the step before may still be there
 
     def temporary_of(lowered: jax.stages.Lowered) -> int:
-        analysis = lowered.compile().memory_analysis()
+        analysis = lowered.compile(compiler_options()).memory_analysis()
         return int(analysis.temp_size_in_bytes) if analysis is not None else 2**30
 
     def measure() -> int:

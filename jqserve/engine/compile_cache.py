@@ -26,6 +26,7 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 from jqserve.errors import CheckpointError
+from jqserve.ops.compiler_options import compiler_options
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> tuple[Any, bool]:
     not be written again: a CPU executable loses functions on the way, and fails when it is run."""
     _listen()
     before = getattr(_thread, "hits", 0)
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options())
     return compiled, getattr(_thread, "hits", 0) == before
 
 
@@ -130,6 +131,7 @@ def environment_facts(device: Any) -> dict[str, Any]:
         "device": f"{device.platform} {device.device_kind} {getattr(device, 'compute_capability', '')}",
         "platform_version": device.client.platform_version,
         "flags": os.environ.get("XLA_FLAGS", ""),
+        "options": compiler_options(),
     }
 
 

@@ -147,7 +147,8 @@ def test_what_jax_found_in_its_cache_is_told() -> None:
         def __init__(self, event: str) -> None:
             self.event = event
 
-        def compile(self) -> str:
+        def compile(self, options: Any) -> str:
+            assert options == {"xla_gpu_autotune_level": "0"}
             jax.monitoring.record_event(self.event)
             return "executable"
 
