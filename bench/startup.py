@@ -104,7 +104,7 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
         clock[0] = now
 
     logging.basicConfig(format="%(relativeCreated)d ms %(message)s", level=logging.INFO)  # to stderr
-    logging.getLogger("jqserve.engine.runner").setLevel(logging.DEBUG)  # seconds by program
+    logging.getLogger("jqserve.engine.compile_cache").setLevel(logging.DEBUG)  # seconds by program
 
     import jax
 

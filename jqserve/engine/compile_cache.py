@@ -17,6 +17,7 @@ import os
 import pickle
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,29 @@ def remembered(folder: Path | None, facts: dict[str, Any], compute: Callable[[],
     partial.write_text(str(value))
     partial.replace(path)
     return value
+
+
+#: Held while a program is traced and lowered, which is one core's work under the interpreter's lock: 16 threads that
+#: contend for that lock took 45 s for what one after the other takes half of, and nothing was compiled meanwhile.
+_lowering = threading.Lock()
+
+
+def compile_program(name: str, lower: Callable[[], jax.stages.Lowered], cache: ProgramCache | None) -> tuple[Any, bool]:
+    """(executable, whether it was made now): from the cache, or lowered and compiled. Any thread may call this."""
+    if cache is not None and (known := cache.load(name)) is not None:
+        return known, False
+    with _lowering:
+        began = time.perf_counter()
+        lowered = lower()
+        lower_seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    compiled, new = compile_lowered(lowered)
+    seconds = time.perf_counter() - began
+    how = "compiled" if new else "found in JAX's cache"
+    log.debug("%s: lowered in %.1f s, %s in %.1f s", name, lower_seconds, how, seconds)
+    if cache is not None and new:
+        cache.store(name, compiled)
+    return compiled, True
 
 
 class ProgramCache:

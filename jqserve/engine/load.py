@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,13 @@ from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
-from jqserve.engine.compile_cache import choose_folder, use_jax_cache
+from jqserve.engine.compile_cache import (
+    ProgramCache,
+    choose_folder,
+    compile_program,
+    environment_facts,
+    use_jax_cache,
+)
 from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
@@ -44,7 +51,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     loaded = with_kernel_plan(config, loaded)
     tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
     if config.self_test is not False:
-        run_self_test(config, loaded, tell)
+        run_self_test(config, loaded, tell, programs)
     engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds), programs=programs)
     _prepare_grammars(engine, config)
     engine.describe(sampling_defaults=sampling_defaults(loaded.generation_config, engine.limits))
@@ -69,14 +76,15 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     return engine
 
 
-def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report) -> None:
+def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report, programs: Path | None = None) -> None:
     """Raises EngineFailedError where a kernel computes something else than its weights say. Asked for by nobody, it
     runs only where there are kernels to test: not where XLA's references are all that runs, as on a CPU."""
     device = current_device()
     rows = (16, config.chunked_prefill_size or defaults_for(device.platform).chunked_prefill_size)
     dtype, weights = str(loaded.params["embed"]["weight"].dtype), list(quantized_weights(loaded.params))
     if config.self_test or worth_testing(weights, dtype, rows):
-        for line in self_test(weights, dtype, rows):
+        kept = None if programs is None else ProgramCache(programs, environment_facts(jax.devices()[0]))
+        for line in self_test(weights, dtype, rows, lambda name, lower: compile_program(name, lower, kept)[0]):
             tell("load", f"self-test {line}", {})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from jqserve.engine.adopt import Adopter
 from jqserve.engine.batch import StepShape, pack, padding
 from jqserve.engine.buckets import Buckets
 from jqserve.engine.cache import Cache, CacheShape, make_cache
-from jqserve.engine.compile_cache import ProgramCache, compile_lowered
+from jqserve.engine.compile_cache import ProgramCache, compile_program
 from jqserve.engine.plan import Plan
 from jqserve.engine.programs import Draw, Forward, Fused, Program, Programs, describe
 from jqserve.engine.request import TokenLogprobs
@@ -29,11 +28,7 @@ from jqserve.engine.split import LEAST, Half, lower_draw, lower_forward, mask_wo
 from jqserve.engine.step import SlotState, Structure, lower_step, make_state
 from jqserve.engine.variant import ORDER, Variant
 
-log = logging.getLogger(__name__)
-
 Progress = Callable[[int, int, str], None]  # (done, total, what)
-
-_HOW = {True: "compiled", False: "found in JAX's cache"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,17 +105,8 @@ class Runner:
 
     def compile(self, program: Program) -> Any:
         """Any thread may call this: XLA compiles without the interpreter's lock."""
-        if self.cache_of_programs is not None and (known := self.cache_of_programs.load(program.name)) is not None:
-            return known
-        self.compilations += 1
-        began = time.perf_counter()
-        lowered = self._lower(program)
-        between = time.perf_counter()
-        compiled, new = compile_lowered(lowered)
-        seconds = between - began, time.perf_counter() - between
-        log.debug("%s: lowered in %.1f s, %s in %.1f s", program.name, seconds[0], _HOW[new], seconds[1])
-        if self.cache_of_programs is not None and new:
-            self.cache_of_programs.store(program.name, compiled)
+        compiled, new = compile_program(program.name, lambda: self._lower(program), self.cache_of_programs)
+        self.compilations += new
         return compiled
 
     def _lower(self, program: Program) -> jax.stages.Lowered:

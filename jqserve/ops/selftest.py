@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextvars
+import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,10 +26,19 @@ from jqserve.quant import ActivationSpec, QuantizedTensor, dequantize
 BOUNDS = {"bfloat16": 2e-2, "float16": 1e-2, "float32": 5e-3}
 
 
-def self_test(weights: Iterable[tuple[str, QuantizedTensor]], dtype: str, rows: tuple[int, ...]) -> Iterator[str]:
+#: (name, what lowers it) -> the executable; the name says all that goes into it but our source and the device
+Compile = Callable[[str, Callable[[], jax.stages.Lowered]], Any]
+
+
+def self_test(
+    weights: Iterable[tuple[str, QuantizedTensor]],
+    dtype: str,
+    rows: tuple[int, ...],
+    compile_program: Compile = lambda name, lower: lower().compile(),
+) -> Iterator[str]:
     """Tests the first weight of each distinct spec with inputs [M, K] of every M in `rows`; yields a line for each.
 
-    weights  (path, weight in kernel layout, on the device); dtype: of the activations.
+    weights  (path, weight in kernel layout, on the device); dtype: of the activations; compile_program: may keep them.
     Raises EngineFailedError naming the module, the kernel and the difference. Takes, for a moment, a float32 copy of
     the one weight at hand.
     """
@@ -37,7 +47,14 @@ def self_test(weights: Iterable[tuple[str, QuantizedTensor]], dtype: str, rows: 
         first.setdefault(weight.spec, (path, weight))
     with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1), "self-test") as pool:
         tests = [
-            (path, weight, {m: pool.submit(contextvars.copy_context().run, _compiled, weight, dtype, m) for m in rows})
+            (
+                path,
+                weight,
+                {
+                    m: pool.submit(contextvars.copy_context().run, _compiled, weight, dtype, m, compile_program)
+                    for m in rows
+                },
+            )
             for path, weight in first.values()
         ]
         for path, weight, programs in tests:  # one after the other: each takes a float32 copy of its weight
@@ -70,11 +87,17 @@ def _inputs(weight: QuantizedTensor, dtype: str, m: int) -> jax.Array:
     return jnp.asarray(x).astype(dtype)
 
 
-def _compiled(weight: QuantizedTensor, dtype: str, m: int) -> Any:
+def _compiled(weight: QuantizedTensor, dtype: str, m: int, compile_program: Compile) -> Any:
     """(inputs, weight) -> the largest difference as a share of the largest output. In a thread: XLA compiles without
     the interpreter's lock."""
-    difference = jax.jit(lambda x, w: _difference(x, w), compiler_options=compiler_options())
-    return difference.lower(jax.ShapeDtypeStruct((m, weight.shape[1]), dtype), weight).compile()
+
+    def lower() -> jax.stages.Lowered:
+        difference = jax.jit(lambda x, w: _difference(x, w), compiler_options=compiler_options())
+        return difference.lower(jax.ShapeDtypeStruct((m, weight.shape[1]), dtype), weight)
+
+    arrays = [f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(weight)]
+    facts = f"{weight.spec} {arrays} {dtype}"
+    return compile_program(f"self_test_{m}_{hashlib.sha256(facts.encode()).hexdigest()[:16]}", lower)
 
 
 def _difference(x: jax.Array, weight: QuantizedTensor) -> jax.Array:
