@@ -78,6 +78,7 @@ class Frontend:
         self.metrics = Metrics(self)
         self.tracer: Tracer | None = None
         self._throughput = Throughput()
+        self.tasks = 0  # of the event loop, when last looked: a number that grows is a leak
         self._threads = concurrent.futures.ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.idle = asyncio.Event()
         self.idle.set()
@@ -123,6 +124,7 @@ class Frontend:
             await asyncio.sleep(CHECK_SECONDS)
             now = time.monotonic()
             self._throughput.sample(now, self.stats.generated_tokens)
+            self.tasks = len(asyncio.all_tasks())
             for serving in list(self.servings):
                 serving.check(now, config.max_request_seconds, config.unread_seconds)
 

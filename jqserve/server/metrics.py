@@ -41,6 +41,7 @@ GAUGES: dict[str, tuple[str, Callable[[Frontend], float]]] = {
     "cached_pages": ("Free KV pages that still hold a prefix.", lambda f: f.stats.pages_cached),
     "mean_batch": ("Sequences in a step, on average since the start.", lambda f: f.stats.mean_batch),
     "streams": ("Generate calls that are being answered.", lambda f: len(f.generations)),
+    "tasks": ("Tasks of the front end's event loop.", lambda f: f.tasks),
     "ready": ("1 while requests are served.", lambda f: float(f.is_ready)),
 }
 COUNTERS: dict[str, tuple[str, Callable[[Frontend], float]]] = {
