@@ -19,6 +19,7 @@ INTEGRATION = (
     "tests/bench/test_kernels_bench.py",
     "tests/bench/test_sanitize.py",
     "tests/bench/test_serve_bench.py",
+    "tests/bench/test_soak.py",
     "tests/engine/test_budget.py",
     "tests/engine/test_compile_cache.py",
     "tests/engine/test_split.py",

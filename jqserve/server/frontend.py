@@ -78,7 +78,7 @@ class Frontend:
         self.metrics = Metrics(self)
         self.tracer: Tracer | None = None
         self._throughput = Throughput()
-        self.tasks = 0  # of the event loop, when last looked: a number that grows is a leak
+        self.tasks: int = 0  # of the event loop, when last looked: a number that grows is a leak
         self._threads = concurrent.futures.ThreadPoolExecutor(TOKENIZER_THREADS, "tokenize")
         self.idle = asyncio.Event()
         self.idle.set()
