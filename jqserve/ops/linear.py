@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -9,10 +10,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jqserve.ops.activations import QuantizedRows
+from jqserve.ops.device import current_device
 from jqserve.ops.quantized import quantized_matmul, quantized_rows_matmul
 from jqserve.quant import QuantizedTensor
 
 Weight = jax.Array | QuantizedTensor
+
+#: Of a dense matmul on a GPU. Of a single row XLA makes a reduction of its own, at a fifth of the memory's speed:
+#: 1.9 ms for the head of an 8B model, against 0.37 of cuBLAS at 64 rows (H100).
+LEAST_ROWS = 8
 
 
 def linear(x: jax.Array | QuantizedRows, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
@@ -43,6 +49,10 @@ def dense_matmul(x: jax.Array, weight: jax.Array, out_dtype: Any = None) -> jax.
     The result dtype is asked of the matmul itself, so that no float32 copy is written and read again. float32 inputs
     ask for full precision: on a GPU the default would be TF32, whose 10-bit mantissa is no oracle.
     """
+    rows = math.prod(x.shape[:-1])
+    if 0 < rows < LEAST_ROWS and current_device().platform != "cpu":
+        padded = jnp.pad(x.reshape(rows, -1), ((0, LEAST_ROWS - rows), (0, 0)))
+        return dense_matmul(padded, weight, out_dtype)[:rows].reshape(*x.shape[:-1], -1)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(
         x,

@@ -33,7 +33,7 @@ def decode_heuristic(items: int, tokens: int, row_bytes: int, cores: int) -> Dec
         split *= 2
     if items <= cores and 8 * 2 * ring <= 200 * 1024:
         return DecodeConfig(8, min(6, 192 * 1024 // (8 * ring)), split)
-    if not few and tokens >= 4096:
+    if not few and tokens >= 4096 and items <= 4 * cores:
         split = 2
     return DecodeConfig(4, max(3, min(6, 96 * 1024 // (4 * ring))), split)
 

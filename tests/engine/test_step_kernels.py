@@ -16,6 +16,7 @@ from jqserve.engine.step import make_state, run_step
 from jqserve.engine.variant import Variant
 from jqserve.models.build import build, split
 from jqserve.models.config import ModelConfig, RopeConfig
+from jqserve.ops.compiler_options import compiler_options
 from jqserve.ops.relayout import relayout_leaf
 from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
 from pallas_kernels.dispatch import KNOWN_DEVICES, use_device
@@ -51,11 +52,11 @@ def fp8_model() -> tuple[ModelConfig, dict]:
     return config, {"embed": head, "layers": layers, "final_norm": norm, "lm_head": head}
 
 
-def compiled_step(variant: Variant, steps: int = 1) -> Compiled:
+def compiled_step(variant: Variant, steps: int = 1, rows: int = ROWS) -> Compiled:
     with use_device(KNOWN_DEVICES["h200"]):
         config, params = fp8_model()
     structure, leaves = split(build(config, params))
-    shape, bucket = StepShape(ROWS, 64, 8, 128, VOCAB), Bucket(ROWS, 0, steps)
+    shape, bucket = StepShape(ROWS, 64, 8, 128, VOCAB), Bucket(rows, 0, steps)
     cache = cache_shape(config, page_size=64, pages=100, dtype="bfloat16")
     state = jax.eval_shape(lambda: make_state(shape))
     given = None
@@ -63,7 +64,16 @@ def compiled_step(variant: Variant, steps: int = 1) -> Compiled:
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty(ROWS))
     packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
     step = lambda *a: run_step(structure, shape, bucket, variant, *a)  # noqa: E731
-    return compile_for_h200(step, leaves, cache.abstract(), state, given, packed, donate_argnums=(1, 2))
+    return compile_for_h200(
+        step,
+        leaves,
+        cache.abstract(),
+        state,
+        given,
+        packed,
+        donate_argnums=(1, 2),
+        compiler_options=compiler_options(),
+    )
 
 
 def operations(hlo: str, computation: str) -> list[str]:
@@ -86,6 +96,16 @@ def test_a_decode_layer_is_ten_kernels() -> None:
     assert set(launched) <= {"mosaic_gpu_v2", "fusion", "custom-call", "copy"} | {"__cublas$gemm", "__cublas$lt$matmul"}
     # Beside the layers: page table, positions, rotary table, embedding, last norm, head, argmax, the token's place.
     assert len(launched) - 10 * LAYERS <= 18, launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_the_head_is_a_matmul_of_cublas(rows: int) -> None:
+    """Not XLA's reduction of one row, nor a Triton fusion that nobody has tuned: either takes milliseconds."""
+    hlo = compiled_step(Variant.GREEDY, rows=rows).hlo
+    heads = [line for line in hlo.splitlines() if re.search(rf"f32\[\d+,{VOCAB}\].* custom-call\(", line)]
+    assert len(heads) == 1 and "__cublas$" in heads[0]
+    assert "__triton_gemm" not in hlo
 
 
 @pytest.mark.slow

@@ -112,7 +112,9 @@ def _environment(**values: str):
                 os.environ[name] = value
 
 
-def compile_for_h200(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()) -> Compiled:
+def compile_for_h200(
+    fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = (), compiler_options: Any = None
+) -> Compiled:
     """Lowers and compiles `fn(*args)` for an H200; `args` are arrays or ShapeDtypeStructs (or pytrees of them).
 
     Skips the calling test when the compiler's wheels are absent. Functions that call `dispatch.current_device()`
@@ -124,7 +126,7 @@ def compile_for_h200(fn: Callable[..., Any], *args: Any, donate_argnums: tuple[i
     traced = jax.jit(lambda *a: fn(*a), donate_argnums=donate_argnums)
     with tempfile.TemporaryDirectory() as folder:
         with _environment(MOSAIC_GPU_DUMP_TO=folder), use_device(KNOWN_DEVICES["h200"]):
-            executable = traced.lower(*abstract).compile()
+            executable = traced.lower(*abstract).compile(compiler_options)
         dump = {end: "\n".join(p.read_text() for p in sorted(Path(folder).glob(f"*.{end}"))) for end in _DUMPED}
     report = dump["ptxas"]
     numbers = lambda pattern: [int(n) for n in re.findall(pattern, report)]  # noqa: E731
