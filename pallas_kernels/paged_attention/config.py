@@ -22,8 +22,10 @@ def decode_heuristic(items: int, tokens: int, row_bytes: int, cores: int) -> Dec
     From a sweep on one H200 (kernel us, heads 32/8 x 128 bf16; bench/results/paged_attention_decode_sweep.json):
     few items take one CTA of 8 warps per SM and share a row over a cluster (1 x 1,024: split 8 5.1, 4 5.6, 16 9.1;
     1 x 8,192: 12.4, 14.5, 17.7); many items take two CTAs of 4 warps per SM, so that one streams while the other
-    starts or merges (64 x 1,024: 65.0 against 66.4). Rows of many pages are split in two even then: it costs 0.2 %
-    (64 x 8,192: 484.7 against 484.0) and halves the tail when lengths differ.
+    starts or merges (64 x 1,024: 65.0 against 66.4). Rows of many pages are split in two even then, up to
+    four items an SM: it costs 0.2 % (64 x 8,192: 484.7 against 484.0) and halves the tail when lengths differ. `tokens`
+    is what the page table could hold, not what is there, and a cluster costs each short row: 256 x 128 takes 75 us in
+    two parts and 51 in one, 64 x 128 18 and 11 (H100, tables of 2,048 pages).
     """
     padded = -(-row_bytes // 128) * 128
     ring = 2 * 16 * padded  # bytes of one warp's stage
