@@ -1,11 +1,13 @@
 """Quantizers: quality beside the peers' checkpoints of the same base, and time and memory at Llama-3.1-8B's shape.
 
     python -m bench.quantize                      quality, on a CPU; needs ../shared/fixtures. --quick: fewer windows
+    python -m bench.quantize --internal           GPTQ and AWQ beside rounding on grids that flatter rounding less
     python -m bench.quantize --shape llama8b      a GPU: --scheme gptq | awq, random weights, 512 x 2048 tokens
 
 Quality is that of the weights alone (activations not quantized), dequantized to float32: perplexity and KL to the base
 on 64 windows of 512 tokens of valid.bin, exact match on the 1,000 tasks. Both sides were calibrated on the same 64
-rows of 256 ids: evenly spaced ones of the first nine tenths of calib.npy.
+rows of 256 ids: evenly spaced ones of the first nine tenths of calib.npy. An hour of two busy cores: rows are written
+as they come, and a run that is repeated at the same commit takes those it finds.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--scale", type=int, default=1, help="divide the shape's sizes, to try the script on a CPU")
     parser.add_argument("--quick", action="store_true", help="8 windows, 100 tasks")
-    parser.add_argument("--internal", action="store_true", help="grids that no format stores: 16 windows, no tasks")
+    parser.add_argument("--internal", action="store_true", help="grids that no format stores: 250 tasks")
     parser.add_argument("--only", help="quality: names that contain this")
     parser.add_argument("--out", help="folder of the result file")
     args = parser.parse_args()
@@ -63,16 +65,20 @@ def main() -> None:
         return
     name = "quantize_quality_internal" if args.internal else "quantize_quality"
     name = f"{name}_quick" if args.quick else name
-    windows, tasks = 16 if args.quick or args.internal else 64, 100 if args.quick else 0 if args.internal else 1000
-    quality = Quality(windows, tasks, lambda rows: record.write(name, rows, args.out))
+    windows, tasks = 8 if args.quick else 64, 100 if args.quick else 250 if args.internal else 1000
+    quality = Quality(
+        windows, tasks, lambda rows: record.write(name, rows, args.out), record.rows_of_this_commit(name, args.out)
+    )
     quality.internal() if args.internal else quality.pairs(args.only)
 
 
 class Quality:
     """Every checkpoint is dequantized into the base's own tree, so that one compiled program serves all."""
 
-    def __init__(self, windows: int, tasks: int, keep: Callable[[list[dict[str, Any]]], Any]) -> None:
-        """keep: called with all rows so far; a run takes an hour on two busy cores."""
+    def __init__(
+        self, windows: int, tasks: int, keep: Callable[[list[dict[str, Any]]], Any], known: list[dict[str, Any]]
+    ) -> None:
+        """keep: called with all rows so far. known: rows of an earlier run, taken as they are."""
         import jax
         import jax.numpy as jnp
 
@@ -81,6 +87,7 @@ class Quality:
         from jqserve.server.tokenizer import load_tokenizer
 
         self.jax, self.jnp, self.jqserve, self.keep = jax, jnp, jqserve, keep
+        self.known = {(row["name"], row["maker"]): row for row in known}
         base = FIXTURES / "base-bf16"
         self.model, self.base = jqserve.load(base, dtype="float32")
         ids = np.fromfile(FIXTURES / "valid.bin", "<u2")[: windows * 512]
@@ -98,13 +105,13 @@ class Quality:
         return [self.jnp.asarray(self.windows[i : i + 4]) for i in range(0, len(self.windows), 4)]
 
     def pairs(self, only: str | None) -> list[dict[str, Any]]:
-        rows = [self.row("base", "base", self.base)]
+        rows = [self.row("base", "base", lambda: self.base)]
         for name, peer, flags in PAIRS:
             if only and only not in name:
                 continue
             pair = []
             if peer is not None:
-                pair.append(self.row(name, f"peer: {peer}", self.dense(FIXTURES / peer)))
+                pair.append(self.row(name, f"peer: {peer}", lambda peer=peer: self.dense(FIXTURES / peer)))
             pair.append(self.made(name, "jqserve", flags))
             if len(pair) == 2:
                 pair[1]["kl_ratio"] = round(pair[1]["kl"] / pair[0]["kl"], 4)
@@ -116,22 +123,30 @@ class Quality:
         rows = []
         for bits, symmetric, group in INTERNAL:
             name = f"{bits}-bit {'sym' if symmetric else 'asym'} {f'g{group}' if group else 'per channel'}"
+            of_grid: list[dict[str, Any]] = []
             for algorithm in ("rtn", "gptq", "awq"):
-                rows.append(self.made(name, f"jqserve {algorithm}", {}, internal(algorithm, bits, symmetric, group)))
-                self.keep(rows)
+                row = self.made(name, f"jqserve {algorithm}", {}, internal(algorithm, bits, symmetric, group))
+                if of_grid:
+                    row["kl_over_rtn"] = round(row["kl"] / of_grid[0]["kl"], 4)
+                of_grid.append(row)
+                self.keep([*rows, *of_grid])
+            rows += of_grid
         return rows
 
     def made(self, name: str, maker: str, flags: dict[str, Any], options: Any = None) -> dict[str, Any]:
         from jqserve.quantize.job import quantize
         from jqserve.quantize.options import Options
 
+        if (name, maker) in self.known:
+            return self.known[name, maker]
         options = options or Options(**flags)
         folder = Path(tempfile.mkdtemp())
         try:
             begin = time.perf_counter()
             quantize(FIXTURES / "base-bf16", folder / "out", options, self.samples)
             seconds = time.perf_counter() - begin
-            return {**self.row(name, maker, self.dense(folder / "out")), "quantize_seconds": round(seconds, 1)}
+            row = self.row(name, maker, lambda: self.dense(folder / "out"))
+            return {**row, "quantize_seconds": round(seconds, 1)}
         finally:
             shutil.rmtree(folder)
 
@@ -144,10 +159,13 @@ class Quality:
             is_leaf=lambda leaf: isinstance(leaf, tensor),
         )
 
-    def row(self, name: str, maker: str, params: Any) -> dict[str, Any]:
+    def row(self, name: str, maker: str, parameters: Callable[[], Any]) -> dict[str, Any]:
         from jqserve.evaluate.likelihood import compared_with
         from jqserve.evaluate.tasks import ask, score
 
+        if (name, maker) in self.known:
+            return self.known[name, maker]
+        params = parameters()
         sums = {"nll": 0.0, "kl": 0.0, "agree": 0.0}
         for ids, log_p in zip(self.cut(), self.base_log_p):
             found = compared_with(log_p, self.model(params, ids), ids)

@@ -75,3 +75,13 @@ def write(name: str, rows: list[dict[str, Any]], out: str | Path | None = None, 
     partial.write_text(json.dumps({**frame(), **more, "rows": rows}, indent=1) + "\n")
     partial.replace(path)
     return path
+
+
+def rows_of_this_commit(name: str, out: str | Path | None = None) -> list[dict[str, Any]]:
+    """The rows of `<out or bench/results>/<name>.json` where it was written at the commit that is checked out now and
+    nothing has changed since; else none."""
+    path = (Path(out) if out else RESULTS) / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    here = commit()
+    own = found.get("commit") == here and not here.endswith("-dirty") and here != "unknown"
+    return list(found["rows"]) if own else []
