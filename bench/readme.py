@@ -147,6 +147,50 @@ def _decode_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def startup() -> str:
+    """From the command to the first token."""
+    result = load("startup")
+    if result is None:
+        return "Not measured yet."
+    phases = list(result["rows"][0]["phases"])
+    rows = [
+        [row["run"], *(f"{row['phases'][phase]:.1f}" for phase in phases), f"**{row['total']:.1f}**"]
+        for row in result["rows"]
+    ]
+    return (
+        table(["compile cache", *(p.replace("_", " ") for p in phases), "seconds"], rows)
+        + "\n\n"
+        + source(result, "startup")
+    )
+
+
+def serve() -> str:
+    """Throughput and latency of a loaded engine, and the first token of an idle one."""
+    result = load("serve")
+    if result is None:
+        return "Not measured yet."
+    loaded = [
+        [row["mode"], row["workload"], str(row["concurrency"]), f"{row['output_tokens_per_second']:,.0f}"]
+        + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")]
+        for row in result["rows"]
+        if "output_tokens_per_second" in row
+    ]
+    header = ["path", "tokens in/out", "streams", "output tokens/s", "TTFT ms P50 / P99", "TPOT ms P50 / P99"]
+    lines = []
+    for row in result["rows"]:
+        if "ttft_to_prefill" in row:
+            lines.append(
+                f"An idle engine's first token of a {row['prompt']:,}-token prompt comes after "
+                f"{row['ttft_ms']:.1f} ms, {row['ttft_to_prefill']:.2f} times its step programs alone."
+            )
+        elif "speedup" in row:
+            lines.append(
+                f"With {row['cached']:,} of {row['prompt']:,} prompt tokens cached it comes after "
+                f"{row['ttft_ms']:.1f} ms instead of {row['ttft_ms_without']:.1f}."
+            )
+    return "\n\n".join([table(header, loaded), " ".join(lines), source(result, "serve")])
+
+
 _SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}
 
 
@@ -177,6 +221,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "support": support,
     "start_line": start_line,
     "decode": decode,
+    "serve": serve,
+    "startup": startup,
     "kernels": kernels,
 }
 
