@@ -14,6 +14,7 @@ import numpy as np
 
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
+from jqserve.engine.calibrated import open_asked
 from jqserve.models.build import build
 from jqserve.models.config import ModelConfig
 from jqserve.models.decoder import Decoder
@@ -72,6 +73,7 @@ def load(
     *,
     dtype: str | None = None,
     quantization: str | None = None,
+    calibration: str | None = None,
     activations: Literal["config", "none"] = "config",
     revision: str | None = None,
     layout: Literal["kernel", "canonical"] = "kernel",
@@ -83,6 +85,7 @@ def load(
       dtype: "float32", "bfloat16" or "float16" for everything unquantized and for activations; None: the checkpoint's.
       quantization: quantizes an unquantized checkpoint while it loads: "fp8", "int4", ... or "torchao:int4wo-128", ...
         (docs/quantization-flags.md).
+      calibration: text for quantization "awq" and "gptq" (.txt, .jsonl, .npy of ids); None: a small built-in one.
       activations: "none" leaves activations unquantized whatever the checkpoint asks, to look at the weights alone.
       revision: of a Hub id.
       progress: called with (modules done, modules in all, the path just done).
@@ -91,8 +94,9 @@ def load(
     Returns (model, params): params is the parameter tree, a nested dict whose weights are arrays [N out, K in] or
     QuantizedTensors. Raises CheckpointError or UnsupportedError.
     """
+    source, quantization = open_asked(resolve(str(path), revision), quantization, calibration)
     loaded = load_checkpoint(
-        str(resolve(str(path), revision)),
+        source,
         dtype=dtype,
         activations=activations,
         quantization=quantization,

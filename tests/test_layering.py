@@ -46,6 +46,13 @@ ALLOWED: dict[str, set[str]] = {
         "jqserve.checkpoint",
         "jqserve.errors",
     },
+    # Tells --quantization awq and gptq from schemes that need no data, and reads that data as `jqserve quantize` does.
+    "jqserve.engine.calibrated": {
+        "jqserve.checkpoint",
+        "jqserve.quantize",
+        "jqserve.server.tokenizer",
+        "jqserve.errors",
+    },
     "jqserve.server": {"jqserve.engine.request", "jqserve.engine.wire", "jqserve.errors"},
     # Starts the engine at the other end of a socket pair; with --frontend inline the pair's far end is in this process.
     "jqserve.server.launch": {"jqserve.server", "jqserve.engine.channel", "jqserve.engine.wire"},

@@ -142,10 +142,10 @@ def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:
         return Answer(online=online, note=f"quantized while loading: {flag}")
     kind = FORMATS[name]
     how = f"load a checkpoint in that format, {kind} is one of checkpoints"
-    if kind in CALIBRATED:
+    if kind in CALIBRATED:  # where it can be done, `engine.calibrated` has opened the checkpoint as a quantized one
         how = (
-            f"{kind} needs calibration: `jqserve quantize --model-path {path} --scheme {kind} --out DIR` first, then "
-            "serve DIR"
+            f"{kind} is calibrated on the weights of a Hugging Face directory, and this is none (or --load-format "
+            f"dummy): `jqserve quantize --model-path ORIGINAL --scheme {kind} --out DIR`, then serve DIR"
         )
     raise UnsupportedError(
         f"{flag}: the checkpoint is not quantized; {how}; or round to nearest while loading: `jqserve-server "

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, keep_on_host, set_path
-from jqserve.checkpoint.open import open_checkpoint
+from jqserve.checkpoint.open import AnyCheckpoint, open_checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.plan import PlanRow
 from jqserve.checkpoint.store import is_store, restore
@@ -17,7 +17,7 @@ __all__ = ["LoadedCheckpoint", "keep_on_host", "load"]
 
 
 def load(
-    path: str | Path,
+    path: str | Path | AnyCheckpoint,
     *,
     dtype: str | None = None,
     activations: Activations = "config",
@@ -26,7 +26,8 @@ def load(
     decode: Literal["auto", "host", "device"] = "auto",
     progress: Progress | None = None,
 ) -> LoadedCheckpoint:
-    """Loads the directory or .gguf file `path`; its headers are checked as a whole before any tensor is read.
+    """Loads the directory or .gguf file `path`, or an open checkpoint, which is closed afterwards; its headers are
+    checked as a whole before any tensor is read.
 
     dtype         of dense weights, norms, biases and the embedding: "bfloat16", "float16", "float32"; None or "auto":
                   the checkpoint's own. Scales keep their stored dtype, or are widened to float32
@@ -43,7 +44,7 @@ def load(
     A directory that `jqserve convert` wrote is recognised by its manifest.
     Raises CheckpointError or UnsupportedError, before any device memory is taken for all that headers can show.
     """
-    if is_store(path):
+    if isinstance(path, (str, Path)) and is_store(path):
         return restore(
             path,
             dtype=dtype,

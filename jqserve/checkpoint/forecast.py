@@ -23,6 +23,7 @@ class Forecast:
 
     vectors       bytes of norms and biases, which have no rows
     largest       bytes in the file of the two largest modules: what loading holds beside the finished weights
+    working       (device, host) bytes that calibrating takes while loading, roughly
     kv_scaled     whether there are scales for an fp8 KV cache
     unquantized   module -> why it stays as it is
     """
@@ -32,6 +33,7 @@ class Forecast:
     largest: int
     unquantized: dict[str, str]
     kv_scaled: bool = False
+    working: tuple[int, int] = (0, 0)
 
 
 def forecast(opened: OpenModel) -> Forecast:
@@ -60,7 +62,8 @@ def forecast(opened: OpenModel) -> Forecast:
             elif part.scheme.spec(part.slot.n, part.slot.k) is None and part.scheme.method == "online":
                 unquantized[part.slot.name] = f"{part.slot.n} x {part.slot.k} does not fit the scheme"
     largest = sum(sorted(sizes)[-2:])
-    return Forecast(opened.plan(rows), vectors, largest, unquantized, opened.audited.kv is not None)
+    kv = opened.audited.kv is not None
+    return Forecast(opened.plan(rows), vectors, largest, unquantized, kv, checkpoint.working_bytes)
 
 
 def _rows(checkpoint: AnyCheckpoint, source: GroupSource, dtype: str) -> list[PlanRow]:

@@ -29,6 +29,8 @@ class GgufCheckpoint:
     Raises CheckpointError or UnsupportedError, naming the file, before any tensor but rope_freqs is read.
     """
 
+    note, working_bytes = "", (0, 0)
+
     def __init__(self, path: Path, *, readers: int = 4) -> None:
         self.path, self._file = path, GgufFile(path)
         self._pool = ThreadPoolExecutor(max_workers=readers, thread_name_prefix="read")

@@ -46,8 +46,16 @@ class Checkpoint:
     """The files of one model directory. Opening checks the index and the headers of all shards; no tensor is read.
 
     With `weights=False` only the JSON files are looked at (`--load-format dummy`).
+    note is for the load plan; working_bytes, (device, host), is what making the tensors takes beside the model: both
+    are empty for tensors that are simply read.
     Raises CheckpointError or UnsupportedError, naming the file, what was found and what to do.
     """
+
+    note = ""
+
+    @property
+    def working_bytes(self) -> tuple[int, int]:
+        return 0, 0
 
     def __init__(self, path: Path | str, *, weights: bool = True, readers: int = 4) -> None:
         self.path = Path(path)

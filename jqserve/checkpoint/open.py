@@ -1,4 +1,7 @@
-"""A path -> the checkpoint in it: a Hugging Face directory, a .gguf file, or a directory that holds one .gguf alone."""
+"""A path -> the checkpoint in it: a Hugging Face directory, a .gguf file, or a directory that holds one .gguf alone.
+
+One that is open already (`quantize.online.Calibrated`) may stand wherever a path may.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from jqserve.checkpoint.hf import Checkpoint
 AnyCheckpoint = Checkpoint | GgufCheckpoint
 
 
-def open_checkpoint(path: Path | str, *, weights: bool = True) -> AnyCheckpoint:
+def open_checkpoint(path: Path | str | AnyCheckpoint, *, weights: bool = True) -> AnyCheckpoint:
     """weights=False: of a Hugging Face directory only the JSON files. Raises as the classes do."""
+    if isinstance(path, AnyCheckpoint):
+        return path
     file = gguf_of(path)
     return Checkpoint(path, weights=weights) if file is None else GgufCheckpoint(file)

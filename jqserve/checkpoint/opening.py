@@ -70,9 +70,9 @@ def open_model(
 ) -> OpenModel:
     """Reads the configs and compares them with the headers. Raises as `load` does."""
     config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
-    return OpenModel(
-        checkpoint, config, generation, plan.method, note, audit(checkpoint, config, plan, kv=activations == "config")
-    )
+    note = "; ".join(filter(None, (checkpoint.note, note)))
+    audited = audit(checkpoint, config, plan, kv=activations == "config")
+    return OpenModel(checkpoint, config, generation, plan.method, note, audited)
 
 
 def read_plan(

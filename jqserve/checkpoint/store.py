@@ -23,7 +23,7 @@ from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.model_config import model_config
-from jqserve.checkpoint.open import open_checkpoint
+from jqserve.checkpoint.open import AnyCheckpoint, open_checkpoint
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row
 from jqserve.checkpoint.scheme import cast
@@ -39,14 +39,15 @@ def is_store(path: str | Path) -> bool:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | AnyCheckpoint,
     out: str | Path,
     *,
     dtype: str | None = None,
     quantization: str | None = None,
     progress: Progress | None = None,
 ) -> LoadPlan:
-    """Writes the checkpoint directory `source` as canonical tree to `out`, which must not exist or be empty.
+    """Writes the checkpoint `source` (a directory, a .gguf file, or an open one) as canonical tree to `out`, which must
+    not exist or be empty.
 
     Streams: host memory stays near the largest layer. Raises as `convert.load` does.
     """

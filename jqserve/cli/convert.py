@@ -23,8 +23,10 @@ def run(args: argparse.Namespace) -> int:
 
     from jqserve.checkpoint import store
     from jqserve.checkpoint.hub import resolve
+    from jqserve.engine.calibrated import open_asked
 
-    source = resolve(args.model_path, args.revision)
+    directory = resolve(args.model_path, args.revision)
+    source, quantization = open_asked(directory, quantization_of(args), args.calibration)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         def progress(done: int, total: int, path: str) -> None:
             bar.update(task, completed=done, total=total, description=path)
 
-        plan = store.convert(source, args.out, dtype=args.dtype, quantization=quantization_of(args), progress=progress)
+        plan = store.convert(source, args.out, dtype=args.dtype, quantization=quantization, progress=progress)
     console = Console()
     console.print(plan.to_table())
     console.print(f"{args.out}: written; serve it with `jqserve-server --model-path {args.out}`", soft_wrap=True)

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         revision=args.revision,
         dtype=None if args.dtype == "auto" else args.dtype,
         quantization=quantization_of(args),
+        calibration=args.calibration,
     )
     asked = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
     sampling = dataclasses.replace(

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         args.model_path,
         dtype=None if args.dtype == "auto" else args.dtype,
         quantization=quantization_of(args),
+        calibration=args.calibration,
         activations=args.activations,
         revision=args.revision,
     )

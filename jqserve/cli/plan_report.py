@@ -15,6 +15,7 @@ from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.engine.buckets import make_buckets
 from jqserve.engine.cache import cache_shape, kv_dtype, kv_source
+from jqserve.engine.calibrated import open_asked
 from jqserve.engine.config import defaults_for
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import UnsupportedError
@@ -46,8 +47,10 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     if not 0.05 <= args.mem_fraction_static <= 0.98:
         raise UnsupportedError(f"--mem-fraction-static {args.mem_fraction_static}: must be in 0.05 .. 0.98")
     dtype = None if args.dtype == "auto" else args.dtype
-    with open_checkpoint(resolve(args.model or args.model_path, args.revision)) as checkpoint:
-        opened = open_model(checkpoint, dtype, args.activations, quantization_of(args))
+    directory = resolve(args.model or args.model_path, args.revision)
+    source, quantization = open_asked(directory, quantization_of(args), args.calibration, headers_alone=True)
+    with open_checkpoint(source) as checkpoint:
+        opened = open_model(checkpoint, dtype, args.activations, quantization)
         found = forecast(opened)
     for row in found.plan.rows:
         if row.spec is not None:
@@ -89,8 +92,8 @@ def _totals(args: argparse.Namespace, config: ModelConfig, found: Forecast) -> d
         "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
         "device": {"name": args.device, "memory_bytes": memory, "bytes_per_second": speed},
         "weight_bytes": weights,
-        "peak_device_bytes": per_gpu + found.largest,
-        "peak_host_bytes": 2 * found.largest,
+        "peak_device_bytes": per_gpu + found.largest + found.working[0],
+        "peak_host_bytes": 2 * found.largest + found.working[1],
         "kv_cache": {
             "dtype": dtype,
             "bytes_per_token": kv_token,

@@ -30,6 +30,7 @@ ENGINE_FLAGS = (
     "load_format",
     "dtype",
     "quantization",
+    "calibration",
     "activations",
     "kv_dtype",
     "max_running_requests",

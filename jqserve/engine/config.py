@@ -15,6 +15,7 @@ class EngineConfig:
 
     model_path, revision, load_format   a directory or Hub id; "dummy" makes random weights in the checkpoint's scheme
     dtype, quantization, activations    as in `jqserve.load`; kv_dtype: "auto" (the compute dtype) or a KV dtype
+    calibration            text for quantization "awq" and "gptq", which calibrate; None: a small built-in one
     max_running_requests   slots: sequences that run at once
     context_length         tokens of prompt and answer together
     mem_fraction_static    share of the GPU's memory for weights and KV pages; xla_fraction: the share that XLA may
@@ -46,6 +47,7 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: str | None = None
     quantization: str | None = None
+    calibration: str | None = None
     activations: Literal["config", "none"] = "config"
     kv_dtype: str = "auto"
     max_running_requests: int | None = None

@@ -15,6 +15,7 @@ from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
+from jqserve.engine.calibrated import open_asked
 from jqserve.engine.compile_cache import (
     ProgramCache,
     choose_folder,
@@ -134,11 +135,12 @@ def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:
             seed=config.random_seed,
             progress=progress,
         )
+    source, quantization = open_asked(directory, config.quantization, config.calibration, config.tokenizer_path)
     return load_checkpoint(
-        directory,
+        source,
         dtype=dtype,
         activations=config.activations,
-        quantization=config.quantization,
+        quantization=quantization,
         device_put=place,
         progress=progress,
     )

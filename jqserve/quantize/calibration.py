@@ -28,11 +28,19 @@ class Encoder(Protocol):
 
 
 def read_calibration(
-    path: Path, samples: int, seqlen: int, vocab_size: int, encoder: Any, end: int | None, seed: int | None = None
+    path: Path,
+    samples: int,
+    seqlen: int,
+    vocab_size: int,
+    encoder: Any,
+    end: int | None,
+    seed: int | None = None,
+    short: str = "lower --seqlen",
 ) -> np.ndarray:
     """int32 [at most `samples`, seqlen]. path: a file, or a directory of files (sorted by name).
 
     encoder: a function without arguments that gives the tokenizer; called for text only. end: the id between documents.
+    short: what to do where there are fewer tokens than one row has.
     Raises RequestError that names the file, and the line where there is one.
     """
     if samples < 1 or seqlen < 1:
@@ -49,7 +57,7 @@ def read_calibration(
         raise RequestError(FLAG, f"{path}: holds token id {bad}; the model has 0..{vocab_size - 1}")
     rows = stream.size // seqlen
     if rows == 0:
-        raise RequestError(FLAG, f"{path}: holds {stream.size} tokens, fewer than one row of --seqlen {seqlen}")
+        raise RequestError(FLAG, f"{path}: holds {stream.size} tokens, fewer than one row of {seqlen}: {short}")
     chosen = np.arange(rows)
     if rows > samples and seed is None:
         chosen = np.linspace(0, rows - 1, samples).round().astype(np.int64)

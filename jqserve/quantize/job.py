@@ -15,13 +15,14 @@ import numpy as np
 import jqserve
 from jqserve.errors import CheckpointError, RequestError
 from jqserve.quantize.activations import CHUNK_TOKENS, Activations
-from jqserve.quantize.formats.format import Facts, Tensors
+from jqserve.quantize.formats.format import Tensors
 from jqserve.quantize.layer import LayerQuantizer, stored_as
 from jqserve.quantize.options import Options
-from jqserve.quantize.output import assemble, model_json
+from jqserve.quantize.output import assemble
 from jqserve.quantize.readback import read_piece
 from jqserve.quantize.report import LinearReport
 from jqserve.quantize.source import Source
+from jqserve.quantize.target import target_of
 from jqserve.quantize.workplace import Workplace
 
 REPORT = "jqserve_quantize.json"
@@ -67,27 +68,9 @@ class _Job:
     ) -> None:
         self.source, self.out, self.options, self.samples = source, out, options, samples
         self.dtype, self.chunk_tokens = dtype, chunk_tokens
-        self.writer = options.writer()
-        config = source.config
-        self.grid = options.grid(self.writer.dtype or config.dtype)
-        for slot in source.slots():
-            if slot.name not in source.ignored:
-                self.grid.check(slot.name, slot.n, slot.k)
-        ignored = tuple(slot.name for slot in source.slots() if slot.name in source.ignored)
-        self.facts = Facts(
-            grid=self.grid,
-            inputs=options.row.inputs,
-            ignored=ignored,
-            layers=config.layers,
-            head=not config.tied_embeddings,
-            algorithm=options.algorithm,
-            act_order=options.act_order,
-            static_groups=options.static_groups,
-            damp=options.damp,
-            kv_cache=options.kv_cache != "none",
-        )
-        quantization = self.writer.config(self.facts)
-        self.config_json = model_json(source.checkpoint.config, quantization, self.writer.dtype or config.dtype)
+        target = target_of(source, options)
+        self.writer, self.grid, self.facts = target.writer, target.grid, target.facts
+        self.config_json = target.config_json
 
     def run(self, restart: bool, progress: Progress | None) -> list[LinearReport]:
         place = Workplace(self.out, self._identity(), restart=restart)

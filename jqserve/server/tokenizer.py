@@ -82,6 +82,11 @@ def load_tokenizer(path: str, revision: str | None = None, chat_template: str | 
             "Expected tokenizer.json (or tokenizer.model) and tokenizer_config.json there; --tokenizer-path names "
             "another place. Tokenizers that need code from the checkpoint (trust_remote_code) are not supported."
         ) from error
+    if not tokenizer.encode("a", add_special_tokens=False):  # of some model types transformers makes an empty one
+        raise CheckpointError(
+            f"no tokenizer could be loaded from {path}: its vocabulary is empty\nExpected tokenizer.json (or "
+            "tokenizer.model) and tokenizer_config.json there; --tokenizer-path names another place."
+        )
     loaded = Tokenizer(tokenizer, template)
     loaded.folder = str(Path(path).expanduser()) if local else cached_folder(path, revision)
     return loaded

@@ -14,6 +14,7 @@ from jqserve.checkpoint.asked import FORMATS, describe
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.online import ONLINE, TORCHAO
 from jqserve.checkpoint.opening import open_model
+from jqserve.engine.calibrated import open_asked
 from jqserve.errors import UnsupportedError
 from tests.checkpoint import configs as c
 from tests.checkpoint import tiny
@@ -63,7 +64,11 @@ of inputs away from whatever is accepted.
 def outcome(checkpoint: Checkpoint, flag: str) -> tuple[str, bool, str]:
     """(the schemes the modules get, whether accepted, the note or the refusal)."""
     try:
-        opened = open_model(checkpoint, None, "config", flag)
+        source, rest = open_asked(checkpoint.path, flag, headers_alone=True)
+        calibrated = source if isinstance(source, Checkpoint) else None
+        opened = open_model(calibrated or checkpoint, None, "config", rest)
+        if calibrated:
+            calibrated.close()
     except UnsupportedError as error:
         return "", False, str(error).replace(str(checkpoint.path), "MODEL")
     specs = dict.fromkeys(

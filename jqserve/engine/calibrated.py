@@ -1,0 +1,94 @@
+"""--quantization awq or gptq on an unquantized checkpoint, with --calibration FILE or a small text of our own.
+
+What is loaded then is a `Calibrated` checkpoint, in the place of the path.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from jqserve.checkpoint.asked import CALIBRATED, FORMATS
+from jqserve.checkpoint.gguf_file import gguf_of
+from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.open import AnyCheckpoint
+from jqserve.checkpoint.opening import read_configs
+from jqserve.checkpoint.quant_config import quant_plan
+from jqserve.checkpoint.store import is_store
+from jqserve.errors import RequestError
+from jqserve.quantize import calibration
+from jqserve.quantize.online import Calibrated
+from jqserve.quantize.options import Options
+
+log = logging.getLogger(__name__)
+FLAG = calibration.FLAG
+#: Rows at most, and tokens a row: those of `jqserve quantize`; the built-in text is cut shorter, or it were one row.
+SAMPLES, SEQLEN, BUILT_IN_SEQLEN = 512, 2048, 256
+BUILT_IN = Path(calibration.__file__).parent / "text" / "calibration.txt"
+
+
+def open_asked(
+    path: str | Path,
+    quantization: str | None,
+    calibrate_on: str | None = None,
+    tokenizer: str | None = None,
+    *,
+    headers_alone: bool = False,
+) -> tuple[str | Path | AnyCheckpoint, str | None]:
+    """(what to load, the `quantization` to load it with): the arguments themselves but for a scheme that calibrates, on
+    a Hugging Face directory that is not quantized yet.
+
+    calibrate_on   a file or directory, as `jqserve quantize` takes it; None: the built-in text
+    tokenizer      a directory, if it is not the model's
+    headers_alone  for a plan: no text is read, and no tensor can be
+
+    Raises RequestError for a flag that has nothing to do, and for a file that is missing, unreadable or too short;
+    CheckpointError and UnsupportedError as opening does.
+    """
+    scheme = FORMATS.get(quantization or "")
+    if scheme not in CALIBRATED:
+        if calibrate_on is not None:
+            raise RequestError(FLAG, f"belongs to --quantization awq or gptq, not to {quantization or 'none'}")
+        return path, quantization
+    dense = not is_store(path) and gguf_of(path) is None
+    if dense:
+        with Checkpoint(path, weights=False) as checkpoint:
+            dense = quant_plan(checkpoint).method == "none"
+            config, _ = read_configs(checkpoint, "auto")
+    if not dense:
+        if calibrate_on is not None:
+            raise RequestError(FLAG, f"{path} is no unquantized Hugging Face directory: there is nothing to calibrate")
+        return path, quantization
+    seqlen = min(SEQLEN if calibrate_on else BUILT_IN_SEQLEN, config.max_position)
+    text = (
+        f"the text of {calibrate_on}"
+        if calibrate_on
+        else "a built-in text, which is small: --calibration FILE does better"
+    )
+    how = "" if quantization == scheme else f" (the name is accepted for {scheme})"
+    note = f"--quantization {quantization}{how}: quantized while loading as `jqserve quantize --scheme {scheme}` does"
+    if headers_alone:
+        if calibrate_on is not None and not Path(calibrate_on).exists():
+            raise RequestError(FLAG, f"no such file or directory: {calibrate_on}")
+        tokens = SAMPLES * SEQLEN if calibrate_on else BUILT_IN.stat().st_size // 4
+        return Calibrated(path, Options(scheme), note=f"{note}, calibrated on {text}", tokens=tokens), None
+    end = config.eos_token_ids[0] if config.eos_token_ids else None
+    samples = calibration.read_calibration(
+        Path(calibrate_on) if calibrate_on else BUILT_IN,
+        SAMPLES,
+        seqlen,
+        config.vocab_size,
+        lambda: _tokenizer(str(tokenizer or path)),
+        end,
+        short="a calibration text must fill one; longer is better",
+    )
+    note += f", calibrated on {len(samples)} rows of {seqlen} tokens of {text}"
+    log.info("%s. This takes minutes where other schemes take seconds; `jqserve quantize` does it once", note)
+    return Calibrated(path, Options(scheme), samples, note=note), None
+
+
+def _tokenizer(path: str) -> Any:
+    from jqserve.server.tokenizer import load_tokenizer
+
+    return load_tokenizer(path)
