@@ -2,16 +2,16 @@
 
     python -m bench.online_schemes --model-path DIR --text valid.bin --tasks tasks_test.jsonl --out DIR
 
-valid.bin holds uint16 token ids; tasks are JSON lines {prompt, answer}, asked through the chat template, answered
-greedily, compared exactly. Everything runs through the same layers that serve,
-in float32 unless --dtype says otherwise. The file is written anew after every scheme.
+valid.bin holds uint16 token ids; tasks are JSON lines {prompt, answer}, judged as `jqserve eval` does. Everything runs
+through the layers that serve, in float32 unless --dtype says otherwise; awq and gptq are calibrated on the built-in
+text. The file is written anew after every scheme.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ import numpy as np
 
 from bench import record
 from jqserve import library
+from jqserve.checkpoint.asked import CALIBRATED
 from jqserve.checkpoint.online import ONLINE, TORCHAO
+from jqserve.evaluate.tasks import read_tasks, score
 from jqserve.server.tokenizer import load_tokenizer
 
-SCHEMES = ("none", *ONLINE, *(f"torchao:{name}" for name in TORCHAO))
-ANSWER_TOKENS, BATCH, PAD = 64, 50, 16
+SCHEMES = ("none", *ONLINE, *(f"torchao:{name}" for name in TORCHAO), *CALIBRATED)
+BATCH, PAD = 64, 16
 
 
 def windows(path: Path, count: int, size: int) -> np.ndarray:
@@ -57,25 +59,10 @@ def quality(model: library.Model, params: Any, text: np.ndarray, base: list[np.n
     return result | {"base": found}
 
 
-def prompts(path: Path, model_path: Path, limit: int) -> list[tuple[list[int], str]]:
-    tokenizer = load_tokenizer(str(model_path))
-    rows = [json.loads(line) for line in path.read_text().splitlines()[:limit]]
-    template = tokenizer.need_chat()
-    texts = [template.render([{"role": "user", "content": row["prompt"]}]) for row in rows]
-    return [(tokenizer.encode(text, add_special_tokens=False), row["answer"]) for text, row in zip(texts, rows)]
-
-
-def batches(tasks: list[tuple[list[int], str]]) -> Iterator[list[tuple[list[int], str]]]:
-    """Of like lengths, so that few shapes compile."""
-    ordered = sorted(tasks, key=lambda task: len(task[0]))
-    for i in range(0, len(ordered), BATCH):
-        yield ordered[i : i + BATCH]
-
-
-def accuracy(model: library.Model, params: Any, model_path: Path, tasks: list[tuple[list[int], str]]) -> float:
-    """The share of tasks whose greedy answer, up to EOS, is the expected text."""
-    tokenizer, right = load_tokenizer(str(model_path)), 0
-    stops = set(model.config.eos_token_ids)
+def generator(model: library.Model, params: Any, tokenizer: Any) -> Any:
+    """What `jqserve.evaluate.tasks.score` asks for answers that are not right at first sight: whole sequences are
+    computed again for each token, so that few shapes compile."""
+    stops = list(model.config.eos_token_ids)
 
     @jax.jit
     def step(params: Any, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,22 +70,32 @@ def accuracy(model: library.Model, params: Any, model_path: Path, tasks: list[tu
         chosen = jnp.argmax(jnp.take_along_axis(logits, at[:, None, None] - 1, axis=1)[:, 0], -1).astype(jnp.int32)
         return tokens.at[jnp.arange(len(at)), at].set(chosen), at + 1
 
-    for batch in batches(tasks):
-        length = -(-(max(len(ids) for ids, _ in batch) + ANSWER_TOKENS) // PAD) * PAD
-        tokens = np.zeros((BATCH, length), np.int32)
-        starts = np.ones(BATCH, np.int32)
-        for i, (ids, _) in enumerate(batch):
+    def batch(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[str]:
+        length = -(-max(len(p) + n for p, n in zip(prompts, limits)) // PAD) * PAD
+        tokens, starts = np.zeros((BATCH, length), np.int32), np.ones(BATCH, np.int32)
+        for i, ids in enumerate(prompts):
             tokens[i, : len(ids)], starts[i] = ids, len(ids)
         grown, at = jnp.asarray(tokens), jnp.asarray(starts)
-        ended = np.arange(BATCH) >= len(batch)
-        while not ended.all() and int(at[0]) < starts[0] + ANSWER_TOKENS:
+        ended = np.arange(BATCH) >= len(prompts)
+        for _ in range(max(limits)):
             grown, at = step(params, grown, at)
-            ended |= np.isin(np.asarray(grown)[np.arange(BATCH), np.asarray(at) - 1], list(stops))
-        for i, (_, answer) in enumerate(batch):
-            said = np.asarray(grown)[i, starts[i] : starts[i] + ANSWER_TOKENS].tolist()
+            ended |= np.isin(np.asarray(grown)[np.arange(BATCH), np.asarray(at) - 1], stops)
+            if ended.all():
+                break
+        texts = []
+        for i, limit in enumerate(limits):
+            said = np.asarray(grown)[i, starts[i] : starts[i] + limit].tolist()
             end = next((n for n, token in enumerate(said) if token in stops), len(said))
-            right += tokenizer.decode(said[:end], skip_special_tokens=True).strip() == answer.strip()
-    return right / len(tasks)
+            texts.append(tokenizer.decode(said[:end], skip_special_tokens=True))
+        return texts
+
+    def generate(prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[str]:
+        texts: list[str] = []
+        for i in range(0, len(prompts), BATCH):
+            texts += batch(prompts[i : i + BATCH], limits[i : i + BATCH])
+        return texts
+
+    return generate
 
 
 def main() -> None:
@@ -116,7 +113,8 @@ def main() -> None:
     add("--out", help="default: bench/results")
     args = parser.parse_args()
     text = windows(args.text, args.windows, args.window)
-    tasks = prompts(args.tasks, args.model_path, args.limit)
+    tasks = read_tasks(args.tasks, args.limit) if args.limit else []
+    tokenizer = load_tokenizer(str(args.model_path))
     rows: list[dict[str, Any]] = []
     base: list[np.ndarray] | None = None
     for scheme in dict.fromkeys(("none", *args.schemes)):
@@ -126,7 +124,8 @@ def main() -> None:
         del measured["base"]
         row = {"scheme": scheme, **measured}
         if tasks:
-            row["task_accuracy"] = accuracy(model, params, args.model_path, tasks)
+            generate = generator(model, params, tokenizer)
+            row["task_accuracy"] = score(model, params, tokenizer, tasks, generate).accuracy
             row["task_recovery"] = row["task_accuracy"] / rows[0]["task_accuracy"] if rows else 1.0
         rows.append(row | {"weight_bytes": sum(r.bytes for r in model.plan.rows)})
         print(json.dumps(rows[-1]), flush=True)
