@@ -28,6 +28,7 @@ from jqserve.server.guard import Guard
 from jqserve.server.launch import Launch, RunningEngine
 from jqserve.server.metrics import serve_metrics
 from jqserve.server.pb import jqserve_pb2, jqserve_pb2_grpc, sglang_scheduler_pb2_grpc, vllm_engine_pb2_grpc
+from jqserve.server.receive import Receiving
 from jqserve.server.servicer import InferenceServicer
 from jqserve.server.tokenizer import load_tokenizer
 from jqserve.server.tracing import Tracer
@@ -130,14 +131,18 @@ class Server:
             servicers[sglang.SERVICE] = (adding, sglang.SglangServicer(frontend))
         self.services = tuple(servicers)
 
-        def refused(method: str) -> None:
-            frontend.metrics.rpc(method.rsplit("/", 1)[-1] if method.startswith(ours) else "other", "UNAUTHENTICATED")
+        def refused(method: str, status: str) -> None:
+            frontend.metrics.rpc(method.rsplit("/", 1)[-1] if method.startswith(ours) else "other", status)
 
         ours = tuple(f"/{service}/" for service in self.services)
+        receiving = Receiving(config.max_message_bytes)
+        guard = Guard(
+            config.api_keys, self.services, refused, receiving, frontend.check_sizes, config.max_concurrent_rpcs
+        )
         server = grpc.aio.server(
             options=(*OPTIONS, ("grpc.max_receive_message_length", config.max_message_bytes)),
-            interceptors=(Guard(config.api_keys, self.services, refused),),
-            maximum_concurrent_rpcs=config.max_concurrent_rpcs,
+            interceptors=(guard,),
+            maximum_concurrent_rpcs=4 * config.max_concurrent_rpcs,  # the guard's limit, with room for those it refuses
         )
         for adding, servicer in servicers.values():
             adding(servicer, server)

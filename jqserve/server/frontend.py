@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from jqserve.engine import wire
@@ -34,6 +35,7 @@ from jqserve.server.generation import FLUSH_SECONDS, FLUSH_TOKENS, Generation
 from jqserve.server.link import EngineLink
 from jqserve.server.metrics import Metrics
 from jqserve.server.serving import Serving
+from jqserve.server.sizes import check_sizes
 from jqserve.server.throughput import Throughput
 from jqserve.server.tokenizer import Tokenizer
 from jqserve.server.tracing import Tracer
@@ -157,11 +159,23 @@ class Frontend:
         if name and name != self.config.name:
             raise ModelNotFoundError(f"model: {name!r} is not served here; this server has {self.config.name!r}")
 
+    @property
+    def context_length(self) -> int:
+        """0 until the engine has told it."""
+        return int(self.info.get("context_length") or 0)
+
+    @property
+    def text_bytes(self) -> int:
+        """The most that a prompt's text may have."""
+        return self.config.max_prompt_bytes or max(LEAST_PROMPT_BYTES, BYTES_PER_TOKEN * self.context_length)
+
+    def check_sizes(self, message: Message) -> None:
+        """Raises `RequestError` for a large message with a part that is too large to be meant."""
+        check_sizes(message, self.context_length, self.text_bytes)
+
     def check_size(self, field: str, size: int) -> None:
         """Raises `RequestError` for a text that is too long to be worth parsing: `size` in bytes (or characters)."""
-        context = self.info.get("context_length") or 0
-        limit = self.config.max_prompt_bytes or max(LEAST_PROMPT_BYTES, BYTES_PER_TOKEN * context)
-        if size > limit:
+        if size > (limit := self.text_bytes):
             raise RequestError(field, f"has {size} bytes; this server takes {limit} at most (--max-prompt-bytes)")
 
     async def encode(self, field: str, text: str, add_special_tokens: bool) -> list[int]:

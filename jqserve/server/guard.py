@@ -1,4 +1,8 @@
-"""What every RPC passes before its handler: the bearer token, and requests that are not protobuf."""
+"""What every RPC passes before its handler: the bearer token, the limits, and requests that are no protobuf.
+
+The services' handlers take a request each. Here they are made handlers of a stream of requests, of which one is read:
+only so can it be decided when a message is read, and that one without a token is never read at all.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,37 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
-from jqserve.server.status import Malformed
+from jqserve.errors import JqserveError
+from jqserve.server.receive import LARGE, GoneError, Receiving
+from jqserve.server.status import Refused
 
 EXEMPT = "/grpc.health.v1.Health/"  # orchestrators probe without a token; the answer is one enum
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Refuses with UNAUTHENTICATED; turns bytes that do not parse into a `Malformed`, which is INVALID_ARGUMENT.
+    """Refuses with UNAUTHENTICATED; turns what cannot be a request into a `Refused`, which the handlers know."""
 
-    Left to itself, grpc.aio answers a request that does not parse with UNKNOWN, which gateways retry and count as a
-    fault of this worker.
-    """
-
-    def __init__(self, tokens: Collection[str], services: Collection[str], refused: Callable[[str], None]) -> None:
-        """`tokens`: any of them is good; none: no token is asked for. `services`: ours, which know `Malformed`."""
+    def __init__(
+        self,
+        tokens: Collection[str],
+        services: Collection[str],
+        refused: Callable[[str, str], None],
+        receiving: Receiving,
+        check_sizes: Callable[[Message], None],
+        most_calls: int,
+    ) -> None:
+        """`tokens`: any of them is good; none: no token is asked for. `services`: ours. `refused` is told the method
+        and the status. `check_sizes` raises `JqserveError` for a large message with a part that is too large.
+        `most_calls` of our services at once: gRPC's own limit refuses a call too many after each time it was met."""
         self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
         self._ours = tuple(f"/{service}/" for service in services)
         self._refused = refused
-        self._deny = grpc.unary_unary_rpc_method_handler(_deny)
+        self._receiving, self._check_sizes = receiving, check_sizes
+        self._most_calls, self._calls = most_calls, 0
+        self._deny = grpc.stream_stream_rpc_method_handler(_deny)
+        self._full = grpc.stream_stream_rpc_method_handler(_full)
 
     async def intercept_service(
         self,
@@ -37,12 +52,15 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         method = handler_call_details.method
         if self._digests and not method.startswith(EXEMPT) and not self._good(handler_call_details.invocation_metadata):
-            self._refused(method)
+            self._refused(method, "UNAUTHENTICATED")
             return self._deny
         handler: Any = await continuation(handler_call_details)
-        if handler is not None and method.startswith(self._ours):
-            handler = handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
-        return handler
+        if handler is None or not method.startswith(self._ours):
+            return handler
+        if self._calls >= self._most_calls:
+            self._refused(method, "RESOURCE_EXHAUSTED")
+            return self._full
+        return self._reading(handler)
 
     def _good(self, metadata: Any) -> bool:
         """Compares digests, in constant time, and all of them."""
@@ -52,17 +70,52 @@ class Guard(grpc.aio.ServerInterceptor):
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 
+    def _reading(self, handler: Any) -> grpc.RpcMethodHandler:
+        """`handler`, of one request, as one that reads this request itself."""
+        inner = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        deserialize = handler.request_deserializer
 
-async def _deny(request: Any, context: grpc.aio.ServicerContext) -> None:
+        async def read(stream: Any, context: grpc.aio.ServicerContext) -> Any:
+            self._calls += 1
+            try:
+                request = await self._request(context, deserialize)
+                answer = inner(request, context)
+                del request  # what a handler lets go, nobody else holds while it streams
+                return await answer
+            except GoneError:
+                # The core has answered already where the message was too large; else there is nobody to answer.
+                await context.abort(grpc.StatusCode.CANCELLED, "the request did not come")
+            finally:
+                self._calls -= 1
+
+        make: Any = grpc.stream_unary_rpc_method_handler
+        if handler.response_streaming:
+            make = grpc.stream_stream_rpc_method_handler
+        made: grpc.RpcMethodHandler = make(read, None, handler.response_serializer)
+        return made
+
+    async def _request(self, context: Any, deserialize: Callable[[bytes], Message]) -> Message | Refused:
+        """The call's request. Left to itself, grpc.aio answers one that does not parse with UNKNOWN, which gateways
+        retry and count as a fault of this worker."""
+        try:
+            data = await self._receiving.read(context)
+            if len(data) < LARGE:
+                return deserialize(data)
+            async with self._receiving.one_large:
+                request = deserialize(data)
+                self._check_sizes(request)
+                return request
+        except JqserveError as error:
+            return Refused(error)
+        except (DecodeError, ValueError, RecursionError) as error:
+            return Refused.malformed(str(error))
+
+
+async def _deny(stream: Any, context: grpc.aio.ServicerContext) -> None:
     text = "this server wants a token: send 'authorization: Bearer TOKEN' in the metadata"
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def parse(data: bytes) -> Any:
-        try:
-            return deserialize(data)
-        except (DecodeError, ValueError, RecursionError) as error:
-            return Malformed(str(error))
-
-    return parse
+async def _full(stream: Any, context: grpc.aio.ServicerContext) -> None:
+    text = "too many calls at once (--max-concurrent-rpcs); try again later"
+    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)

@@ -53,10 +53,15 @@ def status_of(error: JqserveError) -> grpc.StatusCode:
 
 
 @dataclasses.dataclass(frozen=True)
-class Malformed:
-    """Stands for a request that could not be parsed (see `jqserve.server.guard`)."""
+class Refused:
+    """Stands for a request that no handler should see (see `jqserve.server.guard`): why."""
 
-    reason: str
+    error: JqserveError
+
+    @staticmethod
+    def malformed(reason: str) -> Refused:
+        """It could not be parsed."""
+        return Refused(RequestError("request", f"is not what this RPC takes: {reason}"))
 
 
 def with_status(handler: Handler) -> Handler:
@@ -70,9 +75,11 @@ def with_status(handler: Handler) -> Handler:
     async def wrapped(self: Any, request: Any, context: ServicerContext) -> Any:
         code, trailing = grpc.StatusCode.OK, cast(tuple[tuple[str, str], ...], ())
         try:
-            if isinstance(request, Malformed):
-                raise RequestError("request", f"is not what this RPC takes: {request.reason}")
-            return await handler(self, request, context)
+            if isinstance(request, Refused):
+                raise request.error
+            answer = handler(self, request, context)
+            del request  # the handler's own now
+            return await answer
         except JqserveError as error:
             code, text = status_of(error), str(error)
             trailing = ((FIELD_METADATA, error.field),) if isinstance(error, RequestError) else ()
