@@ -169,7 +169,7 @@ def add_security(parser: argparse.ArgumentParser) -> None:
     add("--tls-client-ca", metavar="PEM", help="clients must show a certificate that this authority signed (mTLS)")
     add("--unix-socket", metavar="PATH", help="listen here, for this user only, and not on --host and --port")
     group.add_argument(
-        "--max-message-bytes", type=positive, default=16 * 2**20, metavar="N", help="of one request message"
+        "--max-message-bytes", type=positive, default=4 * 2**20, metavar="N", help="of one request message"
     )
     group.add_argument(
         "--max-prompt-bytes", type=count, default=0, metavar="N", help="of a text or chat; 0: 32 a context token"

@@ -28,7 +28,7 @@ class ServerConfig:
     tls_key: str | None = None
     tls_client_ca: str | None = None
     api_keys: tuple[str, ...] = dataclasses.field(default=(), repr=False)  # any of them opens; none: no token is asked
-    max_message_bytes: int = 16 * 2**20  # of one request; a 128k-token prompt of ids is under 0.5 MB
+    max_message_bytes: int = 4 * 2**20  # of one request; a 128k-token prompt of ids is under 0.5 MB
     max_prompt_bytes: int = 0  # of a text or chat; 0: 32 a token of the context length
     max_concurrent_rpcs: int = 4096
     max_request_seconds: float = 0.0  # 0: as long as it takes

@@ -49,6 +49,7 @@ TOKENIZER_THREADS = 4  # a crowd of long prompts waits here and not in the engin
 CHECK_SECONDS = 0.25  # how often running calls are held against the limits
 BYTES_PER_TOKEN = 32  # of a prompt; English has 4 to 5, and the longest tokens are runs of spaces
 LEAST_PROMPT_BYTES = 2**16
+MAX_ENCODING = 64 * 2**20  # characters of long texts that may wait to be tokenized; a tokenizer makes ~100 B of each
 
 
 class State(enum.IntEnum):
@@ -86,6 +87,7 @@ class Frontend:
         self.idle.set()
         self._rids = itertools.count(1)
         seed = self.config.random_seed
+        self._encoding = 0  # characters of texts on the tokenizer's threads
         self._bundle: tuple[bytes, str] | None = None
         self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
 
@@ -147,6 +149,10 @@ class Frontend:
             }.get(self.state, f"the engine is gone: {self.status_text}")
         )
 
+    def need_room(self, n: int) -> None:
+        """Before anything is done for a request. Raises as `submit` does for a server that is not ready, or full."""
+        self._admit(self.need_ready(), n)
+
     def need_tokenizer(self, field: str) -> Tokenizer:
         if self.tokenizer is None:
             if not self.config.ids_only:
@@ -180,10 +186,17 @@ class Frontend:
 
     async def encode(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
         tokenizer = self.need_tokenizer(field)
-        self.check_size(field, len(text))
-        if len(text) <= LONG_TEXT:
+        size = len(text)
+        self.check_size(field, size)
+        if size <= LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens)
-        return await self.on_thread(tokenizer.encode, text, add_special_tokens)
+        if self._encoding and self._encoding + size > MAX_ENCODING:
+            raise QueueFullError(f"{self._encoding} characters of prompts wait to be tokenized; try again later")
+        self._encoding += size
+        try:
+            return await self.on_thread(tokenizer.encode, text, add_special_tokens)
+        finally:
+            self._encoding -= size
 
     async def on_thread[*A, R](self, function: Callable[[*A], R], *arguments: *A) -> R:
         """Runs what takes long beside the event loop, a few at a time."""
@@ -227,9 +240,10 @@ class Frontend:
         self._admit(link, n)
         with_text = self.tokenizer is not None and (text or bool(sampling.stop))
         skip = sampling.skip_special_tokens
+        tokens = tuple(prompt)
         generation = Generation(
             request_id,
-            [EngineRequest(next(self._rids), tuple(prompt), copy_sampling(sampling, i)) for i in range(n)],
+            [EngineRequest(next(self._rids), tokens, copy_sampling(sampling, i)) for i in range(n)],
             link,
             lambda: (
                 Detokenizer(lambda ids: self.need_tokenizer("text").decode(ids, skip), prompt) if with_text else None

@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from jqserve.errors import JqserveError
-from jqserve.server.receive import LARGE, GoneError, Receiving
+from jqserve.server.receive import GoneError, Receiving
 from jqserve.server.status import Refused
 
 EXEMPT = "/grpc.health.v1.Health/"  # orchestrators probe without a token; the answer is one enum
@@ -98,15 +98,9 @@ class Guard(grpc.aio.ServerInterceptor):
         """The call's request. Left to itself, grpc.aio answers one that does not parse with UNKNOWN, which gateways
         retry and count as a fault of this worker."""
         try:
-            data = await self._receiving.read(context)
-            if len(data) < LARGE:
-                return deserialize(data)
-            async with self._receiving.one_large:
-                request = deserialize(data)
-                self._check_sizes(request)
-                return request
+            return await self._receiving.receive(context, deserialize, self._check_sizes)
         except JqserveError as error:
-            return Refused(error)
+            return Refused(error.with_traceback(None))  # whose frames would keep the message until the next collection
         except (DecodeError, ValueError, RecursionError) as error:
             return Refused.malformed(str(error))
 

@@ -34,28 +34,30 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
     @with_status
     async def Generate(self, request: pb.GenerateRequest, context: ServicerContext) -> None:
         frontend = self.frontend
-        frontend.need_ready()
+        n = request.sampling.n if request.sampling.HasField("n") else 1
+        frontend.need_room(n)
         requests.check(request)
         frontend.check_model(request.model)
         sampling = requests.sampling_params(request.sampling, frontend.defaults)
         sampling = dataclasses.replace(sampling, constraint=requests.constraint(request))
-        prompt = await self._prompt(request)
+        output = request.output
         generation = frontend.submit(
-            prompt,
+            await self._prompt(request),
             sampling,
-            n=request.sampling.n if request.sampling.HasField("n") else 1,
+            n=n,
             request_id=request.request_id,
-            text=request.output != pb.OUTPUT_TOKEN_IDS,
+            text=output != pb.OUTPUT_TOKEN_IDS,
             flush_tokens=flush_tokens(request),
             flush_seconds=request.flush_ms / 1000 if request.HasField("flush_ms") else FLUSH_SECONDS,
         )
+        del request  # its text may be larger than all that follows from it
         with frontend.serving(generation, context) as serving:
-            await self._stream(request, serving)
+            await self._stream(output, serving)
 
-    async def _stream(self, request: pb.GenerateRequest, serving: Serving) -> None:
+    async def _stream(self, output: int, serving: Serving) -> None:
         """Writes the events."""
         started, generation = False, serving.generation
-        want_text, want_ids = request.output != pb.OUTPUT_TOKEN_IDS, request.output != pb.OUTPUT_TEXT
+        want_text, want_ids = output != pb.OUTPUT_TOKEN_IDS, output != pb.OUTPUT_TEXT
         async for item in generation:
             if not started:
                 started = True

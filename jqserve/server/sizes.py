@@ -24,11 +24,11 @@ LENGTHS = dict.fromkeys(NAMES, MAX_NAME) | dict.fromkeys(GRAMMARS, MAX_GRAMMAR)
 
 def check_sizes(message: Message, context_length: int, text_bytes: int) -> None:
     """`text_bytes`: of a prompt's text. Raises `RequestError` for the first part that is too large to be meant."""
+    _check(message, max(LEAST_IDS, context_length), text_bytes, "")
     before = message.ByteSize()
     message.DiscardUnknownFields()  # type: ignore[no-untyped-call]
     if message.ByteSize() != before:
         raise RequestError("request", "has fields that this server's protocol does not know")
-    _check(message, max(LEAST_IDS, context_length), text_bytes, "")
 
 
 def _check(message: Message, ids: int, text_bytes: int, path: str) -> None:

@@ -75,14 +75,13 @@ def with_status(handler: Handler) -> Handler:
     async def wrapped(self: Any, request: Any, context: ServicerContext) -> Any:
         code, trailing = grpc.StatusCode.OK, cast(tuple[tuple[str, str], ...], ())
         try:
-            if isinstance(request, Refused):
-                raise request.error
-            answer = handler(self, request, context)
-            del request  # the handler's own now
-            return await answer
+            if not isinstance(request, Refused):
+                answer = handler(self, request, context)
+                del request  # the handler's own now
+                return await answer
+            code, text, trailing = told(request.error)
         except JqserveError as error:
-            code, text = status_of(error), str(error)
-            trailing = ((FIELD_METADATA, error.field),) if isinstance(error, RequestError) else ()
+            code, text, trailing = told(error)
         except grpc.aio.AbortError:
             raise
         except grpc.aio.InternalError:  # a write to a caller who is gone
@@ -102,6 +101,12 @@ def with_status(handler: Handler) -> Handler:
                 await context.abort(code, printable(text), trailing)
 
     return wrapped
+
+
+def told(error: JqserveError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """The status, its text, and the trailing metadata."""
+    trailing = ((FIELD_METADATA, error.field),) if isinstance(error, RequestError) else ()
+    return status_of(error), str(error), trailing
 
 
 def printable(text: str) -> str:

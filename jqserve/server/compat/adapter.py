@@ -49,16 +49,19 @@ class Adapter:
     @with_status
     async def Generate(self, request: Any, context: ServicerContext) -> None:
         try:
-            await self._generate(request, context)
+            answer = self._generate(request, context)
+            del request  # what `_generate` lets go is not held here
+            await answer
         except UnsupportedError as error:
             # Gateways make 500 of UNIMPLEMENTED and count it against the worker; for the caller it is a bad request.
             raise RequestError("request", str(error)) from error
 
     async def _generate(self, request: Any, context: ServicerContext) -> None:
         frontend = self.frontend
-        frontend.need_ready()
+        frontend.need_room(request.sampling_params.n or 1)
         self.last_received = time.time()
         call = await self.read(request)
+        del request
         generation = frontend.submit(call.prompt, call.sampling, n=call.n, request_id=call.request_id, text=False)
         with frontend.serving(generation, context) as serving:
             answers = [_Answer() for _ in range(call.n)]
