@@ -92,6 +92,7 @@ class Stalling:
         self.host, _, self.port = target.rpartition(":")
         self.most = most
         self.stalled = 0
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Stalling:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -100,18 +101,24 @@ class Stalling:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for task in list(asyncio.all_tasks()):
-            if task.get_name().startswith("stalling"):
-                task.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._relay(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await asyncio.open_connection(self.host, int(self.port))
-        down = asyncio.create_task(self._copy(up_reader, writer, sys.maxsize), name="stalling down")
+        down = asyncio.create_task(self._copy(up_reader, writer, sys.maxsize))
         try:
             await self._copy(reader, up_writer, self.most)
             self.stalled += 1
             await down
         finally:
+            down.cancel()
             up_writer.close()
             writer.close()
 

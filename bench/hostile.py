@@ -170,16 +170,24 @@ def unknown_field(rng: random.Random) -> Attack:
 
 
 def huge(rng: random.Random) -> Attack:
+    """Small parts by the million, or one part that has no end."""
     size = rng.choice((300_000, 2_000_000, 20_000_000))
-    data = rng.choice(
+    method, data = rng.choice(
         [
-            lambda: generate(text="x " * (size // 2)),
-            lambda: generate(chat=pb.Chat(messages_json='[{"role": "user", "content": "' + "y" * size + '"}]')),
-            lambda: generate(token_ids=pb.TokenIds(ids=[5] * (size // 2))),
-            lambda: generate(sampling={"stop": ["z" * size]}, text="x " * (size // 2)),
+            ("Generate", lambda: generate(text="x " * (size // 2))),
+            ("Generate", lambda: generate(chat=pb.Chat(messages_json='[{"role": "user", "content": "' + "y" * size))),
+            ("Generate", lambda: generate(token_ids=pb.TokenIds(ids=[5] * (size // 2)))),
+            ("Generate", lambda: generate(sampling={"stop": ["z" * size]}, text="x " * (size // 2))),
+            ("Generate", lambda: generate(sampling={"stop": ["z"] * (size // 3)})),
+            ("Generate", lambda: generate(sampling={"logit_bias": dict.fromkeys(range(size // 10), 1.0)})),
+            ("Generate", lambda: generate(model="m" * size)),
+            ("Generate", lambda: generate(json_schema="[" * size)),
+            ("Generate", lambda: generate() + b"\x9a\x3f\x00" * (size // 3)),  # empty fields that nobody declared
+            ("Detokenize", lambda: pb.DetokenizeRequest(token_ids=[5] * size).SerializeToString()),
+            ("Score", lambda: pb.ScoreRequest(inputs=[pb.ScoreInput()] * (size // 2)).SerializeToString()),
         ]
-    )()
-    return Attack("huge", f"/{NATIVE}/Generate", data, frozenset(LIMITED))
+    )
+    return Attack("huge", f"/{NATIVE}/{method}", data(), frozenset(LIMITED | {"NOT_FOUND"}))
 
 
 def grammar(rng: random.Random) -> Attack:

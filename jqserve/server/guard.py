@@ -6,6 +6,8 @@ only so can it be decided when a message is read, and that one without a token i
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Collection
@@ -83,8 +85,10 @@ class Guard(grpc.aio.ServerInterceptor):
                 del request  # what a handler lets go, nobody else holds while it streams
                 return await answer
             except GoneError:
-                # The core has answered already where the message was too large; else there is nobody to answer.
-                await context.abort(grpc.StatusCode.CANCELLED, "the request did not come")
+                # Nobody is there, or the core has refused a message that is too large, or one has ended without any.
+                with contextlib.suppress(grpc.aio.InternalError):
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request: the call ended without one")
+                raise asyncio.CancelledError from None
             finally:
                 self._calls -= 1
 

@@ -254,3 +254,10 @@ def test_bytes_that_are_no_request_are_invalid_and_nothing_worse(limited: Runnin
         for service in ("jqserve.v1.Inference", "vllm.grpc.engine.VllmEngine"):
             call = channel.unary_stream(f"/{service}/Generate")
             assert code_of(lambda: list(call(bad_text))) == "INVALID_ARGUMENT"  # noqa: B023
+
+
+def test_a_call_without_a_request_is_told_so(limited: Running) -> None:
+    with grpc.insecure_channel(limited.target) as channel:
+        for service, method in (("jqserve.v1.Inference", "GetServerInfo"), ("vllm.grpc.engine.VllmEngine", "Abort")):
+            call = channel.stream_unary(f"/{service}/{method}")
+            assert code_of(lambda: call(iter(()), timeout=10)) == "INVALID_ARGUMENT"  # noqa: B023
