@@ -30,6 +30,7 @@ from jqserve.errors import JqserveError, UnsupportedError
 log = logging.getLogger("jqserve.gateway")
 
 HEALTH_SECONDS = 5  # smg's own default of 60 leaves a dead worker in rotation for minutes
+BREAKER_SECONDS = 10  # and its other 60 leave one that died under load and is back without work for a minute
 POLL_SECONDS = 0.2
 RESTART_SECONDS = (1, 5, 15, 60)  # between the restarts of a worker that keeps dying
 GRACE_SECONDS = 190  # smg lets requests in flight run for 180
@@ -117,6 +118,7 @@ def smg_command(smg: str, args: argparse.Namespace, urls: list[str], port: int, 
     """No model files for smg: it asks a worker for the tokenizer."""
     command = [smg, "launch", "--host", args.host, "--port", str(port), "--worker-urls", *urls]
     command += ["--policy", args.policy, "--health-check-interval-secs", str(HEALTH_SECONDS)]
+    command += ["--cb-timeout-duration-secs", str(BREAKER_SECONDS)]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics)]
     for flag in ("api_key", "tool_call_parser", "reasoning_parser"):
         if value := getattr(args, flag):

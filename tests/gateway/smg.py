@@ -92,7 +92,8 @@ def gateway(folder: Path, urls: list[str], model: str, *flags: str) -> Iterator[
     port = free_port()
     command = [program(), "launch", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()), "--log-level", "warn"]
-    command += ["--health-check-interval-secs", "1", *flags]
+    # As `jqserve gateway`, and faster: smg's breaker opens after ten failures and stays so for 60 s by default.
+    command += ["--health-check-interval-secs", "1", "--cb-timeout-duration-secs", "3", *flags]
     with open(folder / "smg.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     running = Gateway(f"http://127.0.0.1:{port}", process)

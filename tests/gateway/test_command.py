@@ -30,6 +30,7 @@ def test_the_command_of_smg() -> None:
     assert command[:3] == ["/bin/smg", "launch", "--host"] and command[-1] == "--x"
     assert command[command.index("--worker-urls") + 1 :][:2] == ["grpc://a:1", "grpcs://b:2"]
     assert "s3cret" in command and "s3cret" not in cli.hide_key(command)
+    assert command[command.index("--cb-timeout-duration-secs") + 1] == "10"
     assert command[command.index("--tool-call-parser") + 1] == "qwen" and "--model-path" not in command
 
 
