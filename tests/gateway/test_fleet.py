@@ -88,10 +88,11 @@ def test_tool_calls_are_parsed(fleet: tuple[Fleet, Gateway]) -> None:
 class Load:
     """Closed loops of requests, streamed and not; what became of each."""
 
-    def __init__(self, smg: Gateway, threads: int) -> None:
+    def __init__(self, smg: Gateway, threads: int, model: str = "echo") -> None:
         self.ok = 0
         self.failed: list[tuple[bool, str]] = []  # (had it chunks in flight, what)
         self._smg = smg
+        self._body = {**PROMPT, "model": model, "ignore_eos": True}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._loop, args=(i,), daemon=True) for i in range(threads)]
@@ -112,12 +113,12 @@ class Load:
             chunks, error = 0, ""
             try:
                 if index % 2:
-                    status, answer = self._smg.post(PLAIN, PROMPT)
+                    status, answer = self._smg.post(PLAIN, self._body)
                     if status != 200 or answer["usage"]["completion_tokens"] != 60:
                         error = f"{status} {answer}"
                 else:
                     finish = None
-                    for event in self._smg.stream(PLAIN, PROMPT):
+                    for event in self._smg.stream(PLAIN, self._body):
                         if "error" in event:
                             error = str(event)
                             break
