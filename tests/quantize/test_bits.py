@@ -73,24 +73,34 @@ def calibration(fixtures_dir: Path) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, 64).round().astype(int)].astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    ("folder", "options", "suffixes"),
-    [
-        ("ct-fp8-static", Options("fp8-static"), (".input_scale",)),
-        ("ct-fp8-kv", Options("fp8-dynamic", kv_cache="fp8"), (".k_scale", ".v_scale")),
-    ],
-)
-def test_calibrated_scales_are_near_the_peers(
-    fixtures_dir: Path, tmp_path: Path, folder: str, options: Options, suffixes: tuple[str, ...]
-) -> None:
-    """Ours are absmax / 448 over every token of the quantized weights' own activations. Theirs come from a bfloat16 run
-    and from observers of their own: single ones differ by up to a fifth (keys of layer 0: 0.0228, theirs 0.0189), in
-    both directions. What is tested is that they are the same quantity, and as large on the whole."""
-    quantize(fixtures_dir / "base-bf16", tmp_path / "out", options, calibration(fixtures_dir))
-    with Checkpoint(tmp_path / "out") as ours, Checkpoint(fixtures_dir / folder) as peer:
+def scales(fixtures_dir: Path, out: Path, folder: str, options: Options, suffixes: tuple[str, ...]) -> dict[str, float]:
+    """Tensor -> our scale over theirs."""
+    quantize(fixtures_dir / "base-bf16", out, options, calibration(fixtures_dir))
+    with Checkpoint(out) as ours, Checkpoint(fixtures_dir / folder) as peer:
         names = [name for name in peer.names() if name.endswith(suffixes)]
         assert names and set(names) <= set(ours.names())
-        pairs = {n: (float(ours.read(n)[0]), float(peer.read(n)[0])) for n in names}
-        assert not {n: pair for n, pair in pairs.items() if not 0.75 < pair[0] / pair[1] < 1.33}
-        assert 0.9 < np.exp(np.mean([np.log(a / b) for a, b in pairs.values()])) < 1.15
         assert all(ours.dtype(n) == peer.dtype(n) and ours.shape(n) == peer.shape(n) for n in names)
+        return {n: float(ours.read(n)[0]) / float(peer.read(n)[0]) for n in names}
+
+
+def test_calibrated_input_scales_and_the_peers(fixtures_dir: Path, tmp_path: Path) -> None:
+    """Both are absmax / 448 over all tokens (LLM Compressor's static_minmax). It takes them in one pass in which inputs
+    are rounded to fp8 by the scales found so far, and every later input is that of a rounded one; ours are taken from
+    activations that are not rounded. So what no rounded input has reached is equal, bit for bit, and the rest as near
+    as a maximum over noise can be: within 2 % for most, 12.5 % for the worst (gate and up of layer 4)."""
+    found = scales(fixtures_dir, tmp_path / "out", "ct-fp8-static", Options("fp8-static"), (".input_scale",))
+    first = [found[f"model.layers.0.self_attn.{word}_proj.input_scale"] for word in "qkvo"]
+    assert first == [1.0] * 4
+    assert not {n: ratio for n, ratio in found.items() if not 0.87 < ratio < 1.05}
+    assert np.median(np.abs(np.log([*found.values()]))) < 0.02
+
+
+def test_calibrated_kv_scales_and_the_peers(fixtures_dir: Path, tmp_path: Path) -> None:
+    """Ours is absmax / 448 of keys and values. A kv_cache_scheme that names no observer gets LLM Compressor's "minmax",
+    which is a moving average of each batch's extremes with weight 0.01: it starts at those of whichever batch its
+    shuffling put first and hardly leaves them. So theirs is never above the maximum, and up to a fifth below it, where
+    it clips (layer 0's keys: 8.5, and 10.2 occurs)."""
+    options = Options("fp8-dynamic", kv_cache="fp8")
+    found = scales(fixtures_dir, tmp_path / "out", "ct-fp8-kv", options, (".k_scale", ".v_scale"))
+    assert len(found) == 12
+    assert not {n: ratio for n, ratio in found.items() if not 1.0 <= ratio < 1.25}
