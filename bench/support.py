@@ -5,7 +5,7 @@ Asked of the same dispatch that serves, for a [4096, 4096] Linear at 1 and at 1,
 
 from __future__ import annotations
 
-from jqserve.ops.kernels import kernel
+from jqserve.ops.kernels import GENERIC, kernel
 from jqserve.quant import QuantSpec
 from jqserve.quant.spec import ActivationSpec
 from pallas_kernels.dispatch import KNOWN_DEVICES
@@ -23,7 +23,8 @@ SCHEMES: dict[str, QuantSpec | None] = {
     "FP8 W8A8, per channel and token": QuantSpec("float8_e4m3fn", (SIZE, SIZE), (1, SIZE), activation=_FP8),
     "FP8 W8A8, 128 x 128 blocks": QuantSpec("float8_e4m3fn", (SIZE, SIZE), (128, 128), activation=_FP8_BLOCK),
     "INT8 W8A8, per channel and token": QuantSpec("int8", (SIZE, SIZE), (1, SIZE), activation=_INT8),
-    "nf4, fp4 (bitsandbytes)": QuantSpec("nf4", (SIZE, SIZE), (1, 64)),
+    "nf4, fp4 (bitsandbytes), 8-bit with a float offset (GGUF Q5_1, Q5_K)": QuantSpec("nf4", (SIZE, SIZE), (1, 64)),
+    "groups that no kernel takes (of 40, say)": QuantSpec("uint4", (SIZE, SIZE), (1, 40)),
 }
 #: column -> (devices whose answers must agree, what was run there)
 COLUMNS = {
@@ -51,5 +52,7 @@ def support_rows() -> list[list[str]]:
 
 
 def _short(name: str) -> str:
+    if name == GENERIC:
+        return "generic"
     op, _, implementation = name.partition("/")
     return "XLA" if implementation == "xla" or op.startswith("dot_general") else name

@@ -14,7 +14,7 @@ from jqserve.ops.relayout import relayout_leaf
 from jqserve.quant import QuantizedTensor, QuantSpec
 from pallas_kernels import explain, use_device
 
-GENERIC = "generic (dequantized in the step)"
+GENERIC = "generic (dequantized in the step, block by block)"
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def kernel(spec: QuantSpec | None, rows: int, dtype: str, scale_dtype: str, devi
     """
     if spec is None:
         return "dot_general (XLA)"
-    if needs_generic(spec):
+    if needs_generic(spec, device):
         return GENERIC
     k = spec.shape[1]
     x = jax.ShapeDtypeStruct((rows, k), dtype)

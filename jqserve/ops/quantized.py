@@ -10,6 +10,7 @@ from jax.custom_batching import custom_vmap
 
 from jqserve.errors import UnsupportedError
 from jqserve.ops.activations import QuantizedRows, quantize_input
+from jqserve.ops.device import current_device
 from jqserve.ops.generic import generic_matmul, needs_generic
 from jqserve.ops.relayout import grid_per_row, to_canonical
 from jqserve.quant import QuantizedTensor, QuantSpec, dequantize
@@ -62,7 +63,7 @@ def _run_kernel(x: jax.Array, weight: QuantizedTensor, bias: jax.Array | None) -
         if weight.perm is not None:
             x = jnp.take(x, weight.perm, axis=1, unique_indices=True, mode="clip")
         return quantized_rows_matmul(quantize_input(x, weight), weight, bias)
-    if needs_generic(spec):
+    if spec.layout == "canonical" and needs_generic(spec, current_device()):
         y = generic_matmul(x, weight)
         return y if bias is None else y + bias.astype(y.dtype)
     scale, zero = weight.scale, weight.zero_point

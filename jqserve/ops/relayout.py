@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jqserve.ops.device import Device, current_device
-from jqserve.ops.generic import needs_generic
 from jqserve.quant import QuantizedTensor, QuantSpec
 from pallas_kernels.w4a16 import layout as w4a16_layout
 from pallas_kernels.w8a16 import layout as w8a16_layout
@@ -35,15 +34,20 @@ def relayout_leaf(weight: Any, device: Device | None = None) -> Any:
     """
     if not isinstance(weight, QuantizedTensor) or weight.spec.layout != "canonical":
         return weight
-    layout = preferred_layout(weight, device or current_device())
+    layout = preferred_layout(weight.spec, device or current_device())
     wide = weight.spec.activation.kind != "none" and weight.scale.dtype != "float32"
     return _to_layout(weight, layout) if layout != "canonical" or wide else weight
 
 
-def preferred_layout(weight: QuantizedTensor, device: Device) -> str:
-    """The layout's name; "canonical" where the kernels read canonical arrays, as scaled_matmul always does."""
-    spec = weight.spec
-    if spec.activation.kind != "none" or needs_generic(spec):
+def has_kernel(spec: QuantSpec) -> bool:
+    """Whether some device has a kernel for weights of this kind, whatever their groups."""
+    return not spec.codebook and not (spec.bits == 8 and spec.zero == "offset")
+
+
+def preferred_layout(spec: QuantSpec, device: Device) -> str:
+    """The layout's name; "canonical" where the kernels read canonical arrays, as scaled_matmul always does, and where
+    there is no kernel."""
+    if spec.activation.kind != "none" or not has_kernel(spec):
         return "canonical"
     n, k = spec.shape
     module = w4a16_layout if spec.qtype == "uint4" else w8a16_layout
