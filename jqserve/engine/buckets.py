@@ -77,13 +77,15 @@ def make_buckets(running: int, tiles: int, *, fine: bool, steps: int = 1) -> Buc
 
     `fine` (GPUs): powers of two from 8 on. Padding a decode step from 2 to 8 rows costs nothing, since the kernels'
     smallest tile has 8 columns, and from 9 to 16 next to nothing, for the weights are read once either way; a mixed
-    step is dominated by its tiles, so it is padded to few or to all decode rows.
+    step is dominated by its tiles, so it is padded to no, few or all decode rows (8 rows beside 8 tiles of 128 make a
+    ninth row of tiles in every matmul: 12 % of a first token's time, so prompts alone get programs without).
     Otherwise (CPUs, where a row costs its share and compilation is on the user's clock): factors of four, two mixed.
     """
     if fine:
         rows = ladder(running, (1, 8, 16, 32, 64, 128, 256, 512))
         counts = ladder(tiles, (1, 2, 4, 8, 16, 64))
-        mixed = {Bucket(b, n) for b in ladder(running, (8,)) for n in counts}
+        mixed = {Bucket(b, n) for b in (0, running) for n in counts}
+        mixed |= {Bucket(min(8, running), n) for n in ladder(tiles, (1, 4, 16, 64))}
         return Buckets(rows, tuple(sorted(mixed)), steps, ladder(running, (8, 32, 64, 128, 256)))
     rows = ladder(running, (4, 16, 64, 256))
     mixed = {Bucket(running, tiles), Bucket(rows[0], 1)}

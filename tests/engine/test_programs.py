@@ -104,7 +104,7 @@ def test_names_are_of_one_program_each(buckets: Any, variants: Any) -> None:
 def test_a_start_traces_the_model_few_times() -> None:
     """At a GPU's defaults; each costs one to three seconds in which no other thread of the process gets far."""
     programs = Programs(GPU[0], TILE, ORDER)
-    assert sum(not isinstance(p, Draw) for p in programs.always()) <= 22
+    assert sum(not isinstance(p, Draw) for p in programs.always()) <= 25
 
 
 def test_greedy_decoding_is_one_program_and_sampling_two() -> None:

@@ -12,6 +12,7 @@ from jqserve.engine.batch import StepShape, packed_size
 from jqserve.engine.buckets import Bucket
 from jqserve.engine.cache import cache_shape
 from jqserve.engine.slots import empty
+from jqserve.engine.split import forward
 from jqserve.engine.step import make_state, run_step
 from jqserve.engine.variant import Variant
 from jqserve.models.build import build, split
@@ -115,3 +116,31 @@ def test_several_steps_copy_no_pages() -> None:
     assert operations(hlo, "\nENTRY").count("while") == 1
     assert not re.search(r"bf16\[101,2,64,128\]\S* copy\(", hlo)
     assert '"known_trip_count":{"n":"4"}' in hlo
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decodes", [0, ROWS])
+def test_a_prefill_layer_is_eleven_kernels_beside_decode_rows_and_ten_alone(decodes: int) -> None:
+    """With decode rows there is a second attention kernel; XLA hands both a slice of the queries by its address
+    (a "dynamic-slice-fusion"), so that only their results are copied together."""
+    with use_device(KNOWN_DEVICES["h200"]):
+        config, params = fp8_model()
+    structure, leaves = split(build(config, params))
+    shape, bucket = StepShape(ROWS, 64, 8, 128, VOCAB), Bucket(decodes, 2)
+    state = jax.eval_shape(lambda: make_state(shape))
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty(ROWS))
+    packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
+    cache = cache_shape(config, page_size=64, pages=100, dtype="bfloat16")
+    hlo = compile_for_h200(
+        lambda *a: forward(structure, shape, bucket, bucket.sampled, False, *a, None),
+        leaves,
+        cache.abstract(),
+        state,
+        given,
+        packed,
+        donate_argnums=(1, 2),
+        compiler_options=compiler_options(),
+    ).hlo
+    assert hlo.count('custom_call_target="mosaic_gpu_v2"') == (11 if decodes else 10) * LAYERS
+    assert operations(hlo, "\nENTRY").count("mosaic_gpu_v2") == (9 if decodes else 10) * LAYERS
+    assert len(re.findall(r"bf16\[264,8,128\]\S* concatenate\(", hlo)) == LAYERS * bool(decodes)

@@ -24,7 +24,7 @@ def several(model: Any, params: dict[str, Any]) -> Any:
     structure, leaves = split(build(model, params))
     shape = StepShape(SLOTS, PAGE, CONTEXT // PAGE, TILE, VOCAB)
     cache = cache_shape(model, page_size=PAGE, pages=SLOTS * CONTEXT // PAGE, dtype="float32")
-    buckets = Buckets((SLOTS,), (Bucket(SLOTS, 1), Bucket(SLOTS, TILES)), STEPS)
+    buckets = Buckets((SLOTS,), (Bucket(0, 1), Bucket(0, TILES), Bucket(SLOTS, 1), Bucket(SLOTS, TILES)), STEPS)
     runner = Runner(structure, leaves, shape, cache, buckets, variants=ORDER)
     runner.warm_up()
     return runner
@@ -72,4 +72,4 @@ def test_the_tokens_of_one_program_for_all(
     if kinds == ["greedy"]:
         assert {p.variant for p in decoding} == {Variant.GREEDY}
         assert {p.variant for p in used if isinstance(p, Draw)} == {Variant.GREEDY}, "prompts' steps"
-    assert any(isinstance(p, Forward) for p in used)
+    assert {p.bucket.decode_rows for p in used if isinstance(p, Forward) and p.bucket.tiles} == {0, SLOTS}
