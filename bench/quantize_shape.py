@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,9 @@ class Clock:
             begin = time.perf_counter()
             result = function(*args, **kwargs)
             jax.block_until_ready([leaf for leaf in jax.tree.leaves(result) if isinstance(leaf, jax.Array)])
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+            took = time.perf_counter() - begin
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+            print(f"  {stage} {took:.2f} s", file=sys.stderr, flush=True)
             return result
 
         return timed
@@ -50,9 +53,7 @@ def stages(clock: Clock) -> Iterator[None]:
     """The quantizer's own steps, timed."""
     where: list[tuple[Any, str, str]] = [
         (Through, "collect", "inputs and their moments"),
-        (Through, "attention", "attention"),
-        (Through, "past_attention", "o"),
-        (Through, "past_mlp", "mlp"),
+        (Through, "advance", "past the layer"),
         (compensate, "quantize", "gptq solve"),
         (awq, "best_scale", "awq scale search"),
         (awq, "clipped", "awq clipping"),
@@ -95,19 +96,20 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) 
 
 
 def matmul_flops(config: ModelConfig, tokens: int, scheme: str, search_tokens: int) -> dict[str, float]:
-    """Floating point operations of one layer's matrix multiplies, by precision: "bf16" (inputs bfloat16), "fp32"."""
+    """Floating point operations of one layer's Linears and solvers, by precision: "bf16" (inputs bfloat16), "fp32"."""
     d, f, kv = config.hidden_size, config.ffn_size, config.kv_heads * config.head_dim
     ks = (d, d, d, f)
-    attention, mlp = 2 * (2 * d * d + 2 * d * kv), 2 * 3 * d * f
+    qkv, o, gate_up, down = 2 * d * (d + 2 * kv), 2 * d * d, 2 * d * 2 * f, 2 * d * f
     moments = sum(2 * k * k for k in ks)
     factor = sum(k**3 for k in ks)  # Cholesky and a triangular inverse
     update = sum(2 * n * k * k for n, k in ((d + 2 * kv, d), (d, d), (2 * f, d), (d, f)))
     if scheme == "gptq":
-        bf16 = tokens * (attention + mlp + 2 * 2 * d * f + moments)  # gate and up run twice
+        # a pass for the moments of each input, and one past the layer, each from the layer's beginning
+        bf16 = tokens * (4 * qkv + 3 * o + 2 * gate_up + down + moments)
         return {"bf16": bf16, "fp32": 2 * factor + 2 * update}
-    passes = 2 * (attention + mlp) + 2 * 2 * d * f + moments
+    passes = 2 * (qkv + o + gate_up) + down + moments
     tried = 2 * awq.STEPS
-    search = tried * min(tokens, search_tokens) * (attention + mlp)
+    search = tried * min(tokens, search_tokens) * (qkv + o + gate_up + down)
     return {"bf16": tokens * passes + search, "fp32": tried * update / 2 + 3 * update}
 
 

@@ -20,6 +20,7 @@ from jax import lax
 from jqserve.models.config import ModelConfig
 from jqserve.quantize import block
 from jqserve.quantize.block import Layer
+from jqserve.quantize.compiled import compiled
 from jqserve.quantize.fold import shared
 from jqserve.quantize.grid import Grid, decode, encode, scales_of, span_of, spread
 from jqserve.quantize.moments import Moments
@@ -54,7 +55,7 @@ def _centred(scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(scale), scale, 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def requantized(grid: Grid, weight: jax.Array, scale: jax.Array) -> jax.Array:
     """What is left of W [N, K] when W * s is rounded and divided by s again."""
     return _rounded(grid, weight * scale[None, :]) / scale[None, :]
@@ -67,7 +68,7 @@ def _rounded(grid: Grid, weight: jax.Array) -> jax.Array:
     return decode(encode(weight, scale, zero, grid), scale, zero)
 
 
-@jax.jit
+@compiled
 def lost(weight: jax.Array, other: jax.Array, hessian: jax.Array) -> jax.Array:
     """float32 [N]: the mean square error of each output when `other` stands in for `weight` [N, K]."""
     difference = weight - other
@@ -88,7 +89,7 @@ def best_scale(
     weight = layer[group].astype(jnp.float32)
     tried = [shared(config, group, s) for s in candidates(weight, shared(config, group, moments["mean"]), grid)]
     if group in ("qkv", "gate_up"):
-        references = [_output(config, window, group, layer, h) for h in sample]
+        references = [_reference(config, window, group, layer, h) for h in sample]
         losses = []
         for scale in tried:
             other = {**layer, group: requantized(grid, weight, scale).astype(layer[group].dtype)}
@@ -100,7 +101,6 @@ def best_scale(
     return tried[int(np.argmin(np.where(np.isfinite(values), values, np.inf)))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _output(config: ModelConfig, window: int | None, group: str, layer: Layer, h: Any) -> jax.Array:
     h = jnp.asarray(h)
     if group == "qkv":
@@ -109,13 +109,16 @@ def _output(config: ModelConfig, window: int | None, group: str, layer: Layer, h
     return block.project(layer, "down", block.gated(layer, block.norm(h, layer["mlp_norm"], config.norm_eps)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+_reference = compiled(_output, static_argnums=(0, 1, 2))
+
+
+@functools.partial(compiled, static_argnums=(0, 1, 2))
 def _loss(config: ModelConfig, window: int | None, group: str, layer: Layer, h: Any, reference: jax.Array) -> jax.Array:
     difference = (_output(config, window, group, layer, h) - reference).astype(jnp.float32)
     return jnp.sum(difference * difference)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def clipped(grid: Grid, weight: jax.Array, hessian: jax.Array) -> jax.Array:
     """W [N, K] with each group held to the range, among CLIPS, whose rounding loses least of that group's own part of
     the output."""

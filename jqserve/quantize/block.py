@@ -11,14 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jqserve.models.config import ModelConfig
 from jqserve.models.rope import rope_table, rotate
 from jqserve.ops.attention import full_attention
 from jqserve.ops.linear import linear
+from jqserve.quantize.compiled import compiled
 
 Layer = dict[str, jax.Array]
 GROUPS = ("qkv", "o", "gate_up", "down")
+#: Bytes of attention scores from which on samples are computed one after the other.
+MOST_SCORES = 1 << 30
 
 
 def norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -44,7 +48,9 @@ def attend(config: ModelConfig, window: int | None, layer: Layer, x: jax.Array) 
         q, k = norm(q, layer["q_norm"], config.norm_eps), norm(k, layer["k_norm"], config.norm_eps)
     rope = rope_table(jnp.arange(x.shape[-2]), config.rope, config.head_dim)
     q, k = rotate(q, *rope), rotate(k, *rope)
-    out = full_attention(q, k, v, sm_scale=config.head_dim**-0.5, window=window)
+    one = functools.partial(full_attention, sm_scale=config.head_dim**-0.5, window=window)
+    scores = 4 * x.shape[0] * config.heads * x.shape[-2] ** 2  # bytes, if all samples are computed at once
+    out = one(q, k, v) if scores < MOST_SCORES else lax.map(lambda sample: one(*sample), (q, k, v))
     largest = jnp.stack([jnp.abs(k).max(), jnp.abs(v).max()]).astype(jnp.float32)
     return out.reshape(*out.shape[:-2], -1), largest
 
@@ -55,37 +61,37 @@ def gated(layer: Layer, x: jax.Array) -> jax.Array:
     return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compiled, static_argnums=(0, 1))
 def attention_input(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
     """h [B, S, D], the residual stream -> the input of q, k and v"""
     return norm(h, layer["attn_norm"], config.norm_eps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compiled, static_argnums=(0, 1))
 def attention_output(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> tuple[jax.Array, jax.Array]:
     """h -> what `attend` gives"""
     return attend(config, window, layer, norm(h, layer["attn_norm"], config.norm_eps))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compiled, static_argnums=(0, 1))
 def after_attention(config: ModelConfig, window: int | None, layer: Layer, h: Any, mixed: Any) -> jax.Array:
     """h and the input of o -> the residual stream after attention"""
     return h + project(layer, "o", mixed)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compiled, static_argnums=(0, 1))
 def mlp_input(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
     """The residual stream after attention -> the input of gate and up"""
     return norm(h, layer["mlp_norm"], config.norm_eps)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compiled, static_argnums=(0, 1))
 def down_input(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
     """The residual stream after attention -> the input of down"""
     return gated(layer, norm(h, layer["mlp_norm"], config.norm_eps))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(compiled, static_argnums=(0, 1))
 def after_mlp(config: ModelConfig, window: int | None, layer: Layer, h: Any) -> jax.Array:
     """The residual stream after attention -> after the layer"""
     return h + project(layer, "down", gated(layer, norm(h, layer["mlp_norm"], config.norm_eps)))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jqserve.quantize.compiled import compiled
 from jqserve.quantize.grid import FP8_MAX, Grid, decode, encode, kept, scales_of, span_of, spread, storage, to_float8
 
 
@@ -46,7 +47,7 @@ class Codes:
         return np.asarray(_dequantize(self.grid, self.values, self.scale, zero, self.group_index))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _dequantize(grid: Grid, values: Any, scale: Any, zero: Any, group_index: Any) -> jax.Array:
     n, k = values.shape
     scale, zero = scale.astype(jnp.float32), jnp.broadcast_to(jnp.asarray(zero, jnp.float32), scale.shape)
@@ -74,7 +75,7 @@ def of_device(grid: Grid, values: Any, scale: Any, zero: Any, group_index: Any =
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def _nearest(grid: Grid, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     n, k = weight.shape
     wide, extent = weight.astype(jnp.float32), grid.extent(n, k)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jqserve.quantize.compiled import compiled
 from jqserve.quantize.grid import Grid, decode, encode, scales_of, span_of
 
 HIGHEST = lax.Precision.HIGHEST
@@ -30,7 +31,7 @@ def damped(hessian: jax.Array, damp: float) -> jax.Array:
     return hessian + jnp.diag(jnp.where(alive, 0.0, mean) + damp * mean)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(compiled, donate_argnums=0)
 def inverse_factor(hessian: jax.Array, damp: float) -> jax.Array:
     """U, upper triangular, with U^T U = (damped H)^-1; NaN where that is not positive definite in float32.
 
@@ -47,7 +48,7 @@ def block_size(k: int, columns: int) -> int:
     return next(size for size in range(min(BLOCK, columns), 0, -1) if columns % size == 0 and k % size == 0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def solve(grid: Grid, weight: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """weight float32 [K, N], factor [K, K] of `inverse_factor`, both in the order of work ->
     (codes uint8 [K, N], scale [G, N], zero [G, N]). Scales are found when a group is reached, from what the errors
@@ -76,7 +77,7 @@ def solve(grid: Grid, weight: jax.Array, factor: jax.Array) -> tuple[jax.Array, 
     return lax.fori_loop(0, groups, group, (weight, *empty))[1:]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiled, static_argnums=0)
 def solve_static(
     grid: Grid, weight: jax.Array, factor: jax.Array, scale: jax.Array, zero: jax.Array, member: jax.Array
 ) -> jax.Array:

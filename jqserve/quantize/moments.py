@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jqserve.quantize.compiled import compiled
+
 #: name -> array: "hessian" [K, K] and "carry" [K, K], "mean" and "mean_carry" [K], "largest" [K]
 Moments = dict[str, jax.Array]
 
@@ -20,7 +22,7 @@ def start(k: int, *, hessian: bool) -> Moments:
     return {**vectors, **square}
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(compiled, donate_argnums=0)
 def add(moments: Moments, x: Any) -> Moments:
     """Adds the rows of x [..., K].
 
@@ -39,7 +41,7 @@ def add(moments: Moments, x: Any) -> Moments:
     return found
 
 
-@jax.jit
+@compiled
 def finish(moments: Moments, rows: float) -> Moments:
     """Sums over `rows` rows -> means: {"mean" [K], "largest" [K], "hessian" [K, K] (where it was asked for)}."""
     done = {"mean": (moments["mean"] + moments["mean_carry"]) / rows, "largest": moments["largest"]}

@@ -70,10 +70,7 @@ def test_the_block_is_the_models(tmp_path: Path) -> None:
     ids = np.arange(40).reshape(2, 20) % 64
     table = made.tensors["model.embed_tokens.weight"].astype(np.float32)
     activations = Activations.embed(ids, table, "float32")
-    run = Through(source.config, None, device_layer(source.layer(0), ""), "x")
-    mixed, _ = run.attention(activations)
-    run.past_attention(activations, mixed)
-    run.past_mlp(activations)
+    Through(source.config, None, device_layer(source.layer(0), ""), "x").advance(activations)
     model, params = jqserve.load(made.path, dtype="float32")
     expected = model.decoder(params).hidden_states(model.embeddings(params, jnp.asarray(ids)))
     assert np.abs(activations.chunks[0] - np.asarray(expected)).max() < 1e-5

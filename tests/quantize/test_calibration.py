@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.llama8b import LLAMA_3_1_8B
+from jqserve.checkpoint.model_config import model_config
 from jqserve.errors import RequestError
-from jqserve.quantize import moments
+from jqserve.quantize import block, moments
 from jqserve.quantize.activations import Activations
 from jqserve.quantize.calibration import read_calibration
 
@@ -104,3 +107,32 @@ def test_samples_are_spread_over_the_chunks() -> None:
     taken = Activations(chunks).sample(12)
     assert [chunk[:, 0, 0].tolist() for chunk in taken] == [[0.0, 1.0], [2.5, 3.5]]
     assert len(Activations(chunks).sample(1)) == 1
+
+
+def test_pinned_chunks_are_the_same_chunks() -> None:
+    """What a GPU does; a CPU's pinned memory is memory."""
+    rng = np.random.default_rng(2)
+    chunks = [rng.standard_normal((2, 3, 4)).astype(np.float32) for _ in range(5)]
+    pinned, plain = Activations(chunks, pinned=True), Activations(chunks, pinned=False)
+    assert {chunk.sharding.memory_kind for chunk in pinned.chunks if isinstance(chunk, jax.Array)} == {"pinned_host"}
+    assert {type(chunk) for chunk in plain.chunks} == {np.ndarray}
+    for stream in (pinned, plain):
+        assert stream.rows == 30
+        stream.replace(lambda h: h * 2)
+        assert all(np.array_equal(now, 2 * before) for now, before in zip(stream.chunks, chunks, strict=True))
+        assert np.array_equal(stream.sample(9)[0][0], 2 * chunks[0][0])
+    assert {chunk.sharding.memory_kind for chunk in pinned.chunks if isinstance(chunk, jax.Array)} == {"pinned_host"}
+
+
+def test_samples_attend_alone_where_their_scores_would_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = model_config(
+        {**LLAMA_3_1_8B, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+        | {"head_dim": 16, "num_hidden_layers": 1, "vocab_size": 64}
+    )
+    rng = np.random.default_rng(3)
+    weights = {"qkv": jnp.asarray(rng.standard_normal((128, 64)), jnp.float32) / 8}
+    x = jnp.asarray(rng.standard_normal((3, 7, 64)), jnp.float32)
+    together = block.attend(config, None, weights, x)
+    monkeypatch.setattr(block, "MOST_SCORES", 0)
+    alone = block.attend(config, None, weights, x)
+    assert all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(alone, together))
