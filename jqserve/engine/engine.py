@@ -57,8 +57,10 @@ class EngineCore:
         self._in_flight: Launched | None = None
         self._arrivals = 0
         self._steps = self._generated = self._rows = self._failures = 0
-        #: seconds of the host by phase since the start; `wait` is for the device
-        self.host_seconds = dict.fromkeys(("receive", "schedule", "launch", "wait", "mask", "emit", "send"), 0.0)
+        #: seconds of the host by phase since the start; `wait` is for the device; `dispatch` is beside the others, on
+        #: the runner's own thread
+        phases = ("receive", "schedule", "launch", "wait", "mask", "emit", "send", "dispatch")
+        self.host_seconds = dict.fromkeys(phases, 0.0)
 
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises RequestError for what cannot be served, QueueFullError when too many wait."""
@@ -126,6 +128,7 @@ class EngineCore:
                 failure = error
         clock = self._time("launch", clock)
         failures = self._failures
+        self.host_seconds["dispatch"] = self.runner.dispatcher.seconds
         previous = self._in_flight
         if self.overlap:
             self._in_flight = launched

@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare_process(config: EngineConfig) -> EngineConfig:
     """What a process of its own may do: logging to stderr, XLA's share of the GPU."""
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s engine %(levelname)s %(name)s: %(message)s")
+    sys.setswitchinterval(0.0005)  # the dispatching thread must not wait 5 ms for the loop to let go of the interpreter
     fraction = xla_fraction(config.mem_fraction_static)
     os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
     if config.disable_cuda_graph:

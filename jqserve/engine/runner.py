@@ -7,6 +7,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -18,11 +19,11 @@ from jqserve.engine.batch import StepShape, pack, padding
 from jqserve.engine.buckets import Buckets
 from jqserve.engine.cache import Cache, CacheShape, make_cache
 from jqserve.engine.compile_cache import ProgramCache, compile_program
-from jqserve.engine.plan import Plan
+from jqserve.engine.dispatch import Dispatcher
+from jqserve.engine.plan import Adopted, Plan
 from jqserve.engine.programs import Draw, Forward, Fused, Program, Programs, describe
 from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
-from jqserve.engine.sequence import Sequence
 from jqserve.engine.slots import SlotParams, SlotTable, empty
 from jqserve.engine.split import LEAST, Half, lower_draw, lower_forward, mask_words, pack_targets, read_scores
 from jqserve.engine.step import SlotState, Structure, lower_step, make_state
@@ -35,14 +36,14 @@ Progress = Callable[[int, int, str], None]  # (done, total, what)
 class Launched:
     """A dispatch under way: `sampled_rows` names the row of each of plan.decodes and plan.chunks, -1 for none.
 
-    half: of a step in two halves, the first, of the program `forward`; `output` is None until the second is dispatched,
-    which waits for the masks of constrained rows.
+    half: of a step in two halves, the first, of the program `forward`; `output` is None until the second is asked for,
+    which waits for the masks of constrained rows. Both raise what handing them to the device raised.
     """
 
     plan: Plan
     sampled_rows: list[int]
-    output: Sampled | None
-    half: Half | None = None
+    output: Future[Sampled] | None
+    half: Future[Half] | None = None
     forward: Forward | None = None
 
 
@@ -57,7 +58,8 @@ class Read:
 
 
 class Runner:
-    """Runs plans on one device. Not thread-safe: the engine's loop is its only caller."""
+    """Runs plans on one device. Not thread-safe: the engine's loop is its only caller. Programs are handed to the
+    device by a thread of its own (`engine/dispatch`), to which `kv` and `state` belong while one is under way."""
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class Runner:
         self.compilations_after_warmup = 0
         arguments = self.leaves, self.kv, self.state, empty(shape.slots)
         self._abstract = jax.tree.map(_abstract, arguments)  # now: a compilation may run beside steps that donate them
+        self.dispatcher = Dispatcher()
         self._adopt = Adopter(shape)
         self._warm = False
         self._compiled: dict[Program, Any] = {}
@@ -157,6 +160,7 @@ class Runner:
     def idle_run(self, programs: Iterable[Program], runs: int) -> float:
         """Runs the programs of a step `runs` times with nothing but padding; seconds of the last time, with the device
         waited for."""
+        self.dispatcher.drain()
         began = time.perf_counter()
         for _ in range(runs):
             jax.block_until_ready(self.state.last_token)
@@ -164,32 +168,31 @@ class Runner:
             half = None
             for program in programs:
                 if isinstance(program, Draw):
-                    self._draw(program, half or self._no_logits(program.rows), None)
+                    self._draw(program, half or self._no_logits(program.rows), None, self._params(program))
                 else:
                     packed, _views = padding(self.shape, program.bucket)
                     if isinstance(program, Fused):
-                        self._step(program, packed)
+                        self._step(program, packed, self._params(program))
                     else:
-                        half = self._forward(program, packed, None)
+                        half = self._forward(program, packed, None, self._params(program))
             jax.block_until_ready(self.state.last_token)
         return time.perf_counter() - began
 
     def launch(self, plan: Plan) -> Launched:
-        """Dispatches a step and returns at once. After an exception the device's state is lost: call `reset`."""
+        """Has a step dispatched and returns at once. What fails is raised by `read`; call `reset` then, for the
+        device's state is lost."""
         for sequence in plan.admitted:
             if sequence.slot is not None:
                 self.slots.set(sequence)
-        if plan.adopted:
-            self.state = self._adopt(self.state, plan.adopted)
         if (fused := self.programs.fused(plan)) is not None:
             packed, rows = pack(plan, self.shape, fused.bucket)
-            return Launched(plan, rows, _copied(self._step(fused, packed)))
+            params = self._params(fused)
+            return Launched(plan, rows, self.dispatcher.submit(lambda: self._step(fused, packed, params, plan.adopted)))
         program = self.programs.forward(plan)
         packed, rows = pack(plan, self.shape, program.bucket)
         targets = pack_targets(plan, self.shape, program.bucket) if program.scored else None
-        half = self._forward(program, packed, targets)
-        for leaf in jax.tree.leaves(half.scores):
-            leaf.copy_to_host_async()
+        params = self._params(program)
+        half = self.dispatcher.submit(lambda: self._forward(program, packed, targets, params, plan.adopted))
         launched = Launched(plan, rows, None, half, program)
         constrained = any(sequence.grammar is not None for sequence in plan.sequences)
         return launched if constrained else self.sample(launched, None)
@@ -200,52 +203,74 @@ class Runner:
         return np.full((launched.forward.asked, mask_words(self.shape)), -1, np.int32)
 
     def sample(self, launched: Launched, mask: np.ndarray | None) -> Launched:
-        """Dispatches the second half of a step in two: mask int32 [R, ceil(V/32)] (see `engine/split`)."""
-        assert launched.half is not None and launched.forward is not None
+        """Has the second half of a step in two dispatched: mask int32 [R, ceil(V/32)] (see `engine/split`)."""
+        half = launched.half
+        assert half is not None and launched.forward is not None
         program = self.programs.draw(launched.plan, launched.forward, mask is not None)
-        return dataclasses.replace(launched, output=_copied(self._draw(program, launched.half, mask)))
+        params = self._params(program)
+        output = self.dispatcher.submit(lambda: self._draw(program, half.result(), mask, params))
+        return dataclasses.replace(launched, output=output)
 
     def read(self, launched: Launched) -> Read:
         """Waits for a dispatch. Raises what the device raised."""
         plan, rows = launched.plan, launched.sampled_rows
         assert launched.output is not None
-        sampled = np.asarray(launched.output.tokens)
+        output = launched.output.result()
+        sampled = np.asarray(output.tokens)
         tokens = sampled.reshape(plan.steps, -1).T.tolist()
         taken = [tokens[row][:count] if row >= 0 else [] for row, count in zip(rows, plan.sampled)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in rows]
         if any(s.sampling.logprobs is not None for s in plan.sequences):
-            logprobs = _read_logprobs(launched, plan.sequences, [len(t) for t in taken])
-        half = launched.half
+            logprobs = _read_logprobs(launched, output, [len(t) for t in taken])
+        half = launched.half.result() if launched.half is not None else None
         scores = read_scores(plan, half, self.shape) if half is not None and half.scores is not None else []
         return Read(taken, logprobs, scores)
 
     def reset(self) -> None:
         """New KV pages and slot state, after a step raised: what was donated to it is gone."""
+        self.dispatcher.drain()
         self.kv = self.state = None  # type: ignore[assignment]  # freed before new ones are made
         self.kv = make_cache(self.cache_shape, self.device)
         self.state = make_state(self.shape, self.device)
         self.slots = SlotTable(self.shape.slots, self.device)
 
-    def _step(self, program: Fused, packed: np.ndarray) -> Sampled:
-        params: SlotParams | None = None if program.variant is Variant.GREEDY else self.slots.on_device()
-        self.kv, self.state, output = self.program(program)(self.leaves, self.kv, self.state, params, packed)
-        return output
+    def _params(self, program: Program) -> SlotParams | None:
+        """The sampling parameters as they are now, for programs that take them."""
+        greedy = not isinstance(program, Forward) and program.variant is Variant.GREEDY
+        return None if greedy else self.slots.on_device()
 
-    def _forward(self, program: Forward, packed: np.ndarray, targets: np.ndarray | None) -> Half:
+    def _step(
+        self, program: Fused, packed: np.ndarray, params: SlotParams | None, adopted: tuple[Adopted, ...] = ()
+    ) -> Sampled:
+        if adopted:
+            self.state = self._adopt(self.state, adopted)
+        self.kv, self.state, output = self.program(program)(self.leaves, self.kv, self.state, params, packed)
+        return _copied(output)
+
+    def _forward(
+        self,
+        program: Forward,
+        packed: np.ndarray,
+        targets: np.ndarray | None,
+        params: SlotParams | None,
+        adopted: tuple[Adopted, ...] = (),
+    ) -> Half:
+        if adopted:
+            self.state = self._adopt(self.state, adopted)
         if program.scored and targets is None:
             targets = np.zeros((program.bucket.tiles, self.shape.tile_size), np.int32)
-        params = self.slots.on_device()
         outputs = self.program(program)(self.leaves, self.kv, self.state, params, packed, targets)
-        self.kv, self.state, *half = outputs
-        return Half(*half)
+        self.kv, self.state, *rest = outputs
+        half = Half(*rest)
+        _copied(half.scores)
+        return half
 
-    def _draw(self, program: Draw, half: Half, mask: np.ndarray | None) -> Sampled:
-        params = None if program.variant is Variant.GREEDY else self.slots.on_device()
+    def _draw(self, program: Draw, half: Half, mask: np.ndarray | None, params: SlotParams | None) -> Sampled:
         if program.masked and mask is None:
             mask = np.full((program.rows, mask_words(self.shape)), -1, np.int32)
         arguments = self.state, params, half.logits, half.slot, half.position, mask
         self.state, output = self.program(program)(*arguments)
-        return output
+        return _copied(output)
 
     def _no_logits(self, rows: int) -> Half:
         """What a padding step would give, to run a second half alone."""
@@ -258,16 +283,16 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def _copied(output: Sampled) -> Sampled:
+def _copied[T](output: T) -> T:
     """On its way to the host."""
     for leaf in jax.tree.leaves(output):
         leaf.copy_to_host_async()
     return output
 
 
-def _read_logprobs(launched: Launched, sequences: list[Sequence], counts: list[int]) -> list[list[TokenLogprobs]]:
-    output, steps = launched.output, launched.plan.steps
-    assert output is not None and output.logprob is not None
+def _read_logprobs(launched: Launched, output: Sampled, counts: list[int]) -> list[list[TokenLogprobs]]:
+    steps, sequences = launched.plan.steps, launched.plan.sequences
+    assert output.logprob is not None
     chosen = np.asarray(output.logprob).reshape(steps, -1)
     top_ids = top = np.zeros((steps, chosen.shape[1], 0))
     if output.top_ids is not None and output.top is not None:

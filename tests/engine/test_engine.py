@@ -369,6 +369,25 @@ def test_a_request_that_always_fails_is_found(failing_core: Any, expected: Any, 
     assert_same(outcomes, {rid: o for rid, o in expected.items() if rid != 5})
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_step_that_cannot_be_handed_over_loses_nobody(
+    make_core: MakeCore, runner: Any, expected: Any, overlap: bool
+) -> None:
+    """It fails on the dispatching thread, the next one may be in line behind it, and the engine hears of it late."""
+    core = make_core(overlap=overlap)
+    program, calls = runner.program, iter(range(10**6))
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("RESOURCE_EXHAUSTED: made up")
+
+    runner.program = lambda wanted: broken if next(calls) in (0, 6, 7, 30) else program(wanted)
+    try:
+        assert_same(complete(core, mixed_requests()), expected)
+    finally:
+        del runner.program
+    assert next(calls) > 40
+
+
 def test_a_device_that_never_works_again_ends_the_engine_loudly(failing_core: Any) -> None:
     core = failing_core(lambda plan: True, late=False, overlap=True)
     outcomes = complete(core, [request(i, 5) for i in range(4)])
@@ -420,4 +439,5 @@ def test_stats(make_core: MakeCore) -> None:
     assert stats.running == 6 and 6 <= stats.pages_used <= 12 and stats.pages_total == 256
     drain(core)
     assert core.stats().generated_tokens == 48 and core.stats().mean_batch > 4
-    assert set(core.stats().host_seconds) == {"receive", "schedule", "launch", "wait", "mask", "emit", "send"}
+    loop = {"receive", "schedule", "launch", "wait", "mask", "emit", "send"}
+    assert set(core.stats().host_seconds) == loop | {"dispatch"} and core.stats().host_seconds["dispatch"] > 0
