@@ -119,8 +119,10 @@ def requests_for(level: dict[str, Any], args: argparse.Namespace) -> int:
 def sweep(drive: Any, vocabulary: int, args: argparse.Namespace, mode: str, deadline: float) -> list[dict[str, Any]]:
     rows = []
     workloads = args.workload.split(",")
-    warm = items_of(workloads[0], 4, vocabulary, args.range_ratio, 999)[:4]
-    drive([Item(item.prompt, min(4, item.output)) for item in warm], concurrency=4, rate=None)
+    # As many at once as will be, so that every program has been recorded into its CUDA graph; the same in both modes.
+    most = max([4, *(int(level["concurrency"] or 4) for level in levels(args))])
+    warm = items_of(workloads[0], most, vocabulary, args.range_ratio, 999)[:most]
+    drive([Item(item.prompt, min(8, item.output)) for item in warm], concurrency=most, rate=None)
     for i, (workload, level) in enumerate(itertools.product(workloads, levels(args))):
         facts = {"mode": mode, "workload": workload, **{k: v for k, v in level.items() if v is not None}}
         if time.monotonic() > deadline:

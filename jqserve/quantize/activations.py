@@ -1,18 +1,14 @@
-"""The residual stream of all calibration samples, on the host in chunks; the device holds one chunk, and the next.
-
-On a GPU the chunks lie in pinned memory, which both directions copy at the bus's speed and beside the kernels: through
-ordinary memory a layer of the 8B shape moved its 8.6 GB in at 8 GB/s and out at 2 GB/s (an H200's host), most of a run.
-"""
+"""The residual stream of all calibration samples, on the host in chunks; the device holds one chunk, and the next."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+
+from jqserve.quantize.host import Kept, fetch, keep, pins
 
 #: Tokens on the device at a time.
 CHUNK_TOKENS = 16384
@@ -25,12 +21,9 @@ class Activations:
 
     def __init__(self, chunks: Sequence[np.ndarray], *, pinned: bool | None = None) -> None:
         """`pinned`: whether the chunks are kept in pinned memory; None: on a GPU, if there are not too many."""
-        device = jax.devices()[0]
-        if pinned is None:
-            pinned = device.platform == "gpu" and sum(chunk.nbytes for chunk in chunks) <= MOST_PINNED
-        self._host = SingleDeviceSharding(device, memory_kind="pinned_host") if pinned else None
-        self._device = SingleDeviceSharding(device)
-        self.chunks: list[np.ndarray | jax.Array] = [self._keep(chunk) for chunk in chunks]
+        few = sum(chunk.nbytes for chunk in chunks) <= MOST_PINNED
+        self._pinned = (pins() and few) if pinned is None else pinned
+        self.chunks: list[Kept] = [keep(chunk, pinned=self._pinned) for chunk in chunks]
 
     @staticmethod
     def embed(samples: np.ndarray, table: np.ndarray, dtype: str, chunk_tokens: int = CHUNK_TOKENS) -> Activations:
@@ -48,7 +41,7 @@ class Activations:
         """Chunks on the device, one sent ahead. A chunk may be replaced once the next one has been taken."""
         waiting = None
         for chunk in self.chunks:
-            ready, waiting = waiting, jax.device_put(chunk, self._device)
+            ready, waiting = waiting, fetch(chunk)
             if ready is not None:
                 yield ready
         if waiting is not None:
@@ -59,17 +52,14 @@ class Activations:
         flying: jax.Array | None = None
         for i, chunk in enumerate(self):
             result = function(chunk)
-            if self._host is None:
+            if not self._pinned:
                 result.copy_to_host_async()
             if flying is not None:
-                self.chunks[i - 1] = self._keep(flying)
+                self.chunks[i - 1] = keep(flying, pinned=self._pinned)
                 jax.block_until_ready(self.chunks[i - 1])  # or the device would fill with results on their way out
             flying = result
         if flying is not None:
-            self.chunks[-1] = self._keep(flying)
-
-    def _keep(self, chunk: Any) -> np.ndarray | jax.Array:
-        return np.asarray(chunk) if self._host is None else jax.device_put(chunk, self._host)
+            self.chunks[-1] = keep(flying, pinned=self._pinned)
 
     def sample(self, tokens: int) -> list[jax.Array]:
         """Evenly spaced samples of up to `tokens` in all, at least one, on the device in chunks as large as these."""
@@ -80,6 +70,6 @@ class Activations:
         picked = []
         for c in np.unique(chunk_of):
             rows_here = wanted[chunk_of == c] - starts[c]
-            picked.append(jnp.take(jax.device_put(self.chunks[c], self._device), rows_here, axis=0))
+            picked.append(jnp.take(fetch(self.chunks[c]), rows_here, axis=0))
         taken, size = jnp.concatenate(picked), len(self.chunks[0])
         return [taken[i : i + size] for i in range(0, len(taken), size)]

@@ -16,6 +16,7 @@ from jax import lax
 from jqserve.models.config import ModelConfig
 from jqserve.models.rope import rope_table, rotate
 from jqserve.ops.attention import full_attention
+from jqserve.ops.device import current_device
 from jqserve.ops.linear import linear
 from jqserve.quantize.compiled import compiled
 
@@ -48,11 +49,23 @@ def attend(config: ModelConfig, window: int | None, layer: Layer, x: jax.Array) 
         q, k = norm(q, layer["q_norm"], config.norm_eps), norm(k, layer["k_norm"], config.norm_eps)
     rope = rope_table(jnp.arange(x.shape[-2]), config.rope, config.head_dim)
     q, k = rotate(q, *rope), rotate(k, *rope)
-    one = functools.partial(full_attention, sm_scale=config.head_dim**-0.5, window=window)
-    scores = 4 * x.shape[0] * config.heads * x.shape[-2] ** 2  # bytes, if all samples are computed at once
-    out = one(q, k, v) if scores < MOST_SCORES else lax.map(lambda sample: one(*sample), (q, k, v))
+    out = _attention(config, window, q, k, v)
     largest = jnp.stack([jnp.abs(k).max(), jnp.abs(v).max()]).astype(jnp.float32)
-    return out.reshape(*out.shape[:-2], -1), largest
+    return out, largest
+
+
+def _attention(config: ModelConfig, window: int | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """[B, S, H Dh]. cuDNN's kernel where it can (an 8B layer's 512 x 2,048 tokens: XLA's scores alone are 0.5 TB)."""
+    if current_device().platform == "cuda" and q.dtype in (jnp.bfloat16, jnp.float16) and config.head_dim in (64, 128):
+        seen = None if window is None else (window - 1, 0)
+        out = jax.nn.dot_product_attention(
+            q, k, v, scale=config.head_dim**-0.5, is_causal=True, local_window_size=seen, implementation="cudnn"
+        )
+        return out.reshape(*out.shape[:-2], -1)
+    one = functools.partial(full_attention, sm_scale=config.head_dim**-0.5, window=window)
+    scores = 4 * q.shape[0] * config.heads * q.shape[1] ** 2  # bytes, if all samples are computed at once
+    out = one(q, k, v) if scores < MOST_SCORES else lax.map(lambda sample: one(*sample), (q, k, v))
+    return out.reshape(*out.shape[:-2], -1)
 
 
 def gated(layer: Layer, x: jax.Array) -> jax.Array:

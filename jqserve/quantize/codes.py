@@ -41,10 +41,14 @@ class Codes:
         zero = None if self.zero is None else self.zero[begin:end]
         return dataclasses.replace(self, values=self.values[begin:end], scale=self.scale[begin:end], zero=zero)
 
-    def dequantize(self) -> np.ndarray:
-        """float32 [N, K]"""
+    def on_device(self) -> jax.Array:
+        """Dequantized, float32 [N, K]."""
         zero = np.float32(0 if self.grid.kind == "float8" else self.grid.middle) if self.zero is None else self.zero
-        return np.asarray(_dequantize(self.grid, self.values, self.scale, zero, self.group_index))
+        return _dequantize(self.grid, self.values, self.scale, zero, self.group_index)
+
+    def dequantize(self) -> np.ndarray:
+        """float32 [N, K], on the host."""
+        return np.asarray(self.on_device())
 
 
 @functools.partial(compiled, static_argnums=0)

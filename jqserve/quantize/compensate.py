@@ -11,6 +11,7 @@ import numpy as np
 from jqserve.quantize.codes import Codes, of_device, round_to_nearest
 from jqserve.quantize.gptq import inverse_factor, solve, solve_static
 from jqserve.quantize.grid import Grid, scales_of, span_of
+from jqserve.quantize.host import Kept, fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +23,14 @@ class Order:
     static_groups: bool = False
 
 
-def quantize(weight: jax.Array, hessian: np.ndarray, grid: Grid, damp: float, order: Order) -> tuple[Codes, str]:
+def quantize(weight: jax.Array, hessian: Kept, grid: Grid, damp: float, order: Order) -> tuple[Codes, str]:
     """weight float32 [N, K], hessian float32 [K, K] on the host -> (codes, a note or "").
 
     When the damped Hessian is not positive definite in float32 the damping is raised tenfold, as often as it takes;
     from 1 on the weight is rounded to nearest, and the note says so.
     """
     n, k = weight.shape
-    diagonal = np.diagonal(hessian)
+    diagonal = np.asarray(jnp.diagonal(fetch(hessian)))
     dead = int((diagonal <= 0).sum())
     note = f"{dead} of {k} input features were never active" if dead else ""
     if dead == k:
@@ -37,8 +38,9 @@ def quantize(weight: jax.Array, hessian: np.ndarray, grid: Grid, damp: float, or
     perm = np.argsort(-diagonal, kind="stable").astype(np.int32) if order.act_order else None
     tried = damp
     while True:
-        ordered = hessian if perm is None else hessian[np.ix_(perm, perm)]
-        factor = inverse_factor(jnp.array(ordered), tried)
+        ordered = fetch(hessian)
+        factor = inverse_factor(ordered if perm is None else ordered[perm][:, perm], tried)
+        del ordered
         if bool(jnp.isfinite(factor).all()):
             break
         tried *= 10

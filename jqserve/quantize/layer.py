@@ -21,6 +21,7 @@ from jqserve.quantize.codes import Codes, round_to_nearest
 from jqserve.quantize.fold import NORMS, fold
 from jqserve.quantize.formats.format import Inputs, Tensors
 from jqserve.quantize.grid import FP8_MAX, Grid, storage
+from jqserve.quantize.host import Kept, fetch, keep
 from jqserve.quantize.moments import Moments
 from jqserve.quantize.options import Options
 from jqserve.quantize.report import LinearReport, linear_report
@@ -242,13 +243,13 @@ class _Run:
         rows = [(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
         live = [i for i, part in enumerate(parts) if not part.ignored]
         inputs = self._inputs(found)
-        hessian = None if found is None or "hessian" not in found else np.array(found.pop("hessian"))
+        hessian = None if found is None or "hessian" not in found else keep(found.pop("hessian"))
         for i in live:
             self.grid.check(parts[i].slot.name, parts[i].slot.n, parts[i].slot.k)
         coded, note = self._codes(group, parts, weight, rows, live, hessian)
         pieces = [weight[a:b] for a, b in rows]
         for i in live:
-            left = jnp.asarray(coded[i].dequantize())
+            left = coded[i].on_device()
             self.rows.append(linear_report(parts[i].slot, pieces[i], left, hessian, self.grid.bits, note))
             for suffix, array in self.owner.options.writer().tensors(coded[i], inputs).items():
                 self.tensors[f"{parts[i].slot.name}.{suffix}"] = array
@@ -272,7 +273,7 @@ class _Run:
         weight: jax.Array,
         rows: list[tuple[int, int]],
         live: list[int],
-        hessian: np.ndarray | None,
+        hessian: Kept | None,
     ) -> tuple[dict[int, Codes], str]:
         """Codes of each quantized part, and a note."""
         if self.options.algorithm == "gptq" and hessian is not None and live:
@@ -290,7 +291,7 @@ class _Run:
             # Queries and keys meet in a product that a Linear's own error says little about: not clipped, as in AutoAWQ
             clips = self.options.algorithm == "awq" and self.options.clip and (group != "qkv" or i == 2)
             if clips and hessian is not None:
-                own = awq.clipped(self.grid, own.astype(jnp.float32), jnp.asarray(hessian))
+                own = awq.clipped(self.grid, own.astype(jnp.float32), fetch(hessian))
             coded[i] = round_to_nearest(own, self.grid)
         return coded, ""
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jqserve.checkpoint.names import LinearSlot
 from jqserve.quantize.awq import lost
+from jqserve.quantize.host import Kept, fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def decibels(signal: float, noise: float) -> float:
 
 
 def linear_report(
-    slot: LinearSlot, weight: jax.Array, left: jax.Array, hessian: np.ndarray | None, bits: int, note: str
+    slot: LinearSlot, weight: jax.Array, left: jax.Array, hessian: Kept | None, bits: int, note: str
 ) -> LinearReport:
     """weight, left float32 [N, K]: before and after."""
     if not bool(jnp.any(weight)):
@@ -50,7 +50,7 @@ def linear_report(
     signal, noise = float(jnp.sum(weight**2)), float(jnp.sum((weight - left) ** 2))
     output = None
     if hessian is not None:
-        second = jnp.asarray(hessian)
+        second = fetch(hessian)
         whole, error = lost(weight, jnp.zeros_like(weight), second), lost(weight, left, second)
         output = decibels(float(whole.sum()), float(error.sum()))
     return LinearReport(slot.name, (slot.n, slot.k), bits, decibels(signal, noise), output, note)

@@ -9,7 +9,7 @@ import numpy as np
 from jqserve.errors import UnsupportedError
 from jqserve.quantize.codes import Codes
 from jqserve.quantize.formats.format import Facts, Inputs, Tensors
-from jqserve.quantize.formats.words import AWQ_ORDER, pack_last
+from jqserve.quantize.formats.words import AWQ_ORDER, pack_first
 
 
 class Awq:
@@ -22,8 +22,8 @@ class Awq:
     def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
         assert codes.zero is not None and codes.group_index is None
         return {
-            "qweight": pack_last(np.ascontiguousarray(codes.values.T), 4, AWQ_ORDER),
-            "qzeros": pack_last(np.ascontiguousarray(codes.zero.T), 4, AWQ_ORDER),
+            "qweight": np.ascontiguousarray(pack_first(codes.values, 4, AWQ_ORDER).T),
+            "qzeros": np.ascontiguousarray(pack_first(codes.zero, 4, AWQ_ORDER).T),
             "scales": np.ascontiguousarray(codes.scale.T),
         }
 

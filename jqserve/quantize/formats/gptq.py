@@ -32,7 +32,7 @@ class Gptq:
         if index is None:
             index = np.arange(k, dtype=np.int32) // (grid.group[1] or k)
         return {
-            "qweight": pack_first(np.ascontiguousarray(codes.values.T), grid.bits),
+            "qweight": pack_first(codes.values.T, grid.bits),
             "qzeros": pack_last(np.ascontiguousarray(zero.T), grid.bits),
             "scales": np.ascontiguousarray(codes.scale.T),
             "g_idx": index.astype(np.int32),
