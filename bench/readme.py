@@ -165,19 +165,26 @@ def startup() -> str:
 
 
 def serve() -> str:
-    """Throughput and latency of a loaded engine, and the first token of an idle one."""
-    result = load("serve")
-    if result is None:
-        return "Not measured yet."
-    loaded = [
-        [row["mode"], row["workload"], str(row["concurrency"]), f"{row['output_tokens_per_second']:,.0f}"]
-        + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")]
-        for row in result["rows"]
-        if "output_tokens_per_second" in row
-    ]
+    """Throughput and latency of a loaded engine, and the first token of an idle one; H200 rows first."""
     header = ["path", "tokens in/out", "streams", "output tokens/s", "TTFT ms P50 / P99", "TPOT ms P50 / P99"]
+    parts = []
+    for name in ("serve_h200", "serve"):
+        result = load(name)
+        if result is None:
+            continue
+        loaded = [
+            [row["mode"], row["workload"], str(row["concurrency"]), f"{row['output_tokens_per_second']:,.0f}"]
+            + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")]
+            for row in result["rows"]
+            if "output_tokens_per_second" in row
+        ]
+        parts += [table(header, loaded), " ".join(_first_tokens(result["rows"])), source(result, name)]
+    return "\n\n".join(filter(None, parts)) or "Not measured yet."
+
+
+def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
-    for row in result["rows"]:
+    for row in rows:
         if "ttft_to_prefill" in row:
             lines.append(
                 f"An idle engine's first token of a {row['prompt']:,}-token prompt comes after "
@@ -188,7 +195,33 @@ def serve() -> str:
                 f"With {row['cached']:,} of {row['prompt']:,} prompt tokens cached it comes after "
                 f"{row['ttft_ms']:.1f} ms instead of {row['ttft_ms_without']:.1f}."
             )
-    return "\n\n".join([table(header, loaded), " ".join(lines), source(result, "serve")])
+    return lines
+
+
+def quantize_speed() -> str:
+    """Time and memory of the quantizers at the 8B shape."""
+    rows, last = [], None
+    for scheme in ("gptq", "awq"):
+        result = load(f"quantize_llama8b_{scheme}")
+        if result is None:
+            continue
+        *layers, total = result["rows"]
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in layers[-1]["stages"].items())
+        rows.append(
+            [
+                scheme.upper(),
+                f"{total['seconds'] / 60:.1f} min",
+                f"{layers[0]['seconds']:.1f} s",
+                f"{layers[-1]['seconds']:.1f} s ({stages})",
+                f"{layers[-1]['matmul_share']:.0%}",
+                f"{layers[-1]['peak_gib']:.1f} GiB",
+            ]
+        )
+        last = result, f"quantize_llama8b_{scheme}"
+    if last is None:
+        return "Not measured yet."
+    header = ["", "32 layers", "first (compiles)", "a further layer (stages, s)", "in matmuls", "peak on the device"]
+    return table(header, rows) + "\n\n" + source(*last)
 
 
 _SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}
@@ -222,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "start_line": start_line,
     "decode": decode,
     "serve": serve,
+    "quantize_speed": quantize_speed,
     "startup": startup,
     "kernels": kernels,
 }
