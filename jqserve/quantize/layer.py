@@ -118,9 +118,13 @@ class Through:
     def collect(self, groups: Sequence[str], activations: Activations, *, hessian: bool) -> dict[str, Moments]:
         """The moments of the inputs of `groups`, in one pass. Raises CheckpointError where one is not finite."""
         sums = {group: moments.start(self.layer[group].shape[1], hessian=hessian) for group in groups}
+        done = None
         for h in activations:
             for group, x in self.inputs(groups, h).items():
                 sums[group] = moments.add(sums[group], x)
+            del x
+            jax.block_until_ready(done)  # or the host would send chunk after chunk before the device takes them up
+            done = sums[groups[-1]]["mean"] + 0.0
         found = {}
         for group in groups:
             found[group] = moments.finish(sums.pop(group), float(activations.rows))
