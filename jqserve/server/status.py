@@ -84,9 +84,9 @@ def with_status(handler: Handler) -> Handler:
             code, text, trailing = told(error)
         except grpc.aio.AbortError:
             raise
-        except grpc.aio.InternalError:  # a write to a caller who is gone
+        except grpc.aio.InternalError:  # a write to a caller who is gone; grpc would log it with a traceback
             code = grpc.StatusCode.CANCELLED
-            raise
+            raise asyncio.CancelledError from None
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
