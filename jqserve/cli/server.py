@@ -192,7 +192,7 @@ def add_observability(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--metrics-host", default="127.0.0.1", metavar="HOST", help="where --metrics-port listens")
     group.add_argument(
-        "--otlp-traces-endpoint", default=None, metavar="URL", help="an OTLP/gRPC collector, http://host:4317"
+        "--otlp-traces-endpoint", default=None, metavar="URL", help="an OTLP/gRPC collector, http(s)://host:4317"
     )
 
 

@@ -78,7 +78,7 @@ class Serving:
         tokens = sum(sequence.tokens for sequence in generation.sequences)
         frontend.metrics.ended(generation, tokens)
         if self._trace is not None:
-            self._trace.end(generation, tokens, outcome)
+            self._trace.end(generation, tokens, outcome, failed=isinstance(error, Exception))
         if frontend.config.log_requests:
             seconds = time.monotonic() - self._began
             request_id = generation.request_id
