@@ -200,7 +200,7 @@ def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:
 
 def quantize_speed() -> str:
     """Time and memory of the quantizers at the 8B shape."""
-    rows, last = [], None
+    rows, sources = [], []
     for scheme in ("gptq", "awq"):
         result = load(f"quantize_llama8b_{scheme}")
         if result is None:
@@ -217,11 +217,11 @@ def quantize_speed() -> str:
                 f"{layers[-1]['peak_gib']:.1f} GiB",
             ]
         )
-        last = result, f"quantize_llama8b_{scheme}"
-    if last is None:
+        sources.append(source(result, f"quantize_llama8b_{scheme}"))
+    if not rows:
         return "Not measured yet."
     header = ["", "32 layers", "first (compiles)", "a further layer (stages, s)", "in matmuls", "peak on the device"]
-    return table(header, rows) + "\n\n" + source(*last)
+    return "\n\n".join([table(header, rows), *sources])
 
 
 _SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}

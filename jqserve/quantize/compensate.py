@@ -30,7 +30,8 @@ def quantize(weight: jax.Array, hessian: Kept, grid: Grid, damp: float, order: O
     from 1 on the weight is rounded to nearest, and the note says so.
     """
     n, k = weight.shape
-    diagonal = np.asarray(jnp.diagonal(fetch(hessian)))
+    fresh = fetch(hessian)
+    diagonal = np.asarray(jnp.diagonal(fresh))
     dead = int((diagonal <= 0).sum())
     note = f"{dead} of {k} input features were never active" if dead else ""
     if dead == k:
@@ -38,14 +39,14 @@ def quantize(weight: jax.Array, hessian: Kept, grid: Grid, damp: float, order: O
     perm = np.argsort(-diagonal, kind="stable").astype(np.int32) if order.act_order else None
     tried = damp
     while True:
-        ordered = fetch(hessian)
-        factor = inverse_factor(ordered if perm is None else ordered[perm][:, perm], tried)
-        del ordered
+        factor = inverse_factor(fresh if perm is None else fresh[perm][:, perm], tried)
+        del fresh  # donated, or in the way of the solver
         if bool(jnp.isfinite(factor).all()):
             break
         tried *= 10
         if tried >= 1:
             return round_to_nearest(weight, grid), "the Hessian is singular at any damping: rounded to nearest"
+        fresh = fetch(hessian)
     if tried != damp:
         note = f"{note}; damping raised to {tried:g}".lstrip("; ")
     columns = grid.extent(n, k)[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,19 +56,24 @@ def fp8_model() -> tuple[ModelConfig, dict]:
 
 
 def compiled_step(variant: Variant, steps: int = 1, rows: int = ROWS) -> Compiled:
+    step = lambda structure, shape, bucket, *a: run_step(structure, shape, bucket, variant, *a)  # noqa: E731
+    return compiled_program(step, Bucket(rows, 0, steps), takes_params=variant is not Variant.GREEDY)
+
+
+def compiled_program(function: Callable[..., Any], bucket: Bucket, *, takes_params: bool) -> Compiled:
+    """function(structure, shape, bucket, leaves, kv, state, params, packed)."""
     with use_device(KNOWN_DEVICES["h200"]):
         config, params = fp8_model()
     structure, leaves = split(build(config, params))
-    shape, bucket = StepShape(ROWS, 64, 8, 128, VOCAB), Bucket(rows, 0, steps)
+    shape = StepShape(ROWS, 64, 8, 128, VOCAB)
     cache = cache_shape(config, page_size=64, pages=100, dtype="bfloat16")
     state = jax.eval_shape(lambda: make_state(shape))
     given = None
-    if variant is not Variant.GREEDY:
+    if takes_params:
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty(ROWS))
     packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
-    step = lambda *a: run_step(structure, shape, bucket, variant, *a)  # noqa: E731
     return compile_for_h200(
-        step,
+        lambda *a: function(structure, shape, bucket, *a),
         leaves,
         cache.abstract(),
         state,
@@ -123,24 +130,11 @@ def test_several_steps_copy_no_pages() -> None:
 def test_a_prefill_layer_is_eleven_kernels_beside_decode_rows_and_ten_alone(decodes: int) -> None:
     """With decode rows there is a second attention kernel; XLA hands both a slice of the queries by its address
     (a "dynamic-slice-fusion"), so that only their results are copied together."""
-    with use_device(KNOWN_DEVICES["h200"]):
-        config, params = fp8_model()
-    structure, leaves = split(build(config, params))
-    shape, bucket = StepShape(ROWS, 64, 8, 128, VOCAB), Bucket(decodes, 2)
-    state = jax.eval_shape(lambda: make_state(shape))
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty(ROWS))
-    packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
-    cache = cache_shape(config, page_size=64, pages=100, dtype="bfloat16")
-    hlo = compile_for_h200(
-        lambda *a: forward(structure, shape, bucket, bucket.sampled, False, *a, None),
-        leaves,
-        cache.abstract(),
-        state,
-        given,
-        packed,
-        donate_argnums=(1, 2),
-        compiler_options=compiler_options(),
-    ).hlo
+    bucket = Bucket(decodes, 2)
+    first_half = lambda structure, shape, bucket, *a: forward(  # noqa: E731
+        structure, shape, bucket, bucket.sampled, False, *a, None
+    )
+    hlo = compiled_program(first_half, bucket, takes_params=True).hlo
     assert hlo.count('custom_call_target="mosaic_gpu_v2"') == (11 if decodes else 10) * LAYERS
     assert operations(hlo, "\nENTRY").count("mosaic_gpu_v2") == (9 if decodes else 10) * LAYERS
     assert len(re.findall(r"bf16\[264,8,128\]\S* concatenate\(", hlo)) == LAYERS * bool(decodes)
