@@ -4,6 +4,11 @@ gRPC reads a message into memory as fast as it comes once somebody asks for it; 
 after some 64 KiB. So a message is only asked for when there is a place: as many as `BUDGET` holds of the largest size.
 A sender who stalls keeps his place for `PATIENCE` seconds when others wait for one.
 
+The core refuses a message larger than the limit only when it has all of it: 16 uploads of 64 MiB that stopped before
+their end took 1 GB under a limit of 4 MiB. So the process's memory is looked at while messages come in, and one during
+which it has grown by more than twice the budget is given up. Twice: messages of the right size, as bytes and parsed,
+have taken more than once.
+
 A large message is parsed and looked through (`sizes`) before the next one is: before this was so, 48 messages of 16 MiB
 took the front end from 87 MB to 12 GB, for their parts, as Python objects, are ten times as large.
 """
@@ -12,8 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
+import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -25,20 +33,33 @@ LEAST_PLACES = 8
 LARGE = 2**16  # bytes; a smaller message usually lies in HTTP/2's window before it is asked for
 PATIENCE = 1.0  # seconds
 MOST_SECONDS = 60.0  # that a message may take, whoever waits
+LOOK = 0.02  # seconds from one look at the memory to the next; loopback brings some 20 MB meanwhile
+STATM = Path("/proc/self/statm")
 
 
 class GoneError(Exception):
     """The caller hung up before his message was there, or it was larger than gRPC was told to take."""
 
 
+def resident() -> int:
+    """Bytes of this process in memory; 0 where there is no /proc, and then nothing is given up for its size."""
+    with contextlib.suppress(OSError):
+        return int(STATM.read_bytes().split()[1]) * resource.getpagesize()
+    return 0
+
+
 class Receiving:
     """All on one event loop."""
 
-    def __init__(self, most_bytes: int, budget: int = BUDGET) -> None:
-        """`most_bytes`: of one message, which gRPC itself enforces."""
+    def __init__(self, most_bytes: int, budget: int = BUDGET, resident: Callable[[], int] = resident) -> None:
+        """`most_bytes`: of one message, which gRPC itself enforces once it has it. `resident`: bytes in memory."""
         self.free = self.places = max(LEAST_PLACES, budget // most_bytes)
+        self._most_growth = 2 * max(budget, LEAST_PLACES * most_bytes)
+        self._resident = resident
+        self._watch: asyncio.Task[None] | None = None
         self._one_large = asyncio.Lock()
-        self._reading: dict[asyncio.Timeout, float] = {}  # -> when it began; the oldest first
+        self._reading: dict[asyncio.Timeout, tuple[float, int]] = {}  # -> when it began, and at how many bytes
+        self._too_large: set[asyncio.Timeout] = set()
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
 
     async def receive[M](self, context: Any, parse: Callable[[bytes], M], look: Callable[[M], None]) -> M:
@@ -67,13 +88,21 @@ class Receiving:
         began = clock()
         try:
             async with asyncio.timeout_at(began + MOST_SECONDS) as limit:
-                self._reading[limit] = began
+                self._reading[limit] = (began, self._resident())
                 self._hurry()
+                if self._watch is None:
+                    self._watch = asyncio.create_task(self._look())
                 try:
                     data = await context.read()
                 finally:
                     del self._reading[limit]
         except TimeoutError:
+            if limit in self._too_large:
+                self._too_large.discard(limit)
+                raise QueueFullError(
+                    f"messages of more than {self._most_growth >> 20} MiB together were on their way in; "
+                    "send smaller ones, or fewer at once"
+                ) from None
             if clock() - began < MOST_SECONDS:
                 raise QueueFullError("the message came too slowly while others waited; try again later") from None
             raise RequestTimeoutError(f"the message did not come to its end in {MOST_SECONDS:g} s") from None
@@ -106,7 +135,21 @@ class Receiving:
 
     def _hurry(self) -> None:
         """Those who have read longest, one for everybody who waits, have no more than PATIENCE."""
-        for _, (limit, began) in zip(range(len(self._waiting)), self._reading.items()):
+        for _, (limit, (began, _)) in zip(range(len(self._waiting)), self._reading.items()):
             when = limit.when()
             if not limit.expired() and (when is None or when > began + PATIENCE):
                 limit.reschedule(began + PATIENCE)
+
+    async def _look(self) -> None:
+        """As long as anything is read. What came within one look is spared: it is most likely small."""
+        clock = asyncio.get_running_loop().time
+        try:
+            while self._reading:
+                await asyncio.sleep(LOOK)
+                now, size = clock(), self._resident()
+                for limit, (began, before) in self._reading.items():
+                    if size - before > self._most_growth and now - began >= LOOK and not limit.expired():
+                        self._too_large.add(limit)
+                        limit.reschedule(now)
+        finally:
+            self._watch = None

@@ -112,6 +112,30 @@ def test_a_caller_who_leaves_the_queue_takes_no_place_along() -> None:
     asyncio.run(run())
 
 
+def test_messages_that_fill_the_memory_are_given_up() -> None:
+    """Those during which it grew by more than the budget, and not the one that began when it was full already."""
+
+    async def run() -> None:
+        megabytes = [100]
+        receiving = Receiving(2**20, 32 * 2**20, lambda: megabytes[0] * 2**20)
+        large = [await start(receiving, Call()) for _ in range(3)]
+        await asyncio.sleep(3 * receive.LOOK)
+        assert not any(task.done() for task in large)
+        megabytes[0] += 65
+        later = Call()
+        small = await start(receiving, later)
+        for task in large:
+            with pytest.raises(QueueFullError, match="64 MiB together"):
+                await asyncio.wait_for(task, 10)
+        later.come.set()
+        assert await asyncio.wait_for(small, 10) == b"x"
+        assert receiving.free == receiving.places
+        megabytes[0] += 65  # nobody reads: the watch has ended, and begins again with the next one
+        assert await receiving.receive(ready(), bytes, lambda message: None) == b"x"
+
+    asyncio.run(run())
+
+
 def test_large_messages_are_looked_through_and_small_ones_are_not() -> None:
     async def run() -> None:
         receiving, seen = Receiving(2**20), []
