@@ -78,7 +78,16 @@ def assemble(
         kept = ProgramCache(
             programs, environment_facts(device) | _program_facts(structure, leaves, model, shape, cache)
         )
-    runner = Runner(structure, leaves, shape, cache, buckets, variants=defaults.variants, cache_of_programs=kept)
+    runner = Runner(
+        structure,
+        leaves,
+        shape,
+        cache,
+        buckets,
+        variants=defaults.variants,
+        cut_masked=defaults.cut_masked,
+        cache_of_programs=kept,
+    )
     scheduler = Scheduler(
         PagePool(pages),
         page_size=page_size,

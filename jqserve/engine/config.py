@@ -119,6 +119,7 @@ class DeviceDefaults:
     tile_size: int
     fine_buckets: bool
     variants: tuple[Variant, ...]  # those that have programs of their own
+    cut_masked: bool  # decode steps with masks have their first layers in a program of their own (`engine/programs`)
     decode_steps: int  # of a dispatch when nobody waits to prefill
     warmup_runs: int  # XLA captures a CUDA graph on a program's second or third run
 
@@ -126,8 +127,8 @@ class DeviceDefaults:
 #: A CPU computes every padded row, and its users wait for every compilation (~5 s of processor time each); a dispatch
 #: costs it nothing beside a step.
 #: The GPU figures follow the attention kernels: pages of 64 tokens, tiles of 128 queries (prefill takes no others).
-CPU = DeviceDefaults(16, 128, 16, 32, False, (Variant.SCORED,), 1, 1)
-GPU = DeviceDefaults(256, 2048, 64, 128, True, ORDER, 1, 3)
+CPU = DeviceDefaults(16, 128, 16, 32, False, (Variant.SCORED,), False, 1, 1)
+GPU = DeviceDefaults(256, 2048, 64, 128, True, ORDER, True, 1, 3)
 
 
 def defaults_for(platform: str) -> DeviceDefaults:

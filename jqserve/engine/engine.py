@@ -17,7 +17,7 @@ from jqserve.engine.grammar import Grammars
 from jqserve.engine.plan import Plan
 from jqserve.engine.preparing import Preparing, Refused
 from jqserve.engine.request import EngineRequest, EngineStats, FinishReason, StepEvent, TokenLogprobs
-from jqserve.engine.runner import Launched, Runner
+from jqserve.engine.runner import Launched, Read, Runner
 from jqserve.engine.scheduler import Scheduler
 from jqserve.engine.scoring import take_scores, told_scores
 from jqserve.engine.sequence import Sequence
@@ -129,11 +129,12 @@ class EngineCore:
         clock = self._time("launch", clock)
         failures = self._failures
         self.host_seconds["dispatch"] = self.runner.dispatcher.seconds
-        previous = self._in_flight
+        previous, read = None, None
         if self.overlap:
-            self._in_flight = launched
-            events += self._resolve(previous) if previous is not None else []
-        # What waits for its masks gets them now: the tokens that they follow from have been read.
+            previous, self._in_flight = self._in_flight, launched
+            read = self._read(previous, events)
+        # What waits for its masks gets them now: the tokens that they follow from have been read. Nothing else may come
+        # before it, for the device waits.
         if launched is not None and launched.output is None and self._failures <= failures:
             try:
                 launched = self._mask(launched)
@@ -143,7 +144,9 @@ class EngineCore:
                 self._in_flight = launched
         if not self.overlap:
             previous = launched
-            events += self._resolve(previous) if previous is not None else []
+            read = self._read(previous, events)
+        if previous is not None and read is not None:
+            events += self._emit(previous.plan, read)
         if failure is not None and self._failures <= failures:  # else: it failed because the one before it had
             events += self._recover(failure, plan)
         if not plan and previous is None and failure is None and not events:
@@ -180,16 +183,36 @@ class EngineCore:
         """Adds to `model_info`."""
         self._info.update(facts)
 
-    def _resolve(self, launched: Launched) -> list[StepEvent]:
-        """Reads a step and takes its tokens over."""
+    def _read(self, launched: Launched | None, events: list[StepEvent]) -> Read | None:
+        """Waits for a step, whose constrained answers then know their tokens. None: there was none, or it failed and
+        `events` has what follows from that."""
+        if launched is None:
+            return None
         clock = time.perf_counter()
         try:
             read = self.runner.read(launched)
         except Exception as error:
-            return self._recover(error, launched.plan)
-        clock = self._time("wait", clock)
-        plan = launched.plan
+            events += self._recover(error, launched.plan)
+            return None
         self._failures = 0
+        clock = self._time("wait", clock)
+        given = [
+            (sequence.grammar, tokens[0])  # never more of them: see `Scheduler`
+            for sequence, tokens in zip(launched.plan.sequences, read.tokens)
+            if sequence.grammar is not None
+            and sequence.finish is None
+            and tokens
+            and tokens[0] >= 0
+            and tokens[0] not in sequence.stop_ids
+        ]
+        if given and self.preparing.grammars is not None:
+            self.preparing.grammars.take(given)
+            self._time("mask", clock)
+        return read
+
+    def _emit(self, plan: Plan, read: Read) -> list[StepEvent]:
+        """Takes a step's tokens over."""
+        clock = time.perf_counter()
         self._steps += plan.steps
         events = []
         for chunk, scores in zip(plan.chunks, read.scores):
@@ -221,7 +244,7 @@ class EngineCore:
             count += 1
             if token in sequence.stop_ids:
                 finish, matched = FinishReason.STOP, token
-            elif sequence.grammar is not None and sequence.grammar.take(token):
+            elif sequence.grammar is not None and sequence.grammar.complete:
                 finish = FinishReason.STOP  # complete: nothing may follow
             elif len(sequence.tokens) >= sequence.limit:
                 finish = FinishReason.LENGTH
@@ -261,9 +284,10 @@ class EngineCore:
         clock = time.perf_counter()
         mask = self.runner.masks(launched)
         rows = [
-            (row, sequence.grammar)
+            (row, grammar)
             for sequence, row in zip(launched.plan.sequences, launched.sampled_rows)
-            if row >= 0 and sequence.grammar is not None and sequence.finish is None
+            if row >= 0 and sequence.finish is None and (grammar := sequence.grammar) is not None
+            if not (grammar.complete or grammar.failed)
         ]
         if rows and self.preparing.grammars is not None:
             self.preparing.grammars.fill(mask, rows)

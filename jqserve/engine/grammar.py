@@ -100,36 +100,47 @@ class Grammars:
     def fill(self, mask: np.ndarray, rows: Sequence[tuple[int, Matcher]]) -> None:
         """Writes the masks of rows: mask int32 [R, ceil(V/32)], one bit a token, 1 = allowed; others stay as they are.
 
-        A matcher that gives up (too much work) says so in `failed` afterwards; its row is left all allowed.
+        The row of a matcher that gives up (too much work) is left all allowed; the next `take` says why.
         """
-        import llguidance
-
         if not rows:
             return
-        if self._executor is None:
-            self._executor = llguidance.LLExecutor(max(1, min(16, (os.cpu_count() or 1) - 1)))
         assert mask.dtype == np.int32 and mask.flags.c_contiguous and mask.shape[1] * 32 >= self.vocab_size
         pairs = [(matcher.state, row) for row, matcher in rows]
-        self._executor.unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, mask.shape[0])
+        self._parallel().unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, mask.shape[0])
         for row, matcher in rows:
-            if matcher.failed:
+            if matcher.state.is_error():
                 mask[row] = -1
+
+    def take(self, given: Sequence[tuple[Matcher, int]]) -> None:
+        """The next token of each of these answers; their `complete` and `failed` tell what came of it."""
+        if not given:
+            return
+        taken = self._parallel().consume_token_par([(matcher.state, token) for matcher, token in given])
+        for (matcher, _), good in zip(given, taken):
+            if good:
+                matcher.complete = bool(matcher.state.is_stopped())
+            else:
+                matcher.failed = shorten(matcher.state.get_error()) or "the token does not follow"
+
+    def _parallel(self) -> Any:
+        if self._executor is None:
+            import llguidance
+
+            self._executor = llguidance.LLExecutor(max(1, min(16, (os.cpu_count() or 1) - 1)))
+        return self._executor
 
 
 @dataclasses.dataclass
 class Matcher:
-    """Where one answer stands in its grammar."""
+    """Where one answer stands in its grammar.
+
+    complete: nothing may follow the last token taken. failed: why it can say nothing any more (the grammar takes too
+    much work a token); "" while all is well.
+    """
 
     state: Any  # llguidance.LLMatcher
-
-    @property
-    def failed(self) -> str:
-        """Why it can say nothing any more: the grammar takes too much work a step. "" while all is well."""
-        return shorten(self.state.get_error()) if self.state.is_error() else ""
-
-    def take(self, token: int) -> bool:
-        """The answer's next token. True: the answer is complete, and nothing may follow."""
-        return bool(self.state.consume_token(token)) and bool(self.state.is_stopped())
+    complete: bool = False
+    failed: str = ""
 
 
 def source(constraint: tuple[str, str]) -> str:

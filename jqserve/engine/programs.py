@@ -6,6 +6,10 @@ however many cores compile. In two halves one forward program serves greedy, sam
 alike, and a second of them is only what the bucket makes it; the price is one more launch, some 10 us of a step. Greedy
 decoding, where a step may take 2 ms, has fused programs as well; and so have dispatches of several steps, whose tokens
 never leave the device.
+
+With masks a forward program can only be handed over when the tokens before it have been read and their masks made, and
+handing one over costs the host 2.5 ms, in which the device waits. So steps with masks have it cut once more where the
+device's launches cost (`Begin`, then the rest): the rest is handed over while the first layers are computed.
 """
 
 from __future__ import annotations
@@ -34,15 +38,28 @@ class Fused:
 @dataclasses.dataclass(frozen=True)
 class Forward:
     """The first half, `engine/split.forward`, which gives the logits of `asked` rows. `scored`: the log-probability of
-    every token of the prompts as well."""
+    every token of the prompts as well. `begun`: only the layers behind those of `Begin`."""
 
     bucket: Bucket
     asked: int
     scored: bool = False
+    begun: bool = False
 
     @property
     def name(self) -> str:
-        return f"forward_{self.bucket.decode_rows}_{self.bucket.tiles}_{self.asked}{'_scored' * self.scored}"
+        kind = "_scored" * self.scored + "_begun" * self.begun
+        return f"forward_{self.bucket.decode_rows}_{self.bucket.tiles}_{self.asked}{kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Begin:
+    """The first layers of a step without prefill, `engine/split.begin`."""
+
+    bucket: Bucket
+
+    @property
+    def name(self) -> str:
+        return f"begin_{self.bucket.decode_rows}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Draw:
         return f"draw_{self.rows}_{self.variant}{'_masked' * self.masked}"
 
 
-Program = Fused | Forward | Draw
+Program = Fused | Begin | Forward | Draw
 
 
 def describe(program: Program) -> str:
@@ -68,15 +85,22 @@ def describe(program: Program) -> str:
     bucket = program.bucket
     if isinstance(program, Fused):
         return f"{bucket.decode_rows} rows, {bucket.steps} steps, {program.variant}"
-    return f"{bucket.decode_rows} rows + {bucket.tiles} tiles{', scored' * program.scored}"
+    if isinstance(program, Begin):
+        return f"{bucket.decode_rows} rows, first layers"
+    kind = ", scored" * program.scored + ", last layers" * program.begun
+    return f"{bucket.decode_rows} rows + {bucket.tiles} tiles{kind}"
 
 
 class Programs:
     """Those of one engine."""
 
-    def __init__(self, buckets: Buckets, tile_size: int, variants: tuple[Variant, ...]) -> None:
-        """`variants`: the samplers to have programs of; a step takes the first that gives all it asks."""
+    def __init__(
+        self, buckets: Buckets, tile_size: int, variants: tuple[Variant, ...], *, cut_masked: bool = False
+    ) -> None:
+        """`variants`: the samplers to have programs of; a step takes the first that gives all it asks. `cut_masked`:
+        decode steps with masks have their first layers in a program of their own."""
         self.buckets, self.tile_size, self.variants = buckets, tile_size, variants
+        self.cut_masked = cut_masked
 
     def always(self) -> list[Program]:
         """All that an ordinary request can need, the costliest to compile first."""
@@ -96,7 +120,10 @@ class Programs:
             scored = scored[:1]  # where every program is on the user's clock (CPUs): the largest
         forwards = [*(f for f in self.always() if isinstance(f, Forward)), *scored]
         masked = [Draw(asked, v, True) for asked, v in self._draws(forwards) if v is not Variant.GREEDY]
-        return [*(f for f in scored if f.bucket.decode_rows == rows), *masked]
+        cut: list[Program] = []
+        for bucket in (Bucket(n, 0) for n in self._coarse() if self.cut_masked):
+            cut += [Begin(bucket), self._forward(bucket, begun=True)]
+        return [*(f for f in scored if f.bucket.decode_rows == rows), *cut, *masked]
 
     def fused(self, plan: Plan) -> Fused | None:
         """The one program of a plan; None: it runs in halves."""
@@ -113,7 +140,9 @@ class Programs:
         """The first half of a plan: the one with the fewest rows that holds it."""
         tiles, scored = tiles_needed(plan, self.tile_size), any(chunk.sequence.wants_scores for chunk in plan.chunks)
         if not scored:
-            return self._forward(self.buckets.choose(len(plan.decodes), tiles, self.tile_size, coarse=True))
+            bucket = self.buckets.choose(len(plan.decodes), tiles, self.tile_size, coarse=True)
+            masked = any(sequence.grammar is not None for sequence in plan.sequences)
+            return self._forward(bucket, begun=self.cut_masked and masked and not tiles)
         fitting = [p for p in self.on_demand() if isinstance(p, Forward) and p.bucket.tiles >= tiles]
         return min(fitting, key=lambda p: p.bucket.rows(self.tile_size))
 
@@ -139,11 +168,11 @@ class Programs:
         """The cheapest step in which everybody decodes beside so many tiles."""
         return self.cheapest(self.buckets.choose(self.buckets.decode[-1], tiles, self.tile_size))
 
-    def _forward(self, bucket: Bucket, scored: bool = False) -> Forward:
+    def _forward(self, bucket: Bucket, scored: bool = False, begun: bool = False) -> Forward:
         """All steps with prefill of the same decode rows draw from as many logits, for a row more of them costs
         nothing beside reading the head, and a draw program of its own would cost a start."""
         tiles = max((b.tiles for b in self.buckets.mixed if b.decode_rows == bucket.decode_rows), default=0)
-        return Forward(bucket, bucket.decode_rows + (tiles if bucket.tiles else 0), scored)
+        return Forward(bucket, bucket.decode_rows + (tiles if bucket.tiles else 0), scored, begun)
 
     def _coarse(self) -> tuple[int, ...]:
         return self.buckets.coarse or self.buckets.decode

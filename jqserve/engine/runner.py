@@ -21,11 +21,21 @@ from jqserve.engine.cache import Cache, CacheShape, make_cache
 from jqserve.engine.compile_cache import ProgramCache, compile_program
 from jqserve.engine.dispatch import Dispatcher
 from jqserve.engine.plan import Adopted, Plan
-from jqserve.engine.programs import Draw, Forward, Fused, Program, Programs, describe
+from jqserve.engine.programs import Begin, Draw, Forward, Fused, Program, Programs, describe
 from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
 from jqserve.engine.slots import SlotParams, SlotTable, empty
-from jqserve.engine.split import LEAST, Half, lower_draw, lower_forward, mask_words, pack_targets, read_scores
+from jqserve.engine.split import (
+    LEAST,
+    Half,
+    first_layers,
+    lower_begin,
+    lower_draw,
+    lower_forward,
+    mask_words,
+    pack_targets,
+    read_scores,
+)
 from jqserve.engine.step import SlotState, Structure, lower_step, make_state
 from jqserve.engine.variant import ORDER, Variant
 
@@ -70,11 +80,12 @@ class Runner:
         buckets: Buckets,
         *,
         variants: tuple[Variant, ...] = ORDER,
+        cut_masked: bool = False,
         cache_of_programs: ProgramCache | None = None,
     ) -> None:
-        """`variants`: the samplers to have programs of."""
+        """`variants`: the samplers to have programs of; `cut_masked`: see `Programs`."""
         self.cache_of_programs = cache_of_programs
-        self.programs = Programs(buckets, shape.tile_size, variants)
+        self.programs = Programs(buckets, shape.tile_size, variants, cut_masked=cut_masked)
         self.structure, self.leaves = structure, leaves
         self.shape, self.cache_shape = shape, cache
         self.device = next(iter(leaves[0].devices()))
@@ -97,7 +108,8 @@ class Runner:
 
     @buckets.setter
     def buckets(self, buckets: Buckets) -> None:
-        self.programs = Programs(buckets, self.shape.tile_size, self.programs.variants)
+        old = self.programs
+        self.programs = Programs(buckets, old.tile_size, old.variants, cut_masked=old.cut_masked)
 
     def program(self, program: Program) -> Any:
         """The compiled program; compiles it when warm-up has not (and counts that)."""
@@ -117,6 +129,8 @@ class Runner:
         match program:
             case Fused():
                 return lower_step(self.structure, self.shape, program, leaves, kv, state, params)
+            case Begin():
+                return lower_begin(self.structure, self.shape, program, leaves, kv, state)
             case Forward():
                 return lower_forward(self.structure, self.shape, program, leaves, kv, state, params)
             case Draw():
@@ -167,6 +181,8 @@ class Runner:
             began = time.perf_counter()
             half = None
             for program in programs:
+                if isinstance(program, Begin):
+                    continue  # runs as the beginning of its forward program
                 if isinstance(program, Draw):
                     self._draw(program, half or self._no_logits(program.rows), None, self._params(program))
                 else:
@@ -236,7 +252,7 @@ class Runner:
 
     def _params(self, program: Program) -> SlotParams | None:
         """The sampling parameters as they are now, for programs that take them."""
-        greedy = not isinstance(program, Forward) and program.variant is Variant.GREEDY
+        greedy = isinstance(program, Fused | Draw) and program.variant is Variant.GREEDY
         return None if greedy else self.slots.on_device()
 
     def _step(
@@ -259,8 +275,16 @@ class Runner:
             self.state = self._adopt(self.state, adopted)
         if program.scored and targets is None:
             targets = np.zeros((program.bucket.tiles, self.shape.tile_size), np.int32)
-        outputs = self.program(program)(self.leaves, self.kv, self.state, params, packed, targets)
-        self.kv, self.state, *rest = outputs
+        done: Cache = ()
+        kv, stream = self.kv, None
+        if program.begun:
+            first = first_layers(len(kv))
+            arguments = self.leaves, kv[:first], self.state, packed
+            done, self.state, stream = self.program(Begin(program.bucket))(*arguments)
+            kv = kv[first:]
+        outputs = self.program(program)(self.leaves, kv, self.state, params, packed, targets, stream)
+        kv, self.state, *rest = outputs
+        self.kv = done + kv
         half = Half(*rest)
         _copied(half.scores)
         return half

@@ -34,6 +34,10 @@ class Model(Protocol):
 
     def __call__(self, tokens: Any, positions: Any, kv: Any, meta: Any) -> tuple[Any, Any]: ...
 
+    def entering(self, tokens: Any) -> Any: ...
+
+    def through(self, layers: range, stream: Any, positions: Any, kv: Any, meta: Any) -> tuple[Any, Any]: ...
+
     def logits(self, hidden: Any) -> Any: ...
 
 
@@ -41,6 +45,9 @@ class Structure(Protocol):
     """A model without its arrays: `jqserve.models.build.Structure`."""
 
     def merge(self, leaves: tuple[jax.Array, ...]) -> Model: ...
+
+    @property
+    def layers(self) -> int: ...
 
 
 @jax.tree_util.register_dataclass
@@ -140,6 +147,14 @@ def _once(
 
 
 @dataclasses.dataclass(frozen=True)
+class Begun:
+    """A step's tokens behind the first `layers` layers: the residual stream as two terms [T, D]."""
+
+    layers: int
+    stream: tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Computed:
     """What the model made of a step's T tokens, and the R rows whose next token is asked: every decode row, and the
     last row of every tile (most tiles' result is dropped), then perhaps padding.
@@ -157,6 +172,29 @@ class Computed:
     row_position: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the model is given of a step's T tokens: tokens, positions int32 [T]; decode_position (-1 = padding) and
+    decode_slot int32 [Bd]."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    decode_position: jax.Array
+    decode_slot: jax.Array
+    meta: AttentionMetadata
+
+
+def inputs(shape: StepShape, state: SlotState, fields: Fields, at: jax.Array | int) -> Inputs:
+    """Of step `at` of the decode rows and all tiles; `state.page_table` is up to date."""
+    decode_position = jnp.where(at < fields.decode_count, fields.decode_position + at, -1)
+    tile_position = fields.tile_start[:, None] + lax.iota(jnp.int32, shape.tile_size)  # [Nt, Tq]
+    positions = jnp.concatenate([jnp.maximum(decode_position, 0), tile_position.reshape(-1)])
+    decode_slot = jnp.where(decode_position < 0, shape.slots, fields.decode_slot)
+    tokens = jnp.concatenate([state.last_token[decode_slot], fields.tile_tokens.reshape(-1)])
+    meta = _attention_metadata(state.page_table, fields, decode_position, tile_position, shape)
+    return Inputs(tokens, positions, decode_position, decode_slot, meta)
+
+
 def compute(
     model: Model,
     shape: StepShape,
@@ -165,17 +203,20 @@ def compute(
     fields: Fields,
     at: jax.Array | int,
     rows_asked: int | None = None,
+    begun: Begun | None = None,
 ) -> tuple[Cache, Computed]:
     """The model over step `at` of the decode rows and all tiles; `state.page_table` is up to date. `rows_asked`: R, the
-    rows behind the decode rows and tiles are padding; None: there are none."""
+    rows behind the decode rows and tiles are padding; None: there are none. `begun`: the layers before those whose
+    pages `kv` is are done."""
     decodes, tiles = fields.decode_slot.shape[0], fields.tile_slot.shape[0]
-    decode_position = jnp.where(at < fields.decode_count, fields.decode_position + at, -1)
-    tile_position = fields.tile_start[:, None] + lax.iota(jnp.int32, shape.tile_size)  # [Nt, Tq]
-    positions = jnp.concatenate([jnp.maximum(decode_position, 0), tile_position.reshape(-1)])
-    decode_slot = jnp.where(decode_position < 0, shape.slots, fields.decode_slot)
-    tokens = jnp.concatenate([state.last_token[decode_slot], fields.tile_tokens.reshape(-1)])
-    meta = _attention_metadata(state.page_table, fields, decode_position, tile_position, shape)
-    hidden, kv = model(tokens, positions, kv, meta)
+    given = inputs(shape, state, fields, at)
+    tokens, positions, decode_slot = given.tokens, given.positions, given.decode_slot
+    if begun is None:
+        hidden, kv = model(tokens, positions, kv, given.meta)
+    else:
+        layers = range(begun.layers, begun.layers + len(kv))
+        (x, residual), kv = model.through(layers, begun.stream, positions, kv, given.meta)
+        hidden = x + residual
     row_slot = jnp.concatenate([decode_slot, jnp.where(fields.tile_sample == 1, fields.tile_slot, shape.slots)])
     asked, position = hidden, positions[:decodes]
     if tiles:
@@ -184,7 +225,7 @@ def compute(
         padding = (rows_asked or decodes + tiles) - decodes - tiles
         rows, row_slot = jnp.pad(rows, (0, padding)), jnp.pad(row_slot, (0, padding), constant_values=shape.slots)
         asked, position = hidden[rows], positions[rows]
-    return kv, Computed(hidden, tokens, positions, decode_position, asked, row_slot, position)
+    return kv, Computed(hidden, tokens, positions, given.decode_position, asked, row_slot, position)
 
 
 def write_page_table(page_table: jax.Array, fields: Fields, shape: StepShape) -> jax.Array:

@@ -54,6 +54,8 @@ class Structure:
     graph: Any
     treedef: Any
 
+    layers: int
+
     def merge(self, leaves: tuple[jax.Array, ...]) -> Decoder:
         """The decoder over `leaves`: call it inside the jitted function."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, leaves))
@@ -63,4 +65,4 @@ def split(decoder: Decoder) -> tuple[Structure, tuple[jax.Array, ...]]:
     """(structure, leaves): leaves is the flat tuple of all weight arrays, in the order that `merge` expects."""
     graph, state = nnx.split(decoder)
     leaves, treedef = jax.tree.flatten(state)
-    return Structure(graph, treedef), tuple(leaves)
+    return Structure(graph, treedef, decoder.config.layers), tuple(leaves)

@@ -33,6 +33,7 @@ from jqserve.ops.linear import dense_matmul
 from jqserve.quant import QuantizedTensor
 
 Pages = tuple[jax.Array, jax.Array]  # k_pages, v_pages [P, Hkv, Ps, Dh] of one layer
+Stream = tuple[jax.Array, jax.Array]  # the residual stream [T, D] as the two terms whose sum it is
 
 
 class Layer(nnx.Module):
@@ -79,14 +80,25 @@ class Decoder(nnx.Module):
         Returns (hidden [T, D] before the final norm, new kv). Donate kv in the jit around this call: pages are then
         written in place. Rows are laid out as `AttentionMetadata` says; padding rows give numbers that mean nothing.
         """
+        (x, residual), kv = self.through(range(self.config.layers), self.entering(tokens), positions, kv, meta)
+        return x + residual, kv
+
+    def entering(self, tokens: jax.Array) -> Stream:
+        """What the first layer takes: tokens int32 [T] -> the residual stream as two terms [T, D]."""
+        residual = self.embeddings(tokens)
+        return jnp.zeros_like(residual), residual  # so that the first layer is like the others, not compiled apart
+
+    def through(
+        self, layers: range, stream: Stream, positions: jax.Array, kv: tuple[Pages, ...], meta: AttentionMetadata
+    ) -> tuple[Stream, tuple[Pages, ...]]:
+        """Some of the layers, with their pages: a step may be cut into programs between layers."""
         rope = rope_table(positions, self.config.rope, self.config.head_dim)
-        residual: jax.Array = self.embeddings(tokens)
-        x = jnp.zeros_like(residual)  # so that the first layer is like the others, and is not compiled apart
+        x, residual = stream
         new_kv = []
-        for layer, pages in zip(self.layers, kv, strict=True):
-            x, residual, pages = _paged_layer(*_static(layer), x, residual, rope, pages, meta)
+        for layer, pages in zip(layers, kv, strict=True):
+            x, residual, pages = _paged_layer(*_static(self.layers[layer]), x, residual, rope, pages, meta)
             new_kv.append(pages)
-        return x + residual, tuple(new_kv)
+        return (x, residual), tuple(new_kv)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] from `__call__` or `hidden_states` -> float32 [..., V]; takes the final norm first."""

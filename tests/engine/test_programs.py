@@ -7,7 +7,7 @@ import pytest
 
 from jqserve.engine.buckets import make_buckets
 from jqserve.engine.plan import Chunk, DecodeRow, Plan
-from jqserve.engine.programs import Draw, Forward, Fused, Program, Programs, describe
+from jqserve.engine.programs import Begin, Draw, Forward, Fused, Program, Programs, describe
 from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.sequence import Sequence
 from jqserve.engine.variant import ORDER, Variant
@@ -15,7 +15,7 @@ from jqserve.engine.variant import ORDER, Variant
 TILE = 16
 GPU = [make_buckets(256, 16, fine=True), make_buckets(256, 16, fine=True, steps=4), make_buckets(3, 2, fine=True)]
 CPU = [make_buckets(16, 4, fine=False), make_buckets(16, 4, fine=False, steps=5), make_buckets(2, 1, fine=False)]
-ENGINES = [(b, ORDER) for b in GPU] + [(b, (Variant.SCORED,)) for b in CPU]
+ENGINES = [(b, ORDER, True) for b in GPU] + [(b, (Variant.SCORED,), False) for b in CPU]
 
 
 def sequence(rid: int, *, grammar: Any = None, scores: dict | None = None, **sampling: Any) -> Sequence:
@@ -50,13 +50,16 @@ def taken(programs: Programs, plan: Plan) -> tuple[Program, ...]:
         return (fused,)
     forward = programs.forward(plan)
     masked = any(s.grammar is not None for s in plan.sequences)
-    return forward, programs.draw(plan, forward, masked)
+    first = (Begin(forward.bucket),) if forward.begun else ()
+    return *first, forward, programs.draw(plan, forward, masked)
 
 
-@pytest.mark.parametrize(("buckets", "variants"), ENGINES)
+@pytest.mark.parametrize(("buckets", "variants", "cut"), ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_plan_has_its_programs_and_they_hold_it(buckets: Any, variants: Any, kind: dict[str, Any]) -> None:
-    programs = Programs(buckets, TILE, variants)
+def test_every_plan_has_its_programs_and_they_hold_it(
+    buckets: Any, variants: Any, cut: bool, kind: dict[str, Any]
+) -> None:
+    programs = Programs(buckets, TILE, variants, cut_masked=cut)
     known = set(programs.always()) | (set(programs.on_demand()) if "grammar" in kind else set())
     most, tiles = buckets.decode[-1], max(b.tiles for b in buckets.mixed)
     shapes = [(n, t) for n in {0, 1, 2, most // 2, most} for t in {0, 1, tiles // 2, tiles} if n + t]
@@ -70,10 +73,11 @@ def test_every_plan_has_its_programs_and_they_hold_it(buckets: Any, variants: An
             assert not isinstance(model, Draw)
             assert model.bucket.decode_rows >= decodes and model.bucket.tiles >= count and model.bucket.steps == k
             sampler = found[-1]
-            assert not isinstance(sampler, Forward)
+            assert isinstance(sampler, Fused | Draw)
             assert ORDER.index(sampler.variant) >= ORDER.index(programs_needed(kind))
             if isinstance(sampler, Draw):
-                assert isinstance(model, Forward) and sampler.rows == model.asked >= model.bucket.sampled
+                assert isinstance(found[-2], Forward) and sampler.rows == found[-2].asked >= model.bucket.sampled
+                assert (len(found) == 3) == (cut and sampler.masked and not count)
                 assert sampler.masked == ("grammar" in kind)
 
 
@@ -83,9 +87,9 @@ def programs_needed(kind: dict[str, Any]) -> Variant:
     return needed(sequence(0, **kind))
 
 
-@pytest.mark.parametrize(("buckets", "variants"), ENGINES)
-def test_prompts_are_scored_by_programs_made_on_demand(buckets: Any, variants: Any) -> None:
-    programs = Programs(buckets, TILE, variants)
+@pytest.mark.parametrize(("buckets", "variants", "cut"), ENGINES)
+def test_prompts_are_scored_by_programs_made_on_demand(buckets: Any, variants: Any, cut: bool) -> None:
+    programs = Programs(buckets, TILE, variants, cut_masked=cut)
     demanded = programs.on_demand()
     assert len(set(demanded)) == len(demanded) and not set(demanded) & set(programs.always())
     for tiles in range(1, max(b.tiles for b in buckets.mixed) + 1):
@@ -94,9 +98,9 @@ def test_prompts_are_scored_by_programs_made_on_demand(buckets: Any, variants: A
         assert forward.scored and forward in demanded and forward.bucket.tiles >= tiles
 
 
-@pytest.mark.parametrize(("buckets", "variants"), ENGINES)
-def test_names_are_of_one_program_each(buckets: Any, variants: Any) -> None:
-    programs = Programs(buckets, TILE, variants)
+@pytest.mark.parametrize(("buckets", "variants", "cut"), ENGINES)
+def test_names_are_of_one_program_each(buckets: Any, variants: Any, cut: bool) -> None:
+    programs = Programs(buckets, TILE, variants, cut_masked=cut)
     everything = [*programs.always(), *programs.on_demand()]
     assert len({p.name for p in everything}) == len({describe(p) for p in everything}) == len(everything)
 

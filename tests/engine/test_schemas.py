@@ -39,14 +39,16 @@ def answer(grammars: Grammars, schema: dict[str, Any], rng: random.Random, closi
     while len(tokens) < LIMIT:
         mask[:] = -1
         grammars.fill(mask, [(0, matcher)])
-        assert not matcher.failed, matcher.failed
+        assert not matcher.state.is_error(), matcher.state.get_error()
         allowed = np.nonzero(np.unpackbits(mask[0].view(np.uint8), bitorder="little"))[0].tolist()
         ends = [token for token in closing if token in allowed] if len(tokens) >= WANDER else []
         token = ends[0] if ends else rng.choice(allowed)
         if token == EOS:
             return tokens
         tokens.append(token)
-        if matcher.take(token):
+        grammars.take([(matcher, token)])
+        assert not matcher.failed, matcher.failed
+        if matcher.complete:
             return tokens
     raise AssertionError(f"no end after {LIMIT} tokens: {tokens}")
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jqserve.engine.grammar import Grammars
+from jqserve.engine.programs import Begin, Forward
 from jqserve.engine.request import FinishReason, SamplingParams, StepEvent
 from jqserve.errors import RequestError
 from tests.engine.conftest import CONTEXT, EOS, PAGE, VOCAB, prompt, request
@@ -118,6 +119,42 @@ def test_answers_fit_their_grammar_and_their_company_is_left_alone(
     for event in events[8]:
         for entry in event.logprobs:
             assert np.isfinite([entry.token, *entry.top]).all() and entry.token <= 0
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+def test_steps_cut_between_layers_give_the_same_tokens(
+    make_core: Any, grammars: Grammars, runner: Any, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """As a GPU's are; a prompt comes when the others decode, so that whole and cut steps take turns."""
+    requests = [
+        constrained(0, ("regex", "[a-z]{30}"), temperature=1.0, seed=1),
+        constrained(1, ("json_schema", SCHEMA), temperature=1.0, seed=2, repetition_penalty=1.2),
+        request(2, 60, max_new_tokens=20, temperature=1.0, seed=3),
+        request(3, 11, max_new_tokens=30),
+    ]
+    whole = run(with_grammars(make_core(overlap=overlap, slots=3), grammars), requests)
+    monkeypatch.setattr(runner.programs, "cut_masked", True)
+    monkeypatch.setattr(runner, "compilations_after_warmup", 0)  # which its other users want to stay as it is
+    real, used = runner.program, []
+    monkeypatch.setattr(runner, "program", lambda program: used.append(program) or real(program))
+    cut = run(with_grammars(make_core(overlap=overlap, slots=3), grammars), requests)
+    assert {i: tokens(events) for i, events in cut.items()} == {i: tokens(events) for i, events in whole.items()}
+    begun = [p for p in used if isinstance(p, Begin)]
+    assert len(begun) >= 20 and len(begun) == sum(isinstance(p, Forward) and p.begun for p in used)
+    assert any(isinstance(p, Forward) and not p.begun for p in used)
+
+
+def test_the_masks_come_before_anything_is_told(
+    make_core: Any, grammars: Grammars, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device waits for them; what its last tokens mean for everybody else can wait."""
+    core, order = with_grammars(make_core(), grammars), []
+    emit, sample = core._emit, runner.sample
+    monkeypatch.setattr(core, "_emit", lambda *a: order.append("told") or emit(*a))
+    monkeypatch.setattr(runner, "sample", lambda *a: order.append("masked" * (a[1] is not None)) or sample(*a))
+    run(core, [constrained(0, ("regex", "[a-z]{20}"))])
+    first = order.index("masked") + 1  # whose own step has nothing before it
+    assert order[first : first + 20] == ["masked", "told"] * 10
 
 
 def test_a_seed_gives_the_same_constrained_answer_whatever_runs_beside_it(make_core: Any, grammars: Grammars) -> None:

@@ -14,7 +14,7 @@ from jqserve.engine.batch import StepShape, packed_size
 from jqserve.engine.buckets import Bucket
 from jqserve.engine.cache import cache_shape
 from jqserve.engine.slots import empty
-from jqserve.engine.split import forward
+from jqserve.engine.split import begin, first_layers, forward
 from jqserve.engine.step import make_state, run_step
 from jqserve.engine.variant import Variant
 from jqserve.models.build import build, split
@@ -138,3 +138,24 @@ def test_a_prefill_layer_is_eleven_kernels_beside_decode_rows_and_ten_alone(deco
     assert hlo.count('custom_call_target="mosaic_gpu_v2"') == (11 if decodes else 10) * LAYERS
     assert operations(hlo, "\nENTRY").count("mosaic_gpu_v2") == (9 if decodes else 10) * LAYERS
     assert len(re.findall(r"bf16\[264,8,128\]\S* concatenate\(", hlo)) == LAYERS * bool(decodes)
+
+
+@pytest.mark.slow
+def test_a_step_cut_between_layers_is_as_many_kernels() -> None:
+    """What is computed again in the second program is small: positions, the rotary table, places in the pages."""
+    bucket, first = Bucket(ROWS, 0), first_layers(LAYERS)
+
+    def beginning(
+        structure: Any, shape: Any, bucket: Any, leaves: Any, kv: Any, state: Any, _: Any, packed: Any
+    ) -> Any:
+        return begin(structure, shape, bucket, leaves, kv[:first], state, packed)
+
+    def rest(structure: Any, shape: Any, bucket: Any, leaves: Any, kv: Any, *given: Any) -> Any:
+        stream = (jnp.ones((ROWS, HIDDEN), jnp.bfloat16),) * 2
+        return forward(structure, shape, bucket, ROWS, False, leaves, kv[first:], *given, None, stream)
+
+    programs = [compiled_program(f, bucket, takes_params=True) for f in (beginning, rest)]
+    launched = [operations(program.hlo, "\nENTRY") for program in programs]
+    assert [names.count("mosaic_gpu_v2") for names in launched] == [10 * first, 10 * (LAYERS - first)]
+    assert [len(names) - names.count("mosaic_gpu_v2") for names in launched] <= [12, 16], launched
+    assert not any(re.search(r"bf16\[101,2,64,128\]\S* copy\(", program.hlo) for program in programs)
