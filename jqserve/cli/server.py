@@ -64,6 +64,7 @@ SERVING_FLAGS = (
     "max_message_bytes",
     "max_prompt_bytes",
     "max_concurrent_rpcs",
+    "stream_interval",
     "max_request_seconds",
     "unread_seconds",
     "metrics_port",
@@ -180,6 +181,10 @@ def add_security(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-request-seconds", type=seconds, default=0.0, metavar="S", help="then DEADLINE_EXCEEDED; 0: no limit"
     )
+    group.add_argument(
+        "--stream-interval", type=count, default=0, metavar="N",
+        help="tokens of a message where a request does not say; 0: 4, and more among many streams",
+    )  # fmt: skip
     group.add_argument(
         "--unread-seconds", type=seconds, default=60.0, metavar="S", help="cancel a stream unread for so long; 0: never"
     )

@@ -94,7 +94,7 @@ def pack(plan: Plan, shape: StepShape, bucket: Bucket) -> tuple[np.ndarray, list
     if count:
         fields.decode_slot[:count] = [row.slot for row in plan.decodes]
         fields.decode_position[:count] = [row.position for row in plan.decodes]
-        fields.decode_count[:count] = [row.count for row in plan.decodes]
+        fields.decode_count[:count] = [row.steps for row in plan.decodes]
         if bucket.steps == 1:
             fields.decode_pages[:count, 0] = [row.pages[0] for row in plan.decodes]
         else:

@@ -214,19 +214,45 @@ class EngineCore:
         """Takes a step's tokens over."""
         clock = time.perf_counter()
         self._steps += plan.steps
-        events = []
+        events, page_size = [], self.scheduler.page_size
         for chunk, scores in zip(plan.chunks, read.scores):
             take_scores(chunk, scores)
         for sequence, tokens, logprobs, reached in zip(plan.sequences, read.tokens, read.logprobs, plan.reached):
-            self._rows += max(1, len(tokens))
+            self._rows += len(tokens) or 1
             if sequence.finish is not None:
                 continue  # it had ended, or was aborted, when this step was under way
-            self.scheduler.passed(sequence, reached)
-            if tokens:
-                sequence.pending -= len(tokens)
+            if sequence.probation:
+                self.scheduler.passed(sequence, reached)
+            if not tokens:
+                continue
+            sequence.pending -= len(tokens)
+            if not self._takes_plainly(sequence, tokens, logprobs):
                 events.append(self._take(sequence, tokens, logprobs))
+                continue
+            known = sequence.tokens
+            known.append(tokens[0])
+            self._generated += 1
+            if len(known) % page_size < 2:  # where a page has become full, of what is computed or of what is read
+                self.scheduler.publish(sequence)
+            events.append(StepEvent(sequence.request.rid, tuple(tokens)))
         self._time("emit", clock)
         return events
+
+    @staticmethod
+    def _takes_plainly(sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs]) -> bool:
+        """Whether a token is one more in the middle of an answer, as nearly all are; `_take` does everything else."""
+        length = len(sequence.tokens)
+        return (
+            len(tokens) == 1
+            and tokens[0] >= 0
+            and not logprobs
+            and sequence.grammar is None
+            and sequence.scores is None
+            and length + 1 < sequence.limit
+            and length > len(sequence.request.prompt)
+            and not sequence.failures_alone
+            and tokens[0] not in sequence.stop_ids
+        )
 
     def _take(self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprobs]) -> StepEvent:
         """Takes tokens over up to the one that ends the sequence, if one does."""

@@ -34,9 +34,10 @@ class Forecast:
 
     def growth(self, sequence: Sequence) -> int:
         """Tokens that are expected to come; at least one, where the limit allows it."""
-        left = max(0, sequence.limit - sequence.length)
+        length, prompt = len(sequence.tokens) + sequence.pending, len(sequence.request.prompt)  # spelled out: it is
+        left = max(0, sequence.limit - length)  # asked of every running sequence when a request waits for memory
         share = min(1.0, self.share * self.conservativeness)
-        expected = share * _allowance(sequence) - (sequence.length - sequence.prompt_length)
+        expected = share * _allowance(sequence) - (length - prompt)
         if expected < 0:  # longer than expected already: half as much of what is left, in the same spirit
             expected = 0.5 * share * min(left, CLIP)
         return min(left, max(1, round(expected)))
@@ -53,4 +54,4 @@ class Forecast:
 
 
 def _allowance(sequence: Sequence) -> int:
-    return max(1, min(sequence.limit - sequence.prompt_length, CLIP))
+    return max(1, min(sequence.limit - len(sequence.request.prompt), CLIP))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 from jqserve.engine.sequence import Sequence
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodeRow:
-    """`count` decode steps of `sequence`. Its newest token, taken from the device, stands at `position`; `pages` cover
+class DecodeRow(NamedTuple):
+    """`steps` decode steps of `sequence`. Its newest token, taken from the device, stands at `position`; `pages` cover
     the positions from there on whose keys and values are written."""
 
     sequence: Sequence
     slot: int
     position: int
     pages: tuple[int, ...]
-    count: int = 1
+    steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,21 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
 
-    @property
+    @functools.cached_property
     def sequences(self) -> list[Sequence]:
         return [row.sequence for row in self.decodes] + [chunk.sequence for chunk in self.chunks]
 
-    @property
+    @functools.cached_property
     def sampled(self) -> list[int]:
         """How many tokens each of `sequences` gets."""
-        return [row.count for row in self.decodes] + [int(chunk.sample) for chunk in self.chunks]
+        return [row.steps for row in self.decodes] + [int(chunk.sample) for chunk in self.chunks]
+
+    @functools.cached_property
+    def constrained(self) -> bool:
+        """Whether any of its sequences has a grammar."""
+        return any(sequence.grammar is not None for sequence in self.sequences)
 
     @property
     def reached(self) -> list[int]:
         """How many positions of each of `sequences` are computed when it has run."""
-        return [row.position + row.count for row in self.decodes] + [c.start + c.length for c in self.chunks]
+        return [row.position + row.steps for row in self.decodes] + [c.start + c.length for c in self.chunks]

@@ -127,7 +127,7 @@ class Programs:
 
     def fused(self, plan: Plan) -> Fused | None:
         """The one program of a plan; None: it runs in halves."""
-        if plan.chunks or any(sequence.grammar is not None for sequence in plan.sequences):
+        if plan.chunks or plan.constrained:
             return None
         variant = self.variant(needed_by(plan.sequences))
         if plan.steps == 1 and variant is not Variant.GREEDY:
@@ -141,8 +141,7 @@ class Programs:
         tiles, scored = tiles_needed(plan, self.tile_size), any(chunk.sequence.wants_scores for chunk in plan.chunks)
         if not scored:
             bucket = self.buckets.choose(len(plan.decodes), tiles, self.tile_size, coarse=True)
-            masked = any(sequence.grammar is not None for sequence in plan.sequences)
-            return self._forward(bucket, begun=self.cut_masked and masked and not tiles)
+            return self._forward(bucket, begun=self.cut_masked and plan.constrained and not tiles)
         fitting = [p for p in self.on_demand() if isinstance(p, Forward) and p.bucket.tiles >= tiles]
         return min(fitting, key=lambda p: p.bucket.rows(self.tile_size))
 

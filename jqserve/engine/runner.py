@@ -210,8 +210,7 @@ class Runner:
         params = self._params(program)
         half = self.dispatcher.submit(lambda: self._forward(program, packed, targets, params, plan.adopted))
         launched = Launched(plan, rows, None, half, program)
-        constrained = any(sequence.grammar is not None for sequence in plan.sequences)
-        return launched if constrained else self.sample(launched, None)
+        return launched if plan.constrained else self.sample(launched, None)
 
     def masks(self, launched: Launched) -> np.ndarray:
         """Room for the masks of a dispatch, everything allowed: int32 [R, ceil(V/32)]."""
@@ -233,10 +232,14 @@ class Runner:
         assert launched.output is not None
         output = launched.output.result()
         sampled = np.asarray(output.tokens)
-        tokens = sampled.reshape(plan.steps, -1).T.tolist()
-        taken = [tokens[row][:count] if row >= 0 else [] for row, count in zip(rows, plan.sampled)]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in rows]
-        if any(s.sampling.logprobs is not None for s in plan.sequences):
+        if plan.steps == 1:
+            flat = sampled.tolist()
+            taken = [[flat[row]] if row >= 0 else [] for row in rows]
+        else:
+            tokens = sampled.reshape(plan.steps, -1).T.tolist()
+            taken = [tokens[row][:count] if row >= 0 else [] for row, count in zip(rows, plan.sampled)]
+        logprobs: list[list[TokenLogprobs]] = [[]] * len(rows)
+        if any(s.sampler and s.sampling.logprobs is not None for s in plan.sequences):
             logprobs = _read_logprobs(launched, output, [len(t) for t in taken])
         half = launched.half.result() if launched.half is not None else None
         scores = read_scores(plan, half, self.shape) if half is not None and half.scores is not None else []

@@ -68,6 +68,7 @@ class Scheduler:
         self.free_slots = list(range(slots - 1, -1, -1))
         self.suspects: set[Sequence] = set()
         self.preemptions = 0
+        self.at_limits = 0  # pages that the running sequences would have if all grew to their limits
         self.cached_tokens = self.admitted_tokens = 0  # since the start, over all admissions
 
     def add(self, sequence: Sequence) -> None:
@@ -91,7 +92,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         tiles = self.decode_tiles if decodes else self.tiles
         for sequence in candidates:
-            if tiles and sequence.slot is not None and sequence.remaining > 0 and not sequence.decodes:
+            if not tiles:
+                break
+            if not sequence.on_device and sequence.slot is not None and sequence.remaining > 0:
                 tiles -= self._add_chunk(sequence, tiles, chunks)
         # Who was preempted just now is not admitted again at once: those pages are wanted.
         while only is None and tiles and self.preemptions == preemptions and self._admissible():
@@ -137,15 +140,19 @@ class Scheduler:
         self._admit(sequence, adopted)
 
     def _decode_rows(self, candidates: list[Sequence], steps: int) -> list[DecodeRow]:
-        rows = []
+        rows, size = [], self.page_size
         for sequence in candidates:
-            if sequence.slot is None or not sequence.decodes or sequence.at_limit:
+            # `decodes` and `at_limit`, spelled out: this loop runs for every row of every step.
+            if not sequence.on_device or sequence.slot is None:
                 continue
-            first, count = sequence.computed, min(steps, sequence.limit - sequence.length)
-            if not self._grow(sequence, first + count):
+            first, length = sequence.computed, len(sequence.tokens) + sequence.pending
+            if length - first != 1 or length >= sequence.limit:
+                continue
+            count = min(steps, sequence.limit - length)
+            page, last = first // size, (first + count - 1) // size
+            if last >= len(sequence.pages) and not self._grow(sequence, first + count):
                 continue  # it was the last one, and had to give its pages back itself
-            pages = tuple(sequence.pages[first // self.page_size : (first + count - 1) // self.page_size + 1])
-            rows.append(DecodeRow(sequence, sequence.slot, first, pages, count))
+            rows.append(DecodeRow(sequence, sequence.slot, first, tuple(sequence.pages[page : last + 1]), count))
         return rows
 
     def _add_chunk(self, sequence: Sequence, tiles: int, chunks: list[Chunk]) -> int:
@@ -174,13 +181,18 @@ class Scheduler:
 
     def _pages_needed(self, sequence: Sequence) -> int:
         """Pages for everything that it has now, and for its next token."""
-        return -(-min(sequence.length + 1, sequence.limit) // self.page_size)
+        return -(-min(len(sequence.tokens) + sequence.pending + 1, sequence.limit) // self.page_size)
+
+    def _pages_at_limit(self, sequence: Sequence) -> int:
+        return -(-sequence.limit // self.page_size)
 
     def _admissible(self) -> bool:
         """The head of the queue may start: first come, first served, so nobody overtakes it."""
         if not self.waiting or not self.free_slots or self.waiting[0].pending:
             return False
         head = self.waiting[0]
+        if self.at_limits + self._pages_at_limit(head) + self.reserve <= self.pool.total:
+            return True  # whatever comes; what follows takes a millisecond for 400 running sequences
         found = self._find(head)
         taken = self.pool.idle(found)
         needed = self._pages_needed(head) - len(found) + taken
@@ -206,6 +218,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, adopted: list[Adopted]) -> None:
         sequence.slot = self.free_slots.pop()
+        self.at_limits += self._pages_at_limit(sequence)
         bisect.insort(self.running, sequence, key=_order)
         found = self._find(sequence)
         self.pool.take(found)
@@ -221,8 +234,8 @@ class Scheduler:
 
     def _advance(self, plan: Plan) -> Plan:
         for row in plan.decodes:
-            row.sequence.computed += row.count
-            row.sequence.pending += row.count
+            row.sequence.computed += row.steps
+            row.sequence.pending += row.steps
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed += chunk.length
@@ -267,6 +280,7 @@ class Scheduler:
     def _vacate(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
         self.running.remove(sequence)
+        self.at_limits -= self._pages_at_limit(sequence)
         self.free_slots.append(sequence.slot)
         self.pool.release(sequence.pages)
         sequence.slot, sequence.pages = None, []

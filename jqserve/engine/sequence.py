@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams, TokenLogprobs
+from jqserve.engine.variant import ORDER, needed
 
 if TYPE_CHECKING:
     from jqserve.engine.grammar import Matcher
@@ -26,6 +27,7 @@ class Sequence:
     grammar    where its answer stands in its constraint, when it has one
     scores     of its prompt's tokens, by place, as far as they are computed; None when nobody asks (any more)
     probation  it was in a step that failed: it runs alone until that many positions have been computed (0: no)
+    sampler    the place in `variant.ORDER` of the least sampler that gives it all it asks
     """
 
     request: EngineRequest
@@ -48,6 +50,10 @@ class Sequence:
     grammar: Matcher | None = None
     scores: dict[int, TokenLogprobs] | None = None
     finish: FinishReason | None = None
+    sampler: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampler = ORDER.index(needed(self.request.sampling))
 
     @property
     def wants_scores(self) -> bool:

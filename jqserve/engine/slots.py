@@ -75,6 +75,8 @@ class SlotTable:
         self.host = empty(slots)
         self._sharding = sharding
         self._device: SlotParams | None = None
+        self._stale = True
+        self._stale_biases = True  # the device's; nearly all of the bytes, and hardly ever changed
         self._biased: set[int] = set()
 
     def set(self, sequence: Sequence) -> None:
@@ -94,7 +96,7 @@ class SlotTable:
         host.ints[slot] = (sampling.top_k, sequence.prompt_length, logprobs)  # type: ignore[index]
         host.seeds[slot] = (seed >> 32, seed & 0xFFFFFFFF)  # type: ignore[index]
         self._set_biases(slot, sequence)
-        self._device = None
+        self._stale = True
 
     def _set_biases(self, slot: int, sequence: Sequence) -> None:
         sampling, host = sequence.sampling, self.host
@@ -105,6 +107,7 @@ class SlotTable:
         if slot in self._biased or entries:
             self._biased.discard(slot)
             host.bias_ids[slot], host.bias_values[slot], host.bias_until[slot] = FOREVER, 0, 0  # type: ignore[index]
+            self._stale_biases = True
         if entries:
             self._biased.add(slot)
             ids, values, untils = zip(*entries)
@@ -113,8 +116,10 @@ class SlotTable:
             host.bias_until[slot, : len(ids)] = untils  # type: ignore[index]
 
     def on_device(self) -> SlotParams:
-        """The device's copy, sent again when something changed. The host arrays may change while it is in use."""
-        if self._device is None:
-            copy = jax.tree.map(np.copy, self.host)
-            self._device = jax.device_put(copy, self._sharding)
+        """The device's copy, of which is sent again what changed. The host arrays may change while it is in use."""
+        if self._device is None or self._stale:
+            names = [f.name for f in dataclasses.fields(SlotParams) if self._stale_biases or f.name[:4] != "bias"]
+            sent = jax.device_put({name: np.copy(getattr(self.host, name)) for name in names}, self._sharding)
+            self._device = dataclasses.replace(self._device or self.host, **sent)
+            self._stale = self._stale_biases = False
         return self._device

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from jqserve.engine.sequence import Sequence
+from jqserve.engine.request import SamplingParams
+
+if TYPE_CHECKING:
+    from jqserve.engine.sequence import Sequence
 
 
 class Variant(enum.StrEnum):
@@ -23,9 +27,8 @@ class Variant(enum.StrEnum):
 ORDER = tuple(Variant)
 
 
-def needed(sequence: Sequence) -> Variant:
-    """The least that gives this sequence all it asks."""
-    s = sequence.sampling
+def needed(s: SamplingParams) -> Variant:
+    """The least that gives a sequence with these parameters all it asks."""
     if s.logprobs:
         return Variant.SCORED
     if (
@@ -48,4 +51,4 @@ def counts_tokens(sequence: Sequence) -> bool:
 
 
 def needed_by(sequences: Iterable[Sequence]) -> Variant:
-    return max((needed(s) for s in sequences), key=ORDER.index, default=Variant.GREEDY)
+    return ORDER[max((sequence.sampler for sequence in sequences), default=0)]

@@ -289,6 +289,10 @@ def _unpack_step(body: bytes) -> Step:
     events, token_at, logprob_at = [], 0, 0
     for i in range(n):
         count, scored = counts[i], counts[i] if has_logprobs[i] else 0
+        if not (extras or scored or finishes[i] or cached[i]) and matched[i] < 0:  # nearly all of them
+            events.append(StepEvent(rids[i], tokens[token_at : token_at + count]))
+            token_at += count
+            continue
         extra = extras.get(str(i), {}) if extras else {}
         events.append(
             StepEvent(

@@ -32,6 +32,7 @@ class ServerConfig:
     max_prompt_bytes: int = 0  # of a text or chat; 0: 32 a token of the context length
     max_concurrent_rpcs: int = 4096
     max_request_seconds: float = 0.0  # 0: as long as it takes
+    stream_interval: int = 0  # tokens of a message; 0: four, and more when many streams are answered
     unread_seconds: float = 60.0  # a stream whose reader takes nothing for so long is cancelled; 0: never
     metrics_port: int | None = None  # None: no metrics; 0: a free one
     metrics_host: str = "127.0.0.1"

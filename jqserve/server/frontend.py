@@ -31,9 +31,10 @@ from jqserve.errors import (
 from jqserve.server.bundle import make_bundle
 from jqserve.server.config import ServerConfig
 from jqserve.server.detokenize import Detokenizer
-from jqserve.server.generation import FLUSH_SECONDS, FLUSH_TOKENS, Generation
+from jqserve.server.generation import Generation
 from jqserve.server.link import EngineLink
 from jqserve.server.metrics import Metrics
+from jqserve.server.pace import Pace
 from jqserve.server.serving import Serving
 from jqserve.server.sizes import check_sizes
 from jqserve.server.throughput import Throughput
@@ -79,6 +80,8 @@ class Frontend:
         self.generations: dict[str, Generation] = {}
         self.servings: set[Serving] = set()
         self.metrics = Metrics(self)
+        interval = self.config.stream_interval
+        self.pace = Pace(interval, fixed=True) if interval else Pace()
         self.tracer: Tracer | None = None
         self._throughput = Throughput()
         self.tasks: int = 0  # of the event loop, when last looked: a number that grows is a leak
@@ -220,10 +223,10 @@ class Frontend:
         n: int = 1,
         request_id: str = "",
         text: bool = True,
-        flush_tokens: int = FLUSH_TOKENS,
-        flush_seconds: float = FLUSH_SECONDS,
+        pace: Pace | None = None,
     ) -> Generation:
         """Starts n sequences. The caller iterates the result within `serving`, which ends it, whatever happens.
+        `pace`: None: the server's.
 
         Raises `RequestError`, `QueueFullError`, `EngineUnavailableError`. What only the engine can judge is raised by
         the iteration, before its first item.
@@ -248,12 +251,12 @@ class Frontend:
             lambda: (
                 Detokenizer(lambda ids: self.need_tokenizer("text").decode(ids, skip), prompt) if with_text else None
             ),
-            flush_tokens=flush_tokens,
-            flush_seconds=flush_seconds,
+            pace or self.pace,
             observe=self.metrics.flushed,
         )
         generation.start()
         self.generations[request_id] = generation
+        self.pace.streams(len(self.generations))
         self.idle.clear()
         self.metrics.started(generation)
         return generation
@@ -266,6 +269,7 @@ class Frontend:
         """Ends the generation's life here; frees its slots if it still runs."""
         generation.close()
         self.generations.pop(generation.request_id, None)
+        self.pace.streams(len(self.generations))
         if not self.generations:
             self.idle.set()
 
@@ -311,17 +315,22 @@ class Frontend:
             raise RequestError("sampling.stop", "holds an empty string")
         if sampling.stop and self.config.ids_only:
             raise RequestError("sampling.stop", "this server has no tokenizer, so it cannot match stop strings")
-        if sampling.max_new_tokens is None:
-            sampling = dataclasses.replace(sampling, max_new_tokens=(context or 2**31) - len(prompt))
-        if sampling.seed is None:
-            sampling = dataclasses.replace(sampling, seed=self._seeds.getrandbits(31))
-        return sampling
+        limit, seed = sampling.max_new_tokens, sampling.seed
+        if limit is not None and seed is not None:
+            return sampling
+        return dataclasses.replace(  # once: it takes 15 us
+            sampling,
+            max_new_tokens=(context or 2**31) - len(prompt) if limit is None else limit,
+            seed=self._seeds.getrandbits(31) if seed is None else seed,
+        )
 
 
 def copy_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
     """Copy `index` of a request: its own seed, and the prompt's logprobs only once."""
+    if index == 0:
+        return sampling
     seed = copy_seed(sampling, index)
-    return dataclasses.replace(sampling, seed=seed, prompt_logprobs=None if index else sampling.prompt_logprobs)
+    return dataclasses.replace(sampling, seed=seed, prompt_logprobs=None)
 
 
 def copy_seed(sampling: SamplingParams, index: int) -> int:

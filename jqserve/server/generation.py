@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from jqserve.engine.request import EngineRequest, FinishReason
 from jqserve.errors import JqserveError
 from jqserve.server.detokenize import Detokenizer
 from jqserve.server.link import EngineLink
+from jqserve.server.pace import Pace
 from jqserve.server.sequence import Delta, Finished
 from jqserve.server.sequence import Sequence as RunningSequence
 
-FLUSH_TOKENS = 4  # a Python gRPC message costs ~40 us whatever it holds (measured): four tokens share one
-FLUSH_SECONDS = 0.05
+SOON = 0.002  # seconds: not worth another timer
 
 
 class Generation:
@@ -25,16 +26,15 @@ class Generation:
         requests: Sequence[EngineRequest],
         link: EngineLink,
         make_detokenizer: Callable[[], Detokenizer | None],
+        pace: Pace,
         *,
-        flush_tokens: int = FLUSH_TOKENS,
-        flush_seconds: float = FLUSH_SECONDS,
         observe: Callable[[int, float | None], None] = lambda tokens, seconds: None,
     ) -> None:
         """`observe` is told of every flush: its tokens, and the seconds since the one before it (None: the first)."""
         self.request_id = request_id
         self.prompt_tokens = len(requests[0].prompt)
         self._link = link
-        self._flush_seconds = flush_seconds
+        self._pace = pace
         self._due: set[RunningSequence] = set()
         self._wake_up = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -43,7 +43,7 @@ class Generation:
                 index,
                 request,
                 detokenizer=make_detokenizer(),
-                flush_tokens=flush_tokens,
+                pace=pace,
                 wake=self._wake,
                 wait=self._start_timer,
                 stop=lambda sequence: link.abort((sequence.request.rid,)),
@@ -101,10 +101,20 @@ class Generation:
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._flush_seconds, self._flush_all)
+            self._timer = asyncio.get_running_loop().call_later(self._pace.seconds, self._flush_all)
 
     def _flush_all(self) -> None:
+        """Those whose tokens have waited for long enough; the others' are left to become a message of their own."""
         self._timer = None
-        self._due.update(sequence for sequence in self.sequences if sequence.pending)
+        seconds, now, rest = self._pace.seconds, time.monotonic(), float("inf")
+        for sequence in self.sequences:
+            if sequence.pending:
+                left = (sequence.since or 0.0) + seconds - now
+                if left < SOON:
+                    self._due.add(sequence)
+                else:
+                    rest = min(rest, left)
+        if rest < seconds + SOON:
+            self._timer = asyncio.get_running_loop().call_later(rest, self._flush_all)
         if self._due:
             self._wake_up.set()

@@ -57,6 +57,7 @@ class Receiving:
         self._most_growth = 2 * max(budget, LEAST_PLACES * most_bytes)
         self._resident = resident
         self._watch: asyncio.Task[None] | None = None
+        self._size = 0  # what `resident` last said: asked for once a look, for it takes 50 us
         self._one_large = asyncio.Lock()
         self._reading: dict[asyncio.Timeout, tuple[float, int]] = {}  # -> when it began, and at how many bytes
         self._too_large: set[asyncio.Timeout] = set()
@@ -88,10 +89,11 @@ class Receiving:
         began = clock()
         try:
             async with asyncio.timeout_at(began + MOST_SECONDS) as limit:
-                self._reading[limit] = (began, self._resident())
-                self._hurry()
                 if self._watch is None:
+                    self._size = self._resident()
                     self._watch = asyncio.create_task(self._look())
+                self._reading[limit] = (began, self._size)
+                self._hurry()
                 try:
                     data = await context.read()
                 finally:
@@ -146,9 +148,9 @@ class Receiving:
         try:
             while self._reading:
                 await asyncio.sleep(LOOK)
-                now, size = clock(), self._resident()
+                now, self._size = clock(), self._resident()
                 for limit, (began, before) in self._reading.items():
-                    if size - before > self._most_growth and now - began >= LOOK and not limit.expired():
+                    if self._size - before > self._most_growth and now - began >= LOOK and not limit.expired():
                         self._too_large.add(limit)
                         limit.reschedule(now)
         finally:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from jqserve.engine.request import EngineRequest, FinishReason, StepEvent, TokenLogprobs
 from jqserve.errors import EngineFailedError, EngineUnavailableError, JqserveError, RequestError
 from jqserve.server.detokenize import Detokenizer
+from jqserve.server.pace import Pace
 from jqserve.server.stops import StopStrings
 
 
@@ -37,7 +38,7 @@ class Finished:
 
 
 class Sequence:
-    """A `Sink` that buffers until a flush is due: the first token, `flush_tokens` tokens, the end.
+    """A `Sink` that buffers until a flush is due: the first token, as many as the pace says, the end.
 
     It calls `wake` when one is due, `wait` when tokens stay behind (the owner flushes them after a while), and `stop`
     when a stop string ended it and the engine does not know yet.
@@ -49,7 +50,7 @@ class Sequence:
         request: EngineRequest,
         *,
         detokenizer: Detokenizer | None,
-        flush_tokens: int,
+        pace: Pace,
         wake: Callable[[Sequence], None],
         wait: Callable[[], None],
         stop: Callable[[Sequence], None],
@@ -66,9 +67,10 @@ class Sequence:
         self.cached_tokens = 0  # of the prompt, found in the prefix cache
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt[sampling.prompt_from:], when asked for
         self.first_seconds = 0.0
+        self.since: float | None = None  # when the oldest token came that waits for others
         self._detokenizer = detokenizer
         self._stops = StopStrings(request.sampling.stop) if request.sampling.stop else None
-        self._flush_tokens = flush_tokens
+        self._pace = pace
         self._wake, self._wait, self._stop, self._observe = wake, wait, stop, observe
         self._total_seconds = 0.0
         self._last_flush: float | None = None
@@ -100,10 +102,18 @@ class Sequence:
             self._append(event.token_ids, event.logprobs)
         if event.finish is not None and self.finish is None:
             self._end(event)
-        if self.finish is not None or (first and self._ids) or len(self._ids) >= self._flush_tokens:
+        if self.finish is not None or (first and self._ids) or self._due():
             self._wake(self)
         elif self._ids:
+            if self.since is None:
+                self.since = time.monotonic()
             self._wait()
+
+    def _due(self) -> bool:
+        if len(self._ids) < self._pace.tokens:
+            return False
+        spacing = self._pace.spacing
+        return not spacing or self._last_flush is None or time.monotonic() - self._last_flush >= spacing
 
     def fail(self, error: JqserveError | None) -> None:
         if self.finish is not None:
@@ -131,6 +141,7 @@ class Sequence:
             last, self._last_flush = self._last_flush, time.monotonic()
             self._observe(len(self._ids), None if last is None else self._last_flush - last)
         self._ids, self._logprobs, self._text = [], [], []
+        self.since = None
         return delta
 
     def result(self) -> Finished:

@@ -10,7 +10,7 @@ from jqserve.engine.request import FinishReason, TokenLogprobs
 from jqserve.errors import JqserveError, RequestError
 from jqserve.server import info, requests
 from jqserve.server.frontend import LONG_TEXT, Frontend
-from jqserve.server.generation import FLUSH_SECONDS, FLUSH_TOKENS
+from jqserve.server.pace import FLUSH_SECONDS, FLUSH_TOKENS, Pace
 from jqserve.server.pb import jqserve_pb2 as pb
 from jqserve.server.pb import jqserve_pb2_grpc
 from jqserve.server.score import first, score
@@ -39,7 +39,8 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
         requests.check(request)
         frontend.check_model(request.model)
         sampling = requests.sampling_params(request.sampling, frontend.defaults)
-        sampling = dataclasses.replace(sampling, constraint=requests.constraint(request))
+        if (constraint := requests.constraint(request)) is not None:
+            sampling = dataclasses.replace(sampling, constraint=constraint)
         output = request.output
         generation = frontend.submit(
             await self._prompt(request),
@@ -47,8 +48,7 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
             n=n,
             request_id=request.request_id,
             text=output != pb.OUTPUT_TOKEN_IDS,
-            flush_tokens=flush_tokens(request),
-            flush_seconds=request.flush_ms / 1000 if request.HasField("flush_ms") else FLUSH_SECONDS,
+            pace=pace(request),
         )
         del request  # its text may be larger than all that follows from it
         with frontend.serving(generation, context) as serving:
@@ -142,12 +142,14 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
         return info.server_info(self.frontend)
 
 
-def flush_tokens(request: pb.GenerateRequest) -> int:
-    if not request.HasField("flush_tokens"):
-        return FLUSH_TOKENS
-    if request.flush_tokens < 1:
+def pace(request: pb.GenerateRequest) -> Pace | None:
+    """What the request asks for; None: nothing."""
+    tokens = request.flush_tokens if request.HasField("flush_tokens") else FLUSH_TOKENS
+    if tokens < 1:
         raise RequestError("flush_tokens", "is 0; expected 1 or more")
-    return request.flush_tokens
+    if not (request.HasField("flush_tokens") or request.HasField("flush_ms")):
+        return None
+    return Pace(tokens, request.flush_ms / 1000 if request.HasField("flush_ms") else FLUSH_SECONDS, fixed=True)
 
 
 def map_logprobs(ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> list[pb.TokenLogprob]:

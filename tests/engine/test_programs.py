@@ -84,7 +84,7 @@ def test_every_plan_has_its_programs_and_they_hold_it(
 def programs_needed(kind: dict[str, Any]) -> Variant:
     from jqserve.engine.variant import needed
 
-    return needed(sequence(0, **kind))
+    return needed(sequence(0, **kind).sampling)
 
 
 @pytest.mark.parametrize(("buckets", "variants", "cut"), ENGINES)

@@ -146,11 +146,11 @@ def test_several_steps_only_when_nobody_waits_and_somebody_can_use_them() -> Non
     s.add(sequence(0, 3, new=20))
     assert s.schedule().steps == 1  # its prompt
     plan = s.schedule()
-    assert plan.steps == 4 and [(r.position, r.count, len(r.pages)) for r in plan.decodes] == [(3, 4, 2)]
+    assert plan.steps == 4 and [(r.position, r.steps, len(r.pages)) for r in plan.decodes] == [(3, 4, 2)]
     s.add(sequence(1, 20, new=3))
     assert s.schedule().steps == s.schedule().steps == s.schedule().steps == 1  # the other's prompt
     plan = s.schedule()
-    assert plan.steps == 4 and [r.count for r in plan.decodes] == [4, 2]
+    assert plan.steps == 4 and [r.steps for r in plan.decodes] == [4, 2]
     s.add(sequence(2, 3))
     assert s.schedule().steps == 1  # somebody waits for a slot
 
@@ -280,12 +280,12 @@ def test_random_traffic_on_a_simulated_device(seed: int, overlap: bool) -> None:
         assert sum(-(-c.length // TILE) for c in plan.chunks) <= tiles and len(plan.decodes) <= slots
         check_pages(s)
         for row in plan.decodes:
-            assert 1 <= row.count <= plan.steps
-            for i in range(row.count):
+            assert 1 <= row.steps <= plan.steps
+            for i in range(row.steps):
                 at = row.position + i
                 page = row.pages[at // PAGE - row.position // PAGE]
                 written[page * PAGE + at % PAGE] = content(row.sequence, at)
-            check_reads(written, row.sequence, row.position + row.count)
+            check_reads(written, row.sequence, row.position + row.steps)
         for c in plan.chunks:
             for position in range(c.start, c.start + c.length):
                 page = c.pages[position // PAGE - c.start // PAGE]

@@ -8,6 +8,7 @@ import pytest
 from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams, StepEvent
 from jqserve.errors import EngineFailedError, EngineUnavailableError, JqserveError, QueueFullError, RequestError
 from jqserve.server.detokenize import Detokenizer
+from jqserve.server.pace import MESSAGES, MOST_SPACING, Pace
 from jqserve.server.sequence import Sequence
 from jqserve.server.status import STATUS, status_of
 
@@ -17,11 +18,12 @@ class Watched(Sequence):
 
     def __init__(self, text: bool = True, **sampling: object) -> None:
         self.calls: list[str] = []
+        self.pace = Pace()
         super().__init__(
             0,
             EngineRequest(1, (0,), SamplingParams(seed=3, **sampling)),  # type: ignore[arg-type]
             detokenizer=Detokenizer(lambda ids: "".join(chr(97 + i) for i in ids)) if text else None,
-            flush_tokens=4,
+            pace=self.pace,
             wake=lambda s: self.calls.append("wake"),
             wait=lambda: self.calls.append("wait"),
             stop=lambda s: self.calls.append("stop"),
@@ -42,6 +44,28 @@ def test_the_first_token_wakes_then_every_four() -> None:
     assert [sequence.event(i) for i in (1, 2, 3, 4)] == ["wait", "wait", "wait", "wake"]
     delta = sequence.take()
     assert delta is not None and delta.text == "bcde" and sequence.take() is None
+
+
+def test_among_many_streams_messages_are_further_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All streams together send MESSAGES a second; the first token and the end never wait."""
+    now = [100.0]
+    monkeypatch.setattr("jqserve.server.sequence.time.monotonic", lambda: now[0])
+    sequence = Watched()
+    sequence.pace.streams(256)
+    assert sequence.pace.spacing == sequence.pace.seconds == 256 / MESSAGES > 0.05
+    assert sequence.event(0) == "wake" and sequence.take() is not None
+    called = []
+    for i in range(1, 12):
+        now[0] += 0.01
+        called.append(sequence.event(i))
+    assert called == ["wait"] * 10 + ["wake"]
+    assert len(sequence.take().token_ids) == 11  # type: ignore[union-attr]
+    assert sequence.event(1, finish=FinishReason.LENGTH) == "wake"
+    sequence.pace.streams(10**6)
+    assert sequence.pace.spacing == MOST_SPACING
+    fixed = Pace(4, fixed=True)
+    fixed.streams(10**6)
+    assert (fixed.spacing, fixed.seconds) == (0, 0.05)
 
 
 def test_the_end_wakes_and_reports_once() -> None:
