@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -61,6 +62,8 @@ def run(channel: Channel, config: EngineConfig) -> int:
     from jqserve.engine.operator import Operator
 
     engine = load_engine(config, lambda stage, text, detail: channel.send(wire.Progress(stage, text, detail)))
+    gc.collect()
+    gc.freeze()  # a collection would look at all of jax's objects, some 0.1 s, in the middle of a step
     channel.send(wire.Ready(engine.model_info()))
     operator = Operator(engine, config.profile_dir)
     told, settled = 0.0, True

@@ -245,7 +245,8 @@ def test_prompt_logprobs_over_the_gateways_protocol(served: tuple[Program, Gatew
     request.sampling_params.CopyFrom(vll.SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=2, n=2))
     with grpc.insecure_channel(served[0].target) as channel:
         answers = list(vllm_engine_pb2_grpc.VllmEngineStub(channel).Generate(request))
-    firsts = {a.chunk.index: a.chunk.input_logprobs for a in answers if a.chunk.completion_tokens == 1}
+    chunks = [a.chunk for a in answers if a.HasField("chunk")]
+    firsts = {chunk.index: chunk.input_logprobs for chunk in reversed(chunks)}
     assert not firsts[1].token_ids  # the prompt is scored once
     entries = firsts[0].token_logprobs
     assert list(firsts[0].token_ids) == ids and not entries[0].HasField("value")
