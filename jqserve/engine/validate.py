@@ -71,8 +71,9 @@ def check_request(request: EngineRequest, limits: Limits) -> EngineRequest:
             f"it has {len(prompt)} tokens; prompt and answer together may have {limits.context_length}. "
             "Shorten it, or start the server with a larger --context-length",
         )
-    for token in prompt:
-        _token("prompt", token, limits)
+    if set(map(type, prompt)) != {int} or min(prompt) < 0 or max(prompt) >= limits.vocab_size:
+        for token in prompt:  # names the first; one by one, a thousand good ones took the loop 0.3 ms
+            _token("prompt", token, limits)
     check_sampling(request.sampling, limits)
     room = limits.context_length - len(prompt)
     asked = request.sampling.max_new_tokens
