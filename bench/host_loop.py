@@ -59,8 +59,9 @@ def make_engine(rows: int, context: int) -> Any:
     runner._step, runner._draw = step, draw  # type: ignore[method-assign]
     runner._forward = lambda *_: Half(None, None, None, None)  # type: ignore[assignment, method-assign, arg-type]
     scheduler = Scheduler(
-        PagePool(pages), page_size=page, slots=rows, tile_size=tile, tiles=tiles, conservativeness=1.0
-    )
+        PagePool(pages), page_size=page, slots=rows, tile_size=tile, tiles=tiles, conservativeness=1.0,
+        fill=buckets.fill,
+    )  # fmt: skip
     return EngineCore(runner, scheduler, Limits(VOCABULARY, context, (2,)), max_queued=4 * rows)
 
 
@@ -83,8 +84,11 @@ def measure(kind: str, rows: int, lengths: tuple[int, int], steps: int) -> dict[
 
     for i in range(rows):
         add(steps + 32 if kind == "decode" else 1 + i * answer // rows)
-    while engine.scheduler.waiting:
+    started: set[int] = set()
+    while len(started) < rows:
         for event in engine.step():
+            if event.rid <= rows:
+                started.add(event.rid)
             if event.finish is not None:
                 add(answer)
     for _ in range(8):

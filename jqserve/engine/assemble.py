@@ -98,6 +98,7 @@ def assemble(
         mixed=not config.disable_mixed_chunk,
         prefix_cache=not config.disable_radix_cache,
         conservativeness=config.schedule_conservativeness,
+        fill=buckets.fill,
     )
     facts = _facts(config, model, context, slots, steps, cache, device) | (info or {})
     if source := kv_source(dtype, scaled):

@@ -4,6 +4,7 @@ offsets read it inside the jit."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,14 @@ def _shapes(shape: StepShape, bucket: Bucket) -> list[tuple[int, ...]]:
 
 
 def packed_size(shape: StepShape, bucket: Bucket) -> int:
-    return sum(int(np.prod(s)) for s in _shapes(shape, bucket))
+    return sum(math.prod(s) for s in _shapes(shape, bucket))
 
 
 def unpack(packed: Any, shape: StepShape, bucket: Bucket) -> Fields:
     """Views into `packed` int32 [packed_size]: of a numpy vector or, inside the jit, of a traced one."""
     parts, at = [], 0
     for part in _shapes(shape, bucket):
-        size = int(np.prod(part))
+        size = math.prod(part)
         parts.append(packed[at : at + size].reshape(part))
         at += size
     return Fields(*parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 
@@ -61,6 +62,23 @@ class Buckets:
     def tile_counts(self, decode_rows: int) -> list[int]:
         """The tile counts that steps with so many decode rows are padded to, ascending."""
         return sorted({b.tiles for b in self.mixed if b.decode_rows >= decode_rows})
+
+    def fill(self, decode_rows: int, tiles: int) -> int:
+        """How many of `tiles` a step beside so many decode rows should take: as many as its shape has, where that is
+        more than half of them. Past some 170 tokens (FP8, 8B) a step's time goes with its tokens, padding included,
+        and what is left over costs the next step, which the decode rows need in any case, no more than it would here.
+        """
+        if not decode_rows:
+            return tiles  # nobody needs the next step
+        counts = next((counts for rows, counts in self._mixed_counts if rows >= decode_rows), ())
+        fitting = max((count for count in counts if count <= tiles), default=0)
+        return fitting if 2 * fitting > tiles else tiles
+
+    @functools.cached_property
+    def _mixed_counts(self) -> list[tuple[int, list[int]]]:
+        """Decode rows of the mixed shapes, ascending, each with the tile counts that there are of it."""
+        rows = sorted({b.decode_rows for b in self.mixed})
+        return [(n, [b.tiles for b in self.mixed if b.decode_rows == n]) for n in rows]
 
     def only_decode(self, rows: Sequence[int]) -> list[Bucket]:
         """The shapes without tiles for these row counts."""

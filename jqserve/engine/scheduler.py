@@ -17,6 +17,7 @@ a page may be found by others as soon as the step that fills it is planned.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 
 from jqserve.engine.forecast import Forecast
 from jqserve.engine.pages import PagePool
@@ -35,6 +36,7 @@ class Scheduler:
     steps         most decode steps of a dispatch
     mixed         whether a step may hold decode rows and chunks; else prompts go first, and answers wait
     prefix_cache  whether full pages are found again
+    fill          of the tiles that could be taken beside so many decode rows, how many should be (`Buckets.fill`)
     conservativeness  of the forecast by which a request is admitted; 0: admitted as soon as its prompt fits
     reserve       pages that admission leaves free for the running sequences to grow
     """
@@ -52,6 +54,7 @@ class Scheduler:
         mixed: bool = True,
         prefix_cache: bool = True,
         conservativeness: float = 0.0,
+        fill: Callable[[int, int], int] = lambda decode_rows, tiles: tiles,
     ) -> None:
         self.pool = pool
         self.page_size = page_size
@@ -61,6 +64,7 @@ class Scheduler:
         self.steps = steps
         self.mixed = mixed
         self.prefix_cache = prefix_cache
+        self.fill = fill
         self.forecast = Forecast(page_size, conservativeness)
         self.reserve = max(1, pool.total // 100)
         self.waiting: list[Sequence] = []  # in order
@@ -90,7 +94,9 @@ class Scheduler:
         prompts_only = not self.mixed and self._prompts_wait(candidates, only)
         decodes = [] if prompts_only else self._decode_rows(candidates, steps)
         chunks: list[Chunk] = []
-        tiles = self.decode_tiles if decodes else self.tiles
+        tiles = self.tiles
+        if decodes:
+            tiles = self.fill(len(decodes), self._tiles_wanted(candidates, self.decode_tiles, only is None))
         for sequence in candidates:
             if not tiles:
                 break
@@ -108,6 +114,18 @@ class Scheduler:
         rows = tuple(row for row in decodes if row.sequence.slot is not None)
         kept = tuple(one for one in adopted if one.sequence.slot is not None)
         return self._advance(Plan(rows, tuple(chunks), tuple(admitted), kept, steps))
+
+    def _tiles_wanted(self, candidates: list[Sequence], most: int, waiting: bool) -> int:
+        """How many tiles the prompts are worth that could be computed now, up to `most`; of those in the prefix cache
+        more than will be taken."""
+        wanted, size = 0, self.tile_size
+        for sequence in candidates:
+            if not sequence.on_device and sequence.slot is not None:
+                wanted += -(-sequence.remaining // size)
+        if waiting:
+            for sequence in self.waiting[: min(most, len(self.free_slots))]:
+                wanted += -(-sequence.length // size)
+        return min(most, wanted)
 
     def _prompts_wait(self, candidates: list[Sequence], only: Sequence | None) -> bool:
         return any(s.remaining > 0 and not s.decodes for s in candidates) or (only is None and self._admissible())

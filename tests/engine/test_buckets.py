@@ -33,3 +33,23 @@ def test_a_step_beyond_the_largest_bucket_is_an_error() -> None:
 def test_rows_and_sampled() -> None:
     assert Bucket(4, 2).rows(16) == 36
     assert Bucket(4, 2).sampled == 6
+
+
+@pytest.mark.parametrize(
+    ("decodes", "wanted", "taken"),
+    [
+        (0, 5, 5),  # nobody else needs a next step
+        (200, 0, 0),
+        (200, 1, 1),
+        (200, 3, 2),
+        (200, 4, 4),
+        (200, 7, 4),
+        (200, 8, 8),
+        (5, 3, 3),  # beside 8 rows there are 1, 4 and 16: one of three would be too few
+        (5, 6, 4),
+        (5, 9, 9),
+        (5, 16, 16),
+    ],
+)
+def test_steps_are_filled_and_not_padded(decodes: int, wanted: int, taken: int) -> None:
+    assert make_buckets(256, 16, fine=True).fill(decodes, wanted) == taken

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jqserve.engine.buckets import make_buckets
 from jqserve.engine.pages import PagePool
 from jqserve.engine.plan import Plan
 from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams
@@ -330,3 +331,15 @@ def content(q: Sequence, position: int) -> int:
 def check_reads(written: dict[int, int], q: Sequence, length: int) -> None:
     for position in range(length):
         assert written[q.pages[position // PAGE] * PAGE + position % PAGE] == content(q, position)
+
+
+def test_prompts_come_in_as_many_tiles_as_a_program_has() -> None:
+    """Five prompts of a tile each, beside somebody who decodes: four, then the one that is left over with the next."""
+    s = scheduler(slots=8, tiles=8, fill=make_buckets(8, 8, fine=True).fill)
+    s.add(sequence(0, 3, new=20))
+    s.schedule()
+    for i in range(1, 6):
+        s.add(sequence(i, TILE, new=5))
+    assert [len(plan.chunks) for plan in (s.schedule(), s.schedule())] == [4, 1]
+    s.add(sequence(6, 3 * TILE, new=5))
+    assert [[chunk.length for chunk in s.schedule().chunks] for _ in range(2)] == [[2 * TILE], [TILE]]
