@@ -35,7 +35,7 @@ class Config:
     cluster_axis: str = "m"  # "m": they differ in m and share the weight tile; "n": share the x tile; "k": split K
     early_launch: bool = False  # fetch the first weights while the kernel before still runs; see `mosaic_sm90`
     teams: int = 1  # 2: ping-pong; teams of warpgroups take output tiles in turn, one stores while the other multiplies
-    overlap: bool = False  # block scales: the next wgmma runs while a partial sum is promoted (K / 128 must be even)
+    overlap: int = 1  # block scales: K steps in a row of which each is promoted while the next is multiplied
     out_slots: int = 2  # staging buffers of `epilogue_n` columns
     late_scales: bool = False  # a tile's vectors follow its last K step, so that operands need not wait for a store
     minor: str = "m"  # tile order: "m" walks m fastest inside stripes of `stripe` tiles
@@ -118,8 +118,8 @@ class Config:
             return f"wgs_k {self.wgs_k} must divide the stages and K steps of {self}"
         if self.teams > 1 and self.wgs_k > 1:
             return f"teams of warpgroups that split K: not both in {self}"
-        if self.overlap and block and (self.tile_k != 128 or self.k_steps(k) % 2 or self.wgs_k > 1):
-            return f"overlap takes tile_k 128, an even number of K steps and wgs_k 1, got {self} for K = {k}"
+        if self.overlap > 1 and block and (self.tile_k != 128 or self.k_steps(k) % self.overlap or self.wgs_k > 1):
+            return f"overlap takes tile_k 128, a multiple of itself of K steps and wgs_k 1, got {self} for K = {k}"
         if self.split_k > 1:
             if self.wgs_m != 2 or self.cluster != 2 or self.teams > 1 or self.wgs_k > 1 or self.early_launch:
                 return f"a cluster that splits K takes two blocks of wgs_m 2 and teams, wgs_k of 1: {self}"

@@ -360,41 +360,43 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                 release(slot)
                 return totals
 
-            if not c.overlap:
+            if c.overlap == 1:
                 return steps(step, nothing, slot)
 
-            def overlapped(*accs):
-                """Two accumulators in turn: while one is promoted, the tensor cores fill the other."""
+            def run(first, state):
+                """`overlap` K steps: while one accumulator is promoted, the tensor cores fill the next."""
+                totals, slot = state
 
-                def multiply(acc, slot):
+                def issue(acc, slot):
                     plgpu.barrier_wait(full_at(slot))
                     plgpu.wgmma(acc, *operands(slot, 0, 128))
 
                 def fold(acc, ki, slot, totals, pending):
+                    factors = before(ki)[0]
                     part = plgpu.wgmma_accumulator_load(acc, wait_n=pending)
                     release(slot)
-                    return promote(totals, part, before(ki)[0], chunk_at(ki), ki)
+                    return promote(totals, part, factors, chunk_at(ki), ki)
 
-                def pair(j, state):
-                    totals, slot = state
-                    for half in (0, 1):
-                        ki = 2 * j + half
-                        following = advance(slot, 1)
-                        multiply(accs[1 - half], following)
-                        totals = fold(accs[half], ki, slot, totals, 1)
-                        accs[half][...] = plgpu.layout_cast(jnp.zeros(shape, acc_dtype), _L)
-                        slot = following
-                    return totals, slot
+                def rest(acc, j, slot, totals):
+                    """With `acc` (step j of the run) in flight: the sums after all of the run's steps."""
+                    ki = first * c.overlap + j
+                    if j == c.overlap - 1:
+                        return fold(acc, ki, slot, totals, 0)
+                    following = advance(slot, 1)
 
-                multiply(accs[0], slot)
-                totals, at = lax.fori_loop(0, k_steps // 2 - 1, pair, (nothing, slot))
-                last = advance(at, 1)
-                multiply(accs[1], last)
-                totals = fold(accs[0], jnp.int32(k_steps - 2), at, totals, 1)
-                totals = fold(accs[1], jnp.int32(k_steps - 1), last, totals, 0)
-                return totals, advance(last, 1)
+                    def next_step(next_acc):
+                        issue(next_acc, following)
+                        return rest(next_acc, j + 1, following, lax.optimization_barrier(fold(acc, ki, slot, totals, 1)))
 
-            return pl.run_scoped(overlapped, *[plgpu.ACC(shape, acc_dtype)] * 2)
+                    return pl.run_scoped(next_step, plgpu.ACC(shape, acc_dtype))
+
+                def start(acc):
+                    issue(acc, slot)
+                    return rest(acc, 0, slot, totals)
+
+                return pl.run_scoped(start, plgpu.ACC(shape, acc_dtype)), advance(slot, c.overlap % c.stages)
+
+            return lax.fori_loop(0, k_steps // c.overlap, run, (nothing, slot))
 
         def in_columns(totals):
             """(first column, part) of the parts of a sum that lie side by side."""

@@ -102,8 +102,20 @@ INTERPRETED = (
     (Case(8, 192, 512, bias=True), Config(48, wgs_k=2, tile_k=128, stages=2, epilogue_n=16, promote=True)),
 )
 
+# Structures that no heuristic chooses yet (bench/kernel_variants.py): 3 multiprocessors, so that teams take turns and
+# rings wrap around between tiles.
+INTERPRETED_VARIANTS = (
+    # ping-pong: an odd number of tiles and of K steps
+    (Case(200, 336, 384, bias=True), Config(48, teams=2, stages=4, epilogue_n=16, out_slots=3)),
+    (Case(200, 336, 384, scales="block"), Config(48, teams=2, stages=2, epilogue_n=16)),
+    (Case(16, 384, 384, bias=True), Config(64, stages=2, epilogue_n=32, late_scales=True)),
+    (Case(70, 448, 512, scales="block"), Config(112, stages=3, epilogue_n=16)),
+    (Case(16, 400, 512, scales="block"), Config(192, stages=2, epilogue_n=32)),
+    (Case(70, 224, 1024, scales="block"), Config(112, stages=3, epilogue_n=16, overlap=4)),
+)
 
-@pytest.mark.parametrize("case, config", INTERPRETED, ids=str)
+
+@pytest.mark.parametrize("case, config", INTERPRETED + INTERPRETED_VARIANTS, ids=str)
 def test_hopper_kernel_interpreted(case, config, monkeypatch):
     operands = make(case)
     few = dataclasses.replace(KNOWN_DEVICES["h200"], core_count=3)  # so that a block walks over several tiles
