@@ -116,7 +116,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         return lax.select(slot >= c.stages, slot - c.stages, slot)
 
     def team_of(i):
-        return lax.rem(i, jnp.int32(c.teams)) if c.teams > 1 else 0
+        return lax.rem(i, jnp.int32(c.teams)) if c.teams > 1 else jnp.int32(0)
 
     def full_of(i, slot):
         """Each team has barriers of its own: a warpgroup has to wait for every phase of a barrier."""
@@ -224,11 +224,8 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
 
     def consumer():
         owner = lax.rem(wg, jnp.int32(c.wgs_m * c.wgs_n))  # place in the output tile
-        wg_k = team = lax.div(wg, jnp.int32(c.wgs_m * c.wgs_n))  # the one or the other: never both
-        if c.teams == 1:
-            team = 0
-        else:
-            wg_k = jnp.int32(0)
+        group = lax.div(wg, jnp.int32(c.wgs_m * c.wgs_n))
+        wg_k, team = (jnp.int32(0), group) if c.teams > 1 else (group, jnp.int32(0))  # never both
         wg_m, wg_n = lax.div(owner, jnp.int32(c.wgs_n)), lax.rem(owner, jnp.int32(c.wgs_n))
         wg_rows = 64 * c.m_groups
         shape = (wg_rows, c.wg_n)
@@ -386,7 +383,9 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
 
                     def next_step(next_acc):
                         issue(next_acc, following)
-                        return rest(next_acc, j + 1, following, lax.optimization_barrier(fold(acc, ki, slot, totals, 1)))
+                        return rest(
+                            next_acc, j + 1, following, lax.optimization_barrier(fold(acc, ki, slot, totals, 1))
+                        )
 
                     return pl.run_scoped(next_step, plgpu.ACC(shape, acc_dtype))
 
@@ -520,9 +519,8 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             lax.fori_loop(0, local_tiles, tile, jnp.int32(0))
         if c.split_k > 1:
             # The owners' last arrivals must find this block alive.
-            @pl.when(jnp.logical_and(wg_m != lax.axis_index("cluster"), local_tiles > 0))
-            def _():
-                plgpu.barrier_wait(scratch["taken"])
+            sender = jnp.logical_and(wg_m != lax.axis_index("cluster"), local_tiles > 0)
+            pl.when(sender)(lambda: plgpu.barrier_wait(scratch["taken"]))
 
         if c.wgs_k > 1:
 
