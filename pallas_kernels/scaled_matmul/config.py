@@ -171,8 +171,8 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
     each fed by the deepest pipeline that fits, with long K steps (few barriers, few promotions): 512 where a tile is
     at most 32 wide (down, M = 16: 16.9 us against 17.4 at 256 and 24 at 128), 256 to 64.
     Above, 128-row tiles of two warpgroups, as wide as makes rounds * (width + _TILE_OVERHEAD) least; steps of 128
-    (256 costs half the stages: o at M = 256 took 9.5 us against 10.4), but 256 for block scales, whose two partial
-    sums then overlap (qkv at M = 256: 15.2 us against 16.9).
+    (256 costs half the stages: o at M = 256 took 9.5 us against 10.4), but 256 for block scales, which wait half as
+    often (qkv at M = 256: 15.2 us against 16.9; ptxas awaits both partial sums before it promotes the first).
     """
     if m <= 64:
         if block:  # a 128-column scale block of its own for each warpgroup, or a whole part of one
