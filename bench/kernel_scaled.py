@@ -1,6 +1,6 @@
 """scaled_matmul and quantize_rows on this GPU: correctness first, then microseconds per call.
 
-    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--sweep] [--dry]
+    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--sweep] [--variants] [--dry]
 
 A call's time is a jitted chain of calls, each with a weight (an input) of its own so that it comes from HBM and each
 waiting for the one before, replayed by XLA from a command buffer: wall clock / calls. Beside it the sum of CUPTI kernel
@@ -11,6 +11,11 @@ the heuristic's choice at every M, then, with `--sweep`, for the alternatives; o
 no other. The worker "mlp" times a decoder's MLP (norm, gate_up, SiLU, down) as a chain; "mlp-stream" does so without
 command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry` compiles
 everything for an H200 where there is no GPU, and runs nothing.
+
+`--variants` times the structures of bench/kernel_variants.py instead of `--sweep`'s, the heuristic's choice once more
+behind them, and at M = 4096 also on zeros and on random bits (what the power limit costs); DIR/clocks.csv has the GPU's
+clock and power meanwhile (seconds since the start, MHz, W, reasons). It adds the worker "prefill" and, where torch is
+installed, "torch" (_scaled_mm, row-wise), and leaves out int8 and the MLP.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import kernel_variants, variant_workers
 from bench.timing import GpuLock, kernel_durations
 
 MODES = ("row", "block", "int8")
@@ -51,6 +57,7 @@ WORKERS = (
     "quant",
     *(f"{shape}-{mode}" for mode in MODES for shape in ("gate_up", "down", "qkv", "o")),
 )
+VARIANT_WORKERS = ("cases", "quant", "prefill", "torch", *(w for w in WORKERS if w.endswith(("-row", "-block"))))
 # Relative Frobenius error against float32: bf16's rounding is 0.00166; fp8 sums that are never promoted add to it.
 ERROR = {"promoted": 0.0022, "fast": 0.0045}
 
@@ -60,7 +67,7 @@ class Session:
 
     def __init__(self, worker: str, args: argparse.Namespace):
         self.worker, self.start, self.budget, self.dry = worker, args.start, args.budget, args.dry
-        self.sweep = args.sweep
+        self.sweep, self.variants = args.sweep, args.variants
         self.folder = Path(args.folder)
         self.log_file = os.open(args.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self.beat, self.doing = 0.0, ""
@@ -268,15 +275,19 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
     from pallas_kernels.scaled_matmul.config import fill_stages, heuristic
 
     n, k = LLAMA_8B[shape]
+    ms = kernel_variants.MS if session.variants else MS
     weights = max(6, math.ceil(300e6 / (n * k)))
     block = mode == "block"
     compile_ = compiler(session)
     jobs: list[tuple[int, Any, bool]] = []
-    for m in MS:
+    for m in ms:
         best = fill_stages(heuristic(m, n, k, block=block), m, k, 2, block)
         jobs.append((m, best, True))
         if session.sweep:
             jobs += [(m, config, False) for config in alternatives(shape, m, mode) if config != best]
+        if session.variants:
+            others = kernel_variants.matmul_variants(shape, n, k, mode, m)
+            jobs += [(m, config, False) for config in others if config != best]
 
     def calls_of(m: int) -> int:
         return weights if m <= 256 else 4
@@ -310,9 +321,45 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
             reference.lower(*operand_shapes(rows, n, k, mode, 1)).compile()
     session.wait_for_others()
     pairs = list(zip(jobs, built))
-    for first in (True, False):
-        with session.gpu(0 if first else 3):
-            time_matmuls(session, shape, mode, [p for p in pairs if p[0][2] == first], ws, calls_of, make, reference)
+    passes = [[p for p in pairs if p[0][2]], [p for p in pairs if not p[0][2]]]
+    if session.variants:  # those that might hang last, and between them the heuristic's choice once more
+        risks = [[p for p in passes[1] if kernel_variants.risk(p[0][1]) == risk] for risk in range(3)]
+        passes = [passes[0], risks[0] + passes[0], risks[1], risks[2]]
+    for rank, some in enumerate(passes):
+        with session.gpu(3 * rank):
+            time_matmuls(session, shape, mode, some, ws, calls_of, make, reference)
+        if rank == 0 and session.variants:
+            with session.gpu(1):
+                time_data(session, shape, mode, some, ws, calls_of)
+
+
+def time_data(session: Session, shape: str, mode: str, pairs: Any, ws: Any, calls_of: Any) -> None:
+    """The heuristic's kernel at M = 4096 on other data: what switching bits cost under the power limit."""
+    import jax
+    import jax.numpy as jnp
+
+    n, k = ws[0].shape
+    [fn] = [fn for (m, *_), fn in pairs if m == 4096]
+    if fn is None or mode == "int8":
+        return
+    bits = jax.jit(
+        lambda shape, seed: jax.lax.bitcast_convert_type(
+            jax.random.bits(jax.random.key(seed), shape, jnp.uint8) & jnp.uint8(0xBF), jnp.float8_e4m3fn
+        ),
+        static_argnums=0,
+    )
+    x_, xs_, wsc_, *_ = operand_shapes(4096, n, k, mode, 1)
+    for kind in ("zeros", "bits"):
+        session.doing_now(f"{shape} {mode} {kind}")
+        row = {"op": "data", "shape": shape, "mode": mode, "m": 4096, "data": kind}
+        try:
+            other = (lambda s, i: jnp.zeros(s, x_.dtype)) if kind == "zeros" else bits
+            args = (other(x_.shape, 99), jnp.ones(xs_.shape), jnp.ones(wsc_.shape))
+            args += tuple(other((n, k), i) for i in range(calls_of(4096)))
+            row |= measure(fn, args, calls_of(4096), 0.02)
+        except Exception as error:
+            row["failed"] = repr(error)[:300]
+        session.log(**row)
 
 
 def time_matmuls(
@@ -324,6 +371,7 @@ def time_matmuls(
 
     n, k = ws[0].shape
     for m in MS:
+        session.beat = 0.0
         mine = [(job, fn) for job, fn in pairs if job[0] == m and fn is not None]
         if not mine:
             continue
@@ -351,7 +399,7 @@ def time_matmuls(
                 if not error < ERROR["fast" if fast else "promoted"] or not row["repeats"]:
                     row["WRONG"] = True
                 del one, two
-                row |= measure(fn, args, calls, 0.02 if chosen else 0.006)
+                row |= measure(fn, args, calls, 0.02 if chosen or m == 4096 else 0.006)
                 row["TBs"] = round(n * k / row["us"] / 1e6, 2)
                 row["TFLOPs"] = round(2 * m * n * k / row["us"] / 1e6)
             except Exception as error:
@@ -405,6 +453,18 @@ def quant_worker(session: Session) -> None:
                         if k % unit == 0 and 4 <= k // (128 * wgs) <= 64 and other != best:
                             jobs.append((op, "row fp8", m, other))
 
+    if session.variants:
+        ms = (16, 1, 64, 4096)
+        jobs = [job for job in jobs if job[2] in ms and job[1] != "row int8"]
+        jobs += [
+            (op, kind, m, split)
+            for m in ms
+            for op in widths
+            for kind in ("row fp8", "block fp8")
+            for split in kernel_variants.quant_variants(op, m)
+            if split != mosaic_sm90.split(m, widths[op])
+        ]
+
     def shapes_of(op: str, m: int) -> tuple[int, Any, Any]:
         """(inputs in the chain, the weight, one input)"""
         k = widths[op]
@@ -418,8 +478,13 @@ def quant_worker(session: Session) -> None:
         fn = op_of(mosaic_sm90, op, kind, config=split)
         rounds = 1 if session.dry or m > 64 else 4
         timed = compile_(chain(fn, 1, rounds), weight, *[x] * (1 if session.dry else count))
-        check = None if split or m > 4096 or session.dry else compile_(op_of(reference, op, kind), weight, x)
+        check = None if (split and not session.variants) or m > 4096 or session.dry else check_of(op, kind, m)
         return timed, check, rounds
+
+    @functools.cache
+    def check_of(op: str, kind: str, m: int) -> Any:
+        _, weight, x = shapes_of(op, m)
+        return compile_(op_of(reference, op, kind), weight, x)
 
     def try_build(job: Any) -> Any:
         try:
@@ -435,9 +500,12 @@ def quant_worker(session: Session) -> None:
         return
     session.wait_for_others()
     built_jobs = [(job, b) for job, b in zip(jobs, built) if b is not None]
-    for chosen in (True, False):
-        with session.gpu(1 if chosen else 2):
-            time_quants(session, [(j, b) for j, b in built_jobs if (j[3] is None) == chosen], shapes_of)
+    for rank, kind in enumerate(
+        (None, 1, 2)
+    ):  # None: the op's choice; a row in one block; in a cluster, which may hang
+        some = [(j, b) for j, b in built_jobs if (None if j[3] is None else min(2, j[3].blocks)) == kind]
+        with session.gpu(1 + 2 * rank):
+            time_quants(session, some, shapes_of)
 
 
 def time_quants(session: Session, pairs: Any, shapes_of: Any) -> None:
@@ -571,32 +639,35 @@ def cases_worker(session: Session) -> None:
 
     compile_ = compiler(session)
     ready = []
-    for case in (*CASES, *DEVICE_CASES):
+    checks: list[tuple[Any, Any]] = [(case, None) for case in (*CASES, *DEVICE_CASES)]
+    if session.variants:
+        checks = list(kernel_variants.CHECKS)
+    for case, config in checks:
         session.beat = 0
         operands = make(case)
         shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in operands if o is not None]
         try:
-            fn = functools.partial(mosaic_sm90.scaled_matmul, out_dtype=case.out_dtype)
-            ready.append((case, operands, compile_(fn, *shapes)))
+            fn = functools.partial(mosaic_sm90.scaled_matmul, out_dtype=case.out_dtype, config=config)
+            ready.append(((case, config), operands, compile_(fn, *shapes)))
         except NotImplementedError as error:
-            session.log(case=str(case), refused=str(error)[:150])
+            session.log(case=str((case, config)), refused=str(error)[:150])
         except Exception as error:
-            session.log(case=str(case), failed=repr(error)[:300])
+            session.log(case=str((case, config)), failed=repr(error)[:300])
     session.log(compiled=len(ready))
     if session.dry:
         return
     session.wait_for_others()
     with session.gpu(1):
-        for case, operands, fn in ready:
-            session.doing_now(case)
+        for (case, config), operands, fn in ready:
+            session.doing_now((case, config))
             try:
                 got = np.asarray(fn(*[jnp.asarray(o) for o in operands if o is not None])).astype(np.float64)
                 want, magnitude = expected(*operands)
                 worst = float((np.abs(got - want) / error_bound(case, want, magnitude, tensor_cores=True)).max())
                 row: dict[str, Any] = {} if worst <= 1 else {"WRONG": True}
-                session.log(case=str(case), worst_over_bound=round(worst, 3), **row)
+                session.log(case=str((case, config)), worst_over_bound=round(worst, 3), **row)
             except Exception as error:
-                session.log(case=str(case), failed=repr(error)[:300])
+                session.log(case=str((case, config)), failed=repr(error)[:300])
 
 
 # --- all of it -------------------------------------------------------------------------------------------------------
@@ -609,6 +680,10 @@ def run_worker(args: argparse.Namespace) -> None:
             cases_worker(session)
         elif args.worker == "quant":
             quant_worker(session)
+        elif args.worker == "prefill":
+            variant_workers.prefill_worker(session, compiler(session))
+        elif args.worker == "torch":
+            variant_workers.torch_worker(session)
         elif args.worker.startswith("mlp"):
             mlp_worker(session)
         else:
@@ -641,8 +716,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--budget", type=float, default=110)
-    parser.add_argument("--only", default=",".join(WORKERS))
+    parser.add_argument("--only", help=f"of {', '.join(dict.fromkeys(WORKERS + VARIANT_WORKERS))}")
     parser.add_argument("--sweep", action="store_true", help="other configs too (their compilation takes a minute)")
+    parser.add_argument("--variants", action="store_true", help="structures of bench/kernel_variants.py")
     parser.add_argument("--dry", action="store_true", help="compile for an absent H200, run nothing")
     for internal in ("--worker", "--folder", "--log"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
@@ -650,7 +726,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return run_worker(args)
-    names = [name for name in args.only.split(",") if name in WORKERS]
+    known = VARIANT_WORKERS if args.variants else WORKERS
+    names = args.only.split(",") if args.only else list(known)
+    if unknown := set(names) - set(WORKERS + VARIANT_WORKERS):
+        parser.error(f"unknown workers {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     log = Path(args.out) / "scaled.jsonl"
     log.write_text("")
     flags = "--xla_gpu_autotune_level=0 --xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
@@ -660,6 +739,12 @@ def main() -> None:
         command = [sys.executable, "-m", "bench.kernel_scaled", "--folder", folder, "--log", str(log)]
         command += (
             ["--budget", str(args.budget), "--start", str(args.start)] + ["--dry"] * args.dry + ["--sweep"] * args.sweep
+        )
+        command += ["--variants"] * args.variants
+        clocks = (
+            variant_workers.watch_clocks(Path(args.out) / "clocks.csv", args.start)
+            if args.variants and not args.dry
+            else None
         )
         workers = []
         for name in names:
@@ -674,8 +759,12 @@ def main() -> None:
                 worker.kill()
             if worker.returncode:
                 print(name, "ended with", worker.returncode, Path(f"{folder}/{name}.err").read_text()[-600:])
+        if clocks is not None:
+            clocks.terminate()
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     summary(rows)
+    if args.variants:
+        variant_workers.best_variants(rows)
 
 
 if __name__ == "__main__":

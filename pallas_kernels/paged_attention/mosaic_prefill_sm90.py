@@ -125,7 +125,9 @@ def prefill_attention(
         raise NotImplementedError(f"{config} needs {p.fixed_bytes} bytes of shared memory of {SMEM_BYTES}")
 
     def per_head(scale: Any) -> jax.Array:
-        return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, jnp.float32).reshape(-1), (kv_heads,))
+        if scale is None:  # not read; ones would be a kernel of their own in front of each call
+            return q_start.astype(jnp.int32)
+        return jnp.broadcast_to(jnp.asarray(scale, jnp.float32).reshape(-1), (kv_heads,))
 
     rows = pages * kv_heads * page_size
     out = _kernel(p, q.dtype, k_pages.dtype)(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
+from pallas_kernels.dispatch import current_device
 from pallas_kernels.quantize import exact
 from pallas_kernels.quantize.reference import FP8_MAX, divide
 
@@ -33,6 +34,9 @@ class Split:
     runs: int  # 128-runs that a warp holds side by side: 2 (8 elements a lane) or 1 (4)
     repeats: int
     blocks: int = 1  # a cluster that shares the row (compiled, not run yet: the heuristic has 1)
+    persistent: bool = (
+        False  # as many blocks as multiprocessors, each with the next row's loads in flight (not run yet)
+    )
 
     @property
     def layout(self) -> Any:
@@ -81,7 +85,7 @@ def _kernel(
     scale_gmem: Any = None if static or qdtype is None else refs.pop(0)
     sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
     partial, ready = refs[-2:]
-    row, wg = lax.axis_index("row"), lax.axis_index("wg")
+    wg = lax.axis_index("wg")
     part = lax.axis_index("part") if s.blocks > 1 else 0
     layout = s.layout
 
@@ -94,7 +98,7 @@ def _kernel(
         plgpu.griddepcontrol_launch_dependents()
         plgpu.griddepcontrol_wait()
 
-    def over_row(values, combine):
+    def over_row(values, combine, partial):
         """Combines one [4] array (a number a warp) per entry of `values` over all warps of the row."""
         for i, value in enumerate(values):
             if s.blocks == 1:
@@ -116,76 +120,96 @@ def _kernel(
 
     def spread(value, axes):
         """A number a row (axes []) or a number a run (axes [0, 1, 2]) to all elements."""
-        return plgpu.layout_cast(lax.broadcast_in_dim(value, y.shape, axes), layout)
+        shape = (4, s.repeats, s.runs, 128)
+        return plgpu.layout_cast(lax.broadcast_in_dim(value, shape, axes), layout)
 
-    if op == "silu":
-        gate = load(x_gmem.at[row, 0, part, wg]).astype(jnp.float32)
-        up = load(x_gmem.at[row, 1, part, wg]).astype(jnp.float32)
-        y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout))
-        if qdtype is None:  # rounded where Hugging Face's tensors are
-            y = y.astype(x_gmem.dtype).astype(jnp.float32)
-        y = y * up
-    else:
-        y = load(x_gmem.at[row, part, wg])
-        if op == "residual_norm":
-            y = (y.astype(jnp.float32) + load(residual_gmem.at[row, part, wg]).astype(jnp.float32)).astype(y.dtype)
-            sum_gmem[row, part, wg] = y
-        y = y.astype(jnp.float32)
-    total: Any = None
-    if weight is not None:
-        total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)
-        if qdtype is not None:
-            y = y * weight.astype(jnp.float32)
-    if qdtype is None:
+    def loads(row):
+        if op == "silu":
+            return [load(x_gmem.at[row, half, part, wg]) for half in (0, 1)]
+        return [load(ref.at[row, part, wg]) for ref in (x_gmem, residual_gmem) if ref is not None]
+
+    def process(row, loaded, partial):
+        if op == "silu":
+            gate, up = (value.astype(jnp.float32) for value in loaded)
+            y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout))
+            if qdtype is None:  # rounded where Hugging Face's tensors are
+                y = y.astype(x_gmem.dtype).astype(jnp.float32)
+            y = y * up
+        else:
+            y = loaded[0]
+            if op == "residual_norm":
+                y = (y.astype(jnp.float32) + loaded[1].astype(jnp.float32)).astype(y.dtype)
+                sum_gmem[row, part, wg] = y
+            y = y.astype(jnp.float32)
+        total: Any = None
         if weight is not None:
-            [total] = over_row([total], [jnp.add])
-            y = (y * lax.rsqrt(total * (1.0 / width) + eps)).astype(x_gmem.dtype).astype(jnp.float32)
-            y = y * weight.astype(x_gmem.dtype).astype(jnp.float32)
-        q_gmem[row, part, wg] = y.astype(x_gmem.dtype)
-        return
+            total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)
+            if qdtype is not None:
+                y = y * weight.astype(jnp.float32)
+        if qdtype is None:
+            if weight is not None:
+                [total] = over_row([total], [jnp.add], partial)
+                y = (y * lax.rsqrt(total * (1.0 / width) + eps)).astype(x_gmem.dtype).astype(jnp.float32)
+                y = y * weight.astype(x_gmem.dtype).astype(jnp.float32)
+            q_gmem[row, part, wg] = y.astype(x_gmem.dtype)
+            return
 
-    # max|y| is taken before the norm's factor: rounding is monotonic, so that factor * max|y| = max|factor * y|.
-    magnitude: Any = None if static else jnp.abs(y).max(axis=3)
-    if magnitude is not None and not block:
-        magnitude = magnitude.max(axis=2).max(axis=1)
-    if total is not None and block:
-        [total] = over_row([total], [jnp.add])
-    elif total is not None:
-        total, magnitude = over_row([total, magnitude], [jnp.add, jnp.maximum])
-    elif magnitude is not None and not block:
-        [magnitude] = over_row([magnitude], [jnp.maximum])
-    if total is not None:
-        factor = lax.rsqrt(total * (1.0 / width) + eps)
-        y, magnitude = y * factor, magnitude * factor
-    axes = [0, 1, 2] if block else []
-    if static:
-        scale = static_gmem[0, 0]
-    else:
+        # max|y| is taken before the norm's factor: rounding is monotonic, so that factor * max|y| = max|factor * y|.
+        magnitude: Any = None if static else jnp.abs(y).max(axis=3)
+        if magnitude is not None and not block:
+            magnitude = magnitude.max(axis=2).max(axis=1)
+        if total is not None and block:
+            [total] = over_row([total], [jnp.add], partial)
+        elif total is not None:
+            total, magnitude = over_row([total, magnitude], [jnp.add, jnp.maximum], partial)
+        elif magnitude is not None and not block:
+            [magnitude] = over_row([magnitude], [jnp.maximum], partial)
+        if total is not None:
+            factor = lax.rsqrt(total * (1.0 / width) + eps)
+            y, magnitude = y * factor, magnitude * factor
+        axes = [0, 1, 2] if block else []
+        if static:
+            scale = static_gmem[0, 0]
+        else:
+            if interpretable:
+                scale = divide(magnitude, jnp.broadcast_to(jnp.float32(divisor), magnitude.shape))
+            else:
+                scale = exact.divide_by(magnitude, divisor, layout.reduce((3,)) if block else exact.SCALAR)
+            scale = jnp.where(scale == 0.0, 1.0, scale)
+            if block:
+                scale_gmem[row, part, wg] = scale
+            else:
+
+                @pl.when(jnp.logical_and(wg == 0, part == 0) if s.blocks > 1 else wg == 0)
+                def _():
+                    scale_gmem[row, 0] = scale
+
         if interpretable:
-            scale = divide(magnitude, jnp.broadcast_to(jnp.float32(divisor), magnitude.shape))
+            y = divide(y, spread(scale, axes))
         else:
-            scale = exact.divide_by(magnitude, divisor, layout.reduce((3,)) if block else exact.SCALAR)
-        scale = jnp.where(scale == 0.0, 1.0, scale)
-        if block:
-            scale_gmem[row, part, wg] = scale
+            lift = exact.lift(scale)
+            y = exact.divide(y * spread(lift, axes), spread(scale * lift, axes), layout)
+        if jnp.dtype(qdtype) == jnp.int8:
+            if static or divisor > 127:  # otherwise |y| <= 127 (1 + 2^-22), which rounds to 127
+                y = jnp.clip(y, -128.0, 127.0)
+            # Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low mantissa bits.
+            q_gmem[row, part, wg] = lax.bitcast_convert_type(y + 12582912.0, jnp.int32).astype(jnp.int8)
         else:
+            q_gmem[row, part, wg] = (jnp.clip(y, -FP8_MAX, FP8_MAX) if static else y).astype(qdtype)
 
-            @pl.when(jnp.logical_and(wg == 0, part == 0) if s.blocks > 1 else wg == 0)
-            def _():
-                scale_gmem[row, 0] = scale
+    first = lax.axis_index("row")
+    if not s.persistent:
+        process(first, loads(first), partial)
+        return
+    step, rows = lax.axis_size("row"), x_gmem.shape[0]
 
-    if interpretable:
-        y = divide(y, spread(scale, axes))
-    else:
-        lift = exact.lift(scale)
-        y = exact.divide(y * spread(lift, axes), spread(scale * lift, axes), layout)
-    if jnp.dtype(qdtype) == jnp.int8:
-        if static or divisor > 127:  # otherwise |y| <= 127 (1 + 2^-22), which rounds to 127
-            y = jnp.clip(y, -128.0, 127.0)
-        # Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low mantissa bits.
-        q_gmem[row, part, wg] = lax.bitcast_convert_type(y + 12582912.0, jnp.int32).astype(jnp.int8)
-    else:
-        q_gmem[row, part, wg] = (jnp.clip(y, -FP8_MAX, FP8_MAX) if static else y).astype(qdtype)
+    def one(i, loaded):
+        row = first + i * step
+        following = loads(lax.min(row + step, jnp.int32(rows - 1)))  # the last row once more behind the end
+        process(row, loaded, partial.at[lax.rem(i, jnp.int32(2))])
+        return following
+
+    lax.fori_loop(0, lax.div(rows - first + (step - 1), step), one, loads(first))
 
 
 def _run(
@@ -236,14 +260,14 @@ def _run(
         lambda *refs: kernel(*refs[:given], *refs[len(operands) :]),
         out_type=outputs,
         scratch_types=[
-            plgpu.SMEM((2, s.blocks, s.wgs, 4), jnp.float32),
+            plgpu.SMEM((*([2] if s.persistent else []), 2, s.blocks, s.wgs, 4), jnp.float32),
             plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=s.wgs)
             if s.blocks > 1
             else plgpu.Barrier(num_arrivals=s.wgs),
         ],
         cluster=(s.blocks,) if s.blocks > 1 else (),
         cluster_names=("part",) if s.blocks > 1 else (),
-        grid=(m,),
+        grid=(min(m, (current_device().core_count or 132) // s.blocks) if s.persistent else m,),
         grid_names=("row",),
         num_threads=s.wgs,
         thread_name="wg",

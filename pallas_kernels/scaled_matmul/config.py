@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 SMEM_BYTES = 227 * 1024  # per thread block on Hopper
+EXCHANGE_PADDING = 8  # columns behind a row of partial sums, so that eight rows' pairs of columns hit different banks
 SCALE_CHUNK = 4  # K blocks whose x scales travel in one copy: 16 bytes, the least that TMA moves
 
 
@@ -30,8 +32,12 @@ class Config:
     promote: bool = False  # add each tile_k partial sum in float32; block scales always do, every 128
     epilogue_n: int = 64  # columns staged at a time for the copy out: 16, 32 or 64, dividing wg_n; two buffers each
     cluster: int = 1  # thread blocks that share a multicast tile
-    cluster_axis: str = "m"  # "m": they differ in m and share the weight tile; "n": they share the x tile
+    cluster_axis: str = "m"  # "m": they differ in m and share the weight tile; "n": share the x tile; "k": split K
     early_launch: bool = False  # fetch the first weights while the kernel before still runs; see `mosaic_sm90`
+    teams: int = 1  # 2: ping-pong; teams of warpgroups take output tiles in turn, one stores while the other multiplies
+    overlap: int = 1  # block scales: K steps in a row of which each is promoted while the next is multiplied
+    out_slots: int = 2  # staging buffers of `epilogue_n` columns
+    late_scales: bool = False  # a tile's vectors follow its last K step, so that operands need not wait for a store
     minor: str = "m"  # tile order: "m" walks m fastest inside stripes of `stripe` tiles
     stripe: int = 8
 
@@ -45,7 +51,12 @@ class Config:
 
     @property
     def consumers(self) -> int:
-        return self.wgs_m * self.wgs_n * self.wgs_k
+        return self.wgs_m * self.wgs_n * self.wgs_k * self.teams
+
+    @property
+    def split_k(self) -> int:
+        """Thread blocks that each sum a part of K of one output tile; block i finishes the rows of its warpgroup i."""
+        return self.cluster if self.cluster_axis == "k" else 1
 
     @property
     def registers(self) -> int:
@@ -69,10 +80,12 @@ class Config:
 
     def smem_bytes(self, m: int, k: int, out_bytes: int = 2, block: bool = False) -> int:
         operands = self.tile_k * self.operand_rows(m)
-        owners = self.wgs_m * self.wgs_n  # warpgroups that hold a finished sum
-        staging = owners * min(2, self.wg_n // self.epilogue_n) * 64 * self.m_groups * self.epilogue_n
+        owners = self.wgs_m * self.wgs_n * self.teams  # warpgroups that hold a finished sum
+        staging = owners * min(self.out_slots, self.wg_n // self.epilogue_n) * 64 * self.m_groups * self.epilogue_n
         exchange = 4 * (self.wgs_k - 1) * self.tile_m * self.tile_n
-        scales = 4 * (self.tile_m + 2 * (self.tile_n + 128))
+        if self.split_k > 1:
+            exchange = 4 * self.wgs_n * 64 * self.m_groups * (self.wg_n + EXCHANGE_PADDING)
+        scales = 4 * (self.tile_m + 2 * (self.tile_n + 128)) * self.teams
         if block:
             scales += 4 * SCALE_CHUNK * self.scale_slots(k) * self.tile_m
         return operands + staging * out_bytes + exchange + scales + 4096  # barriers, alignment
@@ -82,23 +95,51 @@ class Config:
         """K steps that one copy of x's block scales serves."""
         return max(1, 128 * SCALE_CHUNK // self.tile_k)
 
+    def k_steps(self, k: int) -> int:
+        """K steps of one thread block for one output tile."""
+        return -(-k // (self.tile_k * self.split_k))
+
     def chunks(self, k: int) -> int:
-        """Copies of x's block scales that one output tile takes."""
-        return -(-k // max(128 * SCALE_CHUNK, self.tile_k))
+        """Copies of x's block scales that one thread block takes for one output tile."""
+        return -(-self.k_steps(k) // self.steps_per_chunk)
+
+    def scale_columns(self) -> int:
+        """128-columns of the weight whose scale is one number: all of a warpgroup's, or the widest part of them."""
+        return math.gcd(self.wg_n, 128)
+
+    def refusal(self, m: int, n: int, k: int, block: bool) -> str | None:
+        """Why the kernel does not take this config for these shapes, or None."""
+        steps = -(-k // self.tile_k)
+        if block and self.wg_n > 128 + self.scale_columns():
+            return f"a warpgroup's columns may touch two scale blocks, wg_n {self.wg_n} touches more"
+        if block and self.wg_n % 128 and self.scale_columns() % self.epilogue_n:
+            return f"epilogue_n {self.epilogue_n} must divide the {self.scale_columns()} columns of one scale"
+        if self.stages % self.wgs_k or steps % self.wgs_k:
+            return f"wgs_k {self.wgs_k} must divide the stages and K steps of {self}"
+        if self.teams > 1 and self.wgs_k > 1:
+            return f"teams of warpgroups that split K: not both in {self}"
+        if self.overlap > 1 and block and (self.tile_k != 128 or self.k_steps(k) % self.overlap or self.wgs_k > 1):
+            return f"overlap takes tile_k 128, a multiple of itself of K steps and wgs_k 1, got {self} for K = {k}"
+        if self.split_k > 1:
+            if self.wgs_m != 2 or self.cluster != 2 or self.teams > 1 or self.wgs_k > 1 or self.early_launch:
+                return f"a cluster that splits K takes two blocks of wgs_m 2 and teams, wgs_k of 1: {self}"
+            if steps % self.cluster or (block and self.k_steps(k) * self.tile_k % (128 * SCALE_CHUNK)):
+                return f"parts of K must be equal and whole chunks of scales: {self} for K = {k}"
+        return None
 
     def scale_slots(self, k: int) -> int:
         """x-scale chunks in flight: a slot may be refilled only when the stages that used it are free again.
 
         The stages in flight are consecutive K steps; each end of a tile among them may cut a chunk short.
         """
-        steps = -(-k // self.tile_k)
+        steps = self.k_steps(k)
         cuts = -(-self.stages // steps) if steps % self.steps_per_chunk else 0
         return -(-(self.stages + self.steps_per_chunk - 1) // self.steps_per_chunk) + 1 + cuts
 
 
 def fill_stages(config: Config, m: int, k: int, out_bytes: int = 2, block: bool = False) -> Config:
     """The same config with as many stages as shared memory holds and the K loop can use."""
-    steps = -(-k // config.tile_k)
+    steps = config.k_steps(k) * config.teams  # a team's first steps may be fetched during the other's last
     least = -(-2 // config.wgs_k) * config.wgs_k
     best = dataclasses.replace(config, stages=least)
     for stages in range(least, min(steps, 16) + 1, config.wgs_k):
@@ -130,8 +171,8 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
     each fed by the deepest pipeline that fits, with long K steps (few barriers, few promotions): 512 where a tile is
     at most 32 wide (down, M = 16: 16.9 us against 17.4 at 256 and 24 at 128), 256 to 64.
     Above, 128-row tiles of two warpgroups, as wide as makes rounds * (width + _TILE_OVERHEAD) least; steps of 128
-    (256 costs half the stages: o at M = 256 took 9.5 us against 10.4), but 256 for block scales, whose two partial
-    sums then overlap (qkv at M = 256: 15.2 us against 16.9).
+    (256 costs half the stages: o at M = 256 took 9.5 us against 10.4), but 256 for block scales, which wait half as
+    often (qkv at M = 256: 15.2 us against 16.9; ptxas awaits both partial sums before it promotes the first).
     """
     if m <= 64:
         if block:  # a 128-column scale block of its own for each warpgroup, or a whole part of one

@@ -28,7 +28,16 @@ from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
-from pallas_kernels.scaled_matmul.config import SCALE_CHUNK, SMEM_BYTES, Config, fill_stages, heuristic, search_space
+from pallas_kernels.quantize.exact import cluster_fence
+from pallas_kernels.scaled_matmul.config import (
+    EXCHANGE_PADDING,
+    SCALE_CHUNK,
+    SMEM_BYTES,
+    Config,
+    fill_stages,
+    heuristic,
+    search_space,
+)
 
 _L = plgpu.Layout.WGMMA
 _ROW, _COL = _L.reduce(1), _L.reduce(0)
@@ -62,7 +71,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         bias_gmem = None
     c = config
     load_m = c.load_m(m)
-    k_steps = -(-k // c.tile_k)
+    k_steps = c.k_steps(k)
     m_tiles, n_tiles = -(-m // c.tile_m), -(-n // c.tile_n)
     share_w, share_x = c.cluster > 1 and c.cluster_axis == "m", c.cluster > 1 and c.cluster_axis == "n"
     m_clusters = -(-m_tiles // c.cluster) if share_w else m_tiles
@@ -74,6 +83,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
     local_tiles = lax.div(jnp.int32(tiles) - first + (grid - 1), jnp.int32(grid))
     full, empty, scales_full, scales_empty = (scratch[b] for b in ("full", "empty", "scales_full", "scales_empty"))
     operand_smem = scratch["operands"]
+    first_step = lax.axis_index("cluster") * k_steps if c.split_k > 1 else 0
     scale_slots = c.scale_slots(k)
     epilogue_copies = "xs" in scratch or "ws" in scratch or has_bias
 
@@ -85,7 +95,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             mi, ni = lin, jnp.int32(0)
         else:
             mi, ni = plgpu.planar_snake(lin, (m_clusters, n_clusters), 0 if c.minor == "m" else 1, c.stripe)
-        if c.cluster > 1:
+        if share_w or share_x:
             rank = lax.axis_index("cluster")
             mi, ni = (mi * c.cluster + rank, ni) if share_w else (mi, ni * c.cluster + rank)
         return mi * c.tile_m, ni * c.tile_n
@@ -105,14 +115,21 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         slot = slot + by
         return lax.select(slot >= c.stages, slot - c.stages, slot)
 
+    def team_of(i):
+        return lax.rem(i, jnp.int32(c.teams)) if c.teams > 1 else jnp.int32(0)
+
+    def full_of(i, slot):
+        """Each team has barriers of its own: a warpgroup has to wait for every phase of a barrier."""
+        return full.at[team_of(i) * c.stages + slot if c.teams > 1 else slot]
+
     prefetched = min(c.stages, k_steps) if c.early_launch else 0  # K steps whose weights are fetched ahead of all else
 
     def producer():
-        def load_w(n0, ki, slot):
+        def load_w(n0, ki, slot, barrier):
             plgpu.copy_gmem_to_smem(
-                w_gmem.at[pl.ds(n0, c.tile_n), pl.ds(ki * c.tile_k, c.tile_k)],
+                w_gmem.at[pl.ds(n0, c.tile_n), pl.ds((first_step + ki) * c.tile_k, c.tile_k)],
                 w_tile(slot, 0, c.tile_n),
-                full.at[slot],
+                barrier,
                 collective_axes="cluster" if share_w else None,
             )
 
@@ -121,26 +138,28 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
 
             @pl.when(local_tiles > 0)
             def _():
-                lax.fori_loop(0, prefetched, lambda ki, _: load_w(tile_origin(0)[1], ki, ki), None)
+                lax.fori_loop(0, prefetched, lambda ki, _: load_w(tile_origin(0)[1], ki, ki, full_of(0, ki)), None)
 
             plgpu.griddepcontrol_wait()
 
         def tile(i, slot):
             m0, n0 = tile_origin(i)
-            if epilogue_copies:
 
-                @pl.when(i > 0)
+            def copy_vectors():
+                team = team_of(i)
+                ready = scales_full.at[team]
+
+                @pl.when(i >= c.teams)
                 def _():
-                    plgpu.barrier_wait(scales_empty)
+                    plgpu.barrier_wait(scales_empty.at[team])
 
-                if "xs" in scratch:
-                    plgpu.copy_gmem_to_smem(xs_gmem.at[pl.ds(m0, c.tile_m)], scratch["xs"], scales_full)
-                if "ws" in scratch:
-                    plgpu.copy_gmem_to_smem(ws_gmem.at[pl.ds(n0, scratch["ws"].shape[0])], scratch["ws"], scales_full)
-                if has_bias:
-                    plgpu.copy_gmem_to_smem(
-                        bias_gmem.at[pl.ds(n0, scratch["bias"].shape[0])], scratch["bias"], scales_full
-                    )
+                for name, source, start in (("xs", xs_gmem, m0), ("ws", ws_gmem, n0), ("bias", bias_gmem, n0)):
+                    if name in scratch:
+                        vector = scratch[name].at[team]
+                        plgpu.copy_gmem_to_smem(source.at[pl.ds(start, vector.shape[0])], vector, ready)
+
+            if epilogue_copies and not c.late_scales:
+                copy_vectors()
 
             def step(ki, slot):
                 g = i * k_steps + ki
@@ -149,36 +168,41 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
+                barrier = full_of(i, slot)
                 if prefetched:
-                    pl.when(g >= prefetched)(lambda: load_w(n0, ki, slot))
+                    pl.when(g >= prefetched)(lambda: load_w(n0, ki, slot, barrier))
                 else:
-                    load_w(n0, ki, slot)
+                    load_w(n0, ki, slot, barrier)
                 plgpu.copy_gmem_to_smem(
-                    x_gmem.at[pl.ds(m0, load_m), pl.ds(ki * c.tile_k, c.tile_k)],
+                    x_gmem.at[pl.ds(m0, load_m), pl.ds((first_step + ki) * c.tile_k, c.tile_k)],
                     x_tile(slot, 0, load_m),
-                    full.at[slot],
+                    barrier,
                     collective_axes="cluster" if share_x else None,
                 )
                 if block and x_kind == "block":
                     in_tile, place = chunk_of(ki)
+                    first_chunk = first_step * (c.tile_k // 128)
                     chunk = i * c.chunks(k) + in_tile
                     opens_chunk = place == 0
 
                     @pl.when(opens_chunk)
                     def _():
                         plgpu.copy_gmem_to_smem(
-                            xs_gmem.at[pl.ds(m0, c.tile_m), pl.ds(in_tile * SCALE_CHUNK, SCALE_CHUNK)],
+                            xs_gmem.at[pl.ds(m0, c.tile_m), pl.ds(first_chunk + in_tile * SCALE_CHUNK, SCALE_CHUNK)],
                             scratch["xs_block"].at[lax.rem(chunk, jnp.int32(scale_slots))],
-                            full.at[slot],
+                            barrier,
                         )
 
                     @pl.when(jnp.logical_not(opens_chunk))
                     def _():
-                        plgpu.barrier_arrive(full.at[slot])
+                        plgpu.barrier_arrive(barrier)
 
                 return advance(slot, 1)
 
-            return lax.fori_loop(0, k_steps, step, slot)
+            slot = lax.fori_loop(0, k_steps, step, slot)
+            if epilogue_copies and c.late_scales:
+                copy_vectors()
+            return slot
 
         lax.fori_loop(0, local_tiles, tile, jnp.int32(0))
         # A block must not exit while its peers may still signal its barriers: wait for the last releases. (Without a
@@ -192,19 +216,21 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         start = lax.max(total - c.stages, jnp.int32(0))
         lax.fori_loop(start, total, drain, lax.rem(start, jnp.int32(c.stages)))
         if epilogue_copies:
+            for team in range(c.teams):
 
-            @pl.when(local_tiles > 0)
-            def _():
-                plgpu.barrier_wait(scales_empty)
+                @pl.when(local_tiles > team)
+                def _(team=team):
+                    plgpu.barrier_wait(scales_empty.at[team])
 
     def consumer():
         owner = lax.rem(wg, jnp.int32(c.wgs_m * c.wgs_n))  # place in the output tile
-        wg_k = lax.div(wg, jnp.int32(c.wgs_m * c.wgs_n))
+        group = lax.div(wg, jnp.int32(c.wgs_m * c.wgs_n))
+        wg_k, team = (jnp.int32(0), group) if c.teams > 1 else (group, jnp.int32(0))  # never both
         wg_m, wg_n = lax.div(owner, jnp.int32(c.wgs_n)), lax.rem(owner, jnp.int32(c.wgs_n))
         wg_rows = 64 * c.m_groups
         shape = (wg_rows, c.wg_n)
         acc_dtype = jnp.int32 if x_gmem.dtype == jnp.int8 else jnp.float32
-        out_smem = scratch["out"].at[owner]
+        out_smem = scratch["out"].at[wg if c.teams > 1 else owner]
 
         def operands(slot, k0: int, length: int):
             k_slice = pl.ds(k0, length)
@@ -212,8 +238,11 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             columns = w_tile(slot, wg_n * c.wg_n, c.wg_n).at[:, k_slice]
             return rows, columns.transpose((1, 0))
 
+        def full_at(slot):
+            return full.at[team * c.stages + slot if c.teams > 1 else slot]
+
         def release(slot):
-            if c.cluster > 1:
+            if share_w or share_x:
                 # A few threads of a warpgroup arrive for all of it on a cluster's barrier (on a block's own every
                 # thread does): the other warps must be done with the slot too.
                 plgpu.commit_smem()
@@ -245,7 +274,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         def plain_loop(slot):
             def scope(acc):
                 def step(ki, slot, previous):
-                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.barrier_wait(full_at(slot))
                     plgpu.wgmma(acc, *operands(slot, 0, c.tile_k))
                     plgpu.wgmma_wait(1)
 
@@ -264,7 +293,7 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
 
         def promoted_loop(slot):
             def step(ki, slot, total):
-                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_wait(full_at(slot))
                 [part] = partial_sums(slot, 1, c.tile_k)
                 release(slot)
                 return total + part
@@ -272,80 +301,178 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
             return steps(step, plgpu.layout_cast(jnp.zeros(shape, acc_dtype), _L), slot)
 
         def block_loop(slot, i, m0, n0):
+            """The scaled sum, as parts side by side whose columns have one scale each (one part where wg_n allows)."""
             blocks = c.tile_k // 128
             last_row, last_column = -(-n // 128) - 1, -(-k // 128) - 1
             column0 = n0 + wg_n * c.wg_n
             w_row = lax.min(lax.div(column0, jnp.int32(128)), jnp.int32(last_row))
             straddles = w_kind == "block" and 128 % c.wg_n != 0  # columns of two scale blocks
-            if straddles:
-                next_row = lax.min(w_row + 1, jnp.int32(last_row))
-                columns = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_L)
-                in_first = columns < (w_row + 1) * 128 - column0
+            width = c.scale_columns() if straddles else c.wg_n
+            starts = range(0, c.wg_n, width)
+            next_row = lax.min(w_row + 1, jnp.int32(last_row))
+            in_next = [lax.rem(column0, jnp.int32(128)) + start >= 128 for start in starts]
 
-            def step(ki, slot, total):
-                w_column = [lax.min(ki * blocks + j, jnp.int32(last_column)) for j in range(blocks)]
-                if w_kind == "block":
-                    w_scales = [ws_gmem[w_row, column] for column in w_column]
-                    w_next = [ws_gmem[next_row, column] for column in w_column] if straddles else w_scales
-                plgpu.barrier_wait(full.at[slot])
-                chunk = lax.rem(i * c.chunks(k) + chunk_of(ki)[0], jnp.int32(scale_slots))
+            def w_factors(column):
+                """One scale a part, of block column `column` of the weight; None where the epilogue applies it."""
+                if w_kind != "block":
+                    return [None]
+                here = ws_gmem[w_row, column]
+                if not straddles:
+                    return [here]
+                beyond = ws_gmem[next_row, column]
+                return [jnp.where(after, beyond, here) for after in in_next]
+
+            def promote(totals, part, factors, chunk, block_column):
+                part = part.astype(jnp.float32)
+                parts = [part[:, start : start + width] for start in starts] if straddles else [part]
+                if x_kind == "block":
+                    x_scale = plgpu.load(
+                        scratch["xs_block"].at[
+                            chunk, pl.ds(wg_m * wg_rows, wg_rows), lax.rem(block_column, jnp.int32(SCALE_CHUNK))
+                        ],
+                        layout=_ROW,
+                        optimized=False,
+                    )
+                    scales = [_rows(x_scale if f is None else x_scale * f, (wg_rows, width)) for f in factors]
+                else:
+                    scales = factors
+                return tuple(t + p * s for t, p, s in zip(totals, parts, scales))
+
+            def before(ki):
+                """What a K step's promotions need from memory, asked for before the operands are awaited."""
+                columns = [lax.min(first_block + ki * blocks + j, jnp.int32(last_column)) for j in range(blocks)]
+                return [w_factors(column) for column in columns]
+
+            def chunk_at(ki):
+                return lax.rem(i * c.chunks(k) + chunk_of(ki)[0], jnp.int32(scale_slots))
+
+            first_block = first_step * blocks
+            nothing = tuple(plgpu.layout_cast(jnp.zeros((wg_rows, width), jnp.float32), _L) for _ in starts)
+
+            def step(ki, slot, totals):
+                factors = before(ki)
+                plgpu.barrier_wait(full_at(slot))
                 for j, part in enumerate(partial_sums(slot, blocks, 128)):
-                    part = part.astype(jnp.float32)
-                    factor = None  # of the whole tile; the epilogue applies scales that are not per block
-                    if straddles:
-                        part = part * jnp.where(in_first, w_scales[j], w_next[j])
-                    elif w_kind == "block":
-                        factor = w_scales[j]
-                    if x_kind == "block":
-                        column = lax.rem(ki * blocks + j, jnp.int32(SCALE_CHUNK))
-                        x_scale = plgpu.load(
-                            scratch["xs_block"].at[chunk, pl.ds(wg_m * wg_rows, wg_rows), column],
-                            layout=_ROW,
-                            optimized=False,
-                        )
-                        part = part * _rows(x_scale if factor is None else x_scale * factor, shape)
-                    elif factor is not None:
-                        part = part * factor
-                    total = total + part
+                    totals = promote(totals, part, factors[j], chunk_at(ki), ki * blocks + j)
                 release(slot)
-                return total
+                return totals
 
-            return steps(step, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _L), slot)
+            if c.overlap == 1:
+                return steps(step, nothing, slot)
 
-        def epilogue(total, m0, n0):
-            total = total.astype(jnp.float32)
+            def run(first, state):
+                """`overlap` K steps: while one accumulator is promoted, the tensor cores fill the next."""
+                totals, slot = state
+
+                def issue(acc, slot):
+                    plgpu.barrier_wait(full_at(slot))
+                    plgpu.wgmma(acc, *operands(slot, 0, 128))
+
+                def fold(acc, ki, slot, totals, pending):
+                    factors = before(ki)[0]
+                    part = plgpu.wgmma_accumulator_load(acc, wait_n=pending)
+                    release(slot)
+                    return promote(totals, part, factors, chunk_at(ki), ki)
+
+                def rest(acc, j, slot, totals):
+                    """With `acc` (step j of the run) in flight: the sums after all of the run's steps."""
+                    ki = first * c.overlap + j
+                    if j == c.overlap - 1:
+                        return fold(acc, ki, slot, totals, 0)
+                    following = advance(slot, 1)
+
+                    def next_step(next_acc):
+                        issue(next_acc, following)
+                        return rest(
+                            next_acc, j + 1, following, lax.optimization_barrier(fold(acc, ki, slot, totals, 1))
+                        )
+
+                    return pl.run_scoped(next_step, plgpu.ACC(shape, acc_dtype))
+
+                def start(acc):
+                    issue(acc, slot)
+                    return rest(acc, 0, slot, totals)
+
+                return pl.run_scoped(start, plgpu.ACC(shape, acc_dtype)), advance(slot, c.overlap % c.stages)
+
+            return lax.fori_loop(0, k_steps // c.overlap, run, (nothing, slot))
+
+        def in_columns(totals):
+            """(first column, part) of the parts of a sum that lie side by side."""
+            return list(zip(range(0, c.wg_n, c.wg_n // len(totals)), totals))
+
+        def epilogue(totals, m0, n0):
+            """Scales the parts (side by side, all of one width), rounds them and copies them out."""
             if epilogue_copies:
-                plgpu.barrier_wait(scales_full)
-            if "xs" in scratch:
-                x_scale = plgpu.load(scratch["xs"].at[pl.ds(wg_m * wg_rows, wg_rows)], layout=_ROW, optimized=False)
-                total = total * _rows(x_scale, shape)
-            elif x_kind == "tensor":
-                total = total * xs_gmem[0]
-            column_slice = pl.ds(wg_n * c.wg_n, c.wg_n)
-            if "ws" in scratch:
-                w_scale = plgpu.load(scratch["ws"].at[column_slice], layout=_COL, optimized=False)
-                total = total * _columns(w_scale, shape)
-            elif w_kind == "tensor":
-                total = total * ws_gmem[0]
-            if has_bias:
-                bias = plgpu.load(scratch["bias"].at[column_slice], layout=_COL, optimized=False)
-                total = total + _columns(bias.astype(jnp.float32), shape)
+                plgpu.barrier_wait(scales_full.at[team])
+            finished = []
+            for start, total in in_columns(totals):
+                total = total.astype(jnp.float32)
+                if "xs" in scratch:
+                    rows = scratch["xs"].at[team, pl.ds(wg_m * wg_rows, wg_rows)]
+                    total = total * _rows(plgpu.load(rows, layout=_ROW, optimized=False), total.shape)
+                elif x_kind == "tensor":
+                    total = total * xs_gmem[0]
+                column_slice = pl.ds(wg_n * c.wg_n + start, total.shape[1])
+                if "ws" in scratch:
+                    w_scale = plgpu.load(scratch["ws"].at[team, column_slice], layout=_COL, optimized=False)
+                    total = total * _columns(w_scale, total.shape)
+                elif w_kind == "tensor":
+                    total = total * ws_gmem[0]
+                if has_bias:
+                    bias = plgpu.load(scratch["bias"].at[team, column_slice], layout=_COL, optimized=False)
+                    total = total + _columns(bias.astype(jnp.float32), total.shape)
+                finished.append(total)
             if epilogue_copies:
-                plgpu.barrier_arrive(scales_empty)
-            total = total.astype(out_gmem.dtype)
+                plgpu.barrier_arrive(scales_empty.at[team])
             width = c.epilogue_n
+            finished = [part.astype(out_gmem.dtype) for part in finished]
+            pieces = [part[:, e : e + width] for part in finished for e in range(0, part.shape[1], width)]
             slots = out_smem.shape[0]
             store_rows = min(wg_rows, load_m)
-            for e in range(c.wg_n // width):
+            for e, piece in enumerate(pieces):
                 plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                out_smem[e % slots] = total[:, e * width : (e + 1) * width]
+                out_smem[e % slots] = piece
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
                     out_smem.at[e % slots, pl.ds(0, store_rows)],
                     out_gmem.at[pl.ds(m0 + wg_m * wg_rows, store_rows), pl.ds(n0 + wg_n * c.wg_n + e * width, width)],
                 )
 
-        def tile(i, slot):
+        def joined(totals, i, m0, n0):
+            """Split K: a block keeps the rows of the warpgroup with its rank and sends the others to their blocks."""
+            rank = lax.axis_index("cluster")
+            sent, taken = scratch["sent"], scratch["taken"]
+
+            @pl.when(wg_m != rank)
+            def _():
+                @pl.when(i > 0)
+                def _():
+                    plgpu.barrier_wait(taken)
+
+                for start, total in in_columns(totals):
+                    inbox = plgpu.cluster_ref(scratch["exchange"], {"cluster": wg_m})
+                    inbox[wg_n, :, pl.ds(start, total.shape[1])] = total.astype(jnp.float32)
+                plgpu.commit_smem()  # a few threads arrive for all of them
+                cluster_fence()
+                plgpu.barrier_arrive(sent)
+
+            @pl.when(wg_m == rank)
+            def _():
+                plgpu.barrier_wait(sent)
+                cluster_fence()
+                whole = []
+                for start, total in in_columns(totals):
+                    other = plgpu.load(
+                        scratch["exchange"].at[wg_n, :, pl.ds(start, total.shape[1])], layout=_L, optimized=False
+                    )
+                    whole.append(total.astype(jnp.float32) + other)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(taken)
+                epilogue(whole, m0, n0)
+
+        def tile(turn, slot):
+            i = turn * c.teams + team if c.teams > 1 else turn
             m0, n0 = tile_origin(i)
             if block:
                 total, slot = block_loop(slot, i, m0, n0)
@@ -353,9 +480,13 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                 total, slot = promoted_loop(slot)
             else:
                 total, slot = plain_loop(slot)
-            if c.wgs_k == 1:
-                epilogue(total, m0, n0)
+            totals = total if isinstance(total, tuple) else (total,)
+            if c.split_k > 1:
+                joined(totals, i, m0, n0)
                 return slot
+            if c.wgs_k == 1:
+                epilogue(totals, m0, n0)
+                return advance(slot, k_steps * (c.teams - 1) % c.stages) if c.teams > 1 else slot
             exchange, written, read = scratch["exchange"], scratch["written"], scratch["read"]
 
             @pl.when(wg_k > 0)
@@ -364,20 +495,33 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
                 def _():
                     plgpu.barrier_wait(read)
 
-                exchange[wg_k - 1, owner] = total
+                for start, part in in_columns(totals):
+                    exchange[wg_k - 1, owner, :, pl.ds(start, part.shape[1])] = part
                 plgpu.barrier_arrive(written)
 
             @pl.when(wg_k == 0)
             def _():
                 plgpu.barrier_wait(written)
-                parts = [plgpu.load(exchange.at[g, owner], layout=_L) for g in range(c.wgs_k - 1)]
-                whole = functools.reduce(jnp.add, parts, total)
+                whole = list(totals)
+                for at, (start, part) in enumerate(in_columns(totals)):
+                    columns = pl.ds(start, part.shape[1])
+                    others = [plgpu.load(exchange.at[g, owner, :, columns], layout=_L) for g in range(c.wgs_k - 1)]
+                    whole[at] = functools.reduce(jnp.add, others, part)
                 plgpu.barrier_arrive(read)
                 epilogue(whole, m0, n0)
 
             return slot
 
-        lax.fori_loop(0, local_tiles, tile, jnp.int32(0))
+        if c.teams > 1:
+            turns = lax.div(local_tiles - team + (c.teams - 1), jnp.int32(c.teams))
+            lax.fori_loop(0, turns, tile, lax.rem(team * k_steps, jnp.int32(c.stages)))
+        else:
+            lax.fori_loop(0, local_tiles, tile, jnp.int32(0))
+        if c.split_k > 1:
+            # The owners' last arrivals must find this block alive.
+            sender = jnp.logical_and(wg_m != lax.axis_index("cluster"), local_tiles > 0)
+            pl.when(sender)(lambda: plgpu.barrier_wait(scratch["taken"]))
+
         if c.wgs_k > 1:
 
             @pl.when(jnp.logical_and(wg_k > 0, local_tiles > 0))
@@ -461,10 +605,8 @@ def scaled_matmul(
         if c.smem_bytes(m, k, out_dtype.itemsize, block) > SMEM_BYTES:  # float32 output stages more
             c = fill_stages(c, m, k, out_dtype.itemsize, block)
     accumulator = jnp.int32 if xq.dtype == jnp.int8 and not block else jnp.float32
-    if block and c.wg_n > 128:
-        raise NotImplementedError(f"a warpgroup's columns may touch two scale blocks, wg_n {c.wg_n} touches more")
-    if c.stages % c.wgs_k or -(-k // c.tile_k) % c.wgs_k:
-        raise NotImplementedError(f"wgs_k {c.wgs_k} must divide the stages and K steps of {c}")
+    if reason := c.refusal(m, n, k, block):
+        raise NotImplementedError(reason)
     if c.smem_bytes(m, k, out_dtype.itemsize, block) > SMEM_BYTES:
         raise NotImplementedError(f"{c} needs {c.smem_bytes(m, k, out_dtype.itemsize, block)} bytes of shared memory")
     # The output's columns are whole store tiles too: a few more than N where N is odd, cut off behind the kernel.
@@ -475,7 +617,7 @@ def scaled_matmul(
     scratch: dict[str, Any] = {
         "operands": plgpu.SMEM((c.operand_rows(m), c.tile_k), xq.dtype, transforms=_transforms(128, xq.dtype)),
         "out": plgpu.SMEM(
-            (c.wgs_m * c.wgs_n, min(2, c.wg_n // epilogue_n), 64 * c.m_groups, epilogue_n),
+            (c.wgs_m * c.wgs_n * c.teams, min(c.out_slots, c.wg_n // epilogue_n), 64 * c.m_groups, epilogue_n),
             out_dtype,
             transforms=_transforms(epilogue_n, out_dtype),
         ),
@@ -483,7 +625,7 @@ def scaled_matmul(
     copies = 0
     if x_kind == "vector":
         x_scale = x_scale.reshape(-1)
-        scratch["xs"] = plgpu.SMEM((c.tile_m,), jnp.float32)
+        scratch["xs"] = plgpu.SMEM((c.teams, c.tile_m), jnp.float32)
         copies += 1
     elif x_kind == "block":
         scratch["xs_block"] = plgpu.SMEM((c.scale_slots(k), c.tile_m, SCALE_CHUNK), jnp.float32)
@@ -491,25 +633,31 @@ def scaled_matmul(
         x_scale = x_scale.reshape(-1)
     if w_kind == "vector":
         w_scale = w_scale.reshape(-1)
-        scratch["ws"] = plgpu.SMEM((padded_n,), jnp.float32)
+        scratch["ws"] = plgpu.SMEM((c.teams, padded_n), jnp.float32)
         copies += 1
     elif w_kind == "tensor":
         w_scale = w_scale.reshape(-1)
     if bias is not None:
         bias = bias.astype(jnp.float32)
-        scratch["bias"] = plgpu.SMEM((padded_n,), jnp.float32)
+        scratch["bias"] = plgpu.SMEM((c.teams, padded_n), jnp.float32)
         copies += 1
     arrivals = 2 + (x_kind == "block")
     owners = c.wgs_m * c.wgs_n
     released: dict[str, Any] = {"num_arrivals": owners, "num_barriers": c.stages}
     scratch |= {
-        "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.stages),
+        "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.stages * c.teams),
         "empty": plgpu.ClusterBarrier(collective_axes=("cluster",), **released)
-        if c.cluster > 1
+        if c.cluster > c.split_k
         else plgpu.Barrier(**released),
-        "scales_full": plgpu.Barrier(num_arrivals=max(1, copies)),
-        "scales_empty": plgpu.Barrier(num_arrivals=owners),
+        "scales_full": plgpu.Barrier(num_arrivals=max(1, copies), num_barriers=c.teams),
+        "scales_empty": plgpu.Barrier(num_arrivals=owners // c.split_k, num_barriers=c.teams),
     }
+    if c.split_k > 1:
+        scratch |= {
+            "exchange": plgpu.SMEM((c.wgs_n, 64 * c.m_groups, c.wg_n + EXCHANGE_PADDING), jnp.float32),
+            "sent": plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=c.wgs_n),
+            "taken": plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=c.wgs_n),
+        }
     if c.wgs_k > 1:
         scratch |= {
             "exchange": plgpu.SMEM(
@@ -522,7 +670,7 @@ def scaled_matmul(
         _kernel, config=c, m=m, n=n, k=k, block=block, x_kind=x_kind, w_kind=w_kind, has_bias=bias is not None
     )
     m_tiles, n_tiles = -(-m // c.tile_m), -(-n // c.tile_n)
-    if c.cluster > 1:
+    if c.cluster > c.split_k:
         m_tiles, n_tiles = (
             (-(-m_tiles // c.cluster), n_tiles) if c.cluster_axis == "m" else (m_tiles, -(-n_tiles // c.cluster))
         )

@@ -8,8 +8,11 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.interpreters import mlir
@@ -18,7 +21,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, func
 
 from pallas_kernels.paged_attention.config import PrefillConfig, prefill_search_space
+from pallas_kernels.paged_attention.mosaic_prefill_sm90 import prefill_attention
 from pallas_kernels.paged_attention.prefill_attend import wgmma_registers
+from tests.pallas_kernels.aot import compile_for_h200
 
 ROWS = 64
 
@@ -136,3 +141,12 @@ def test_search_space_has_what_the_kernel_takes():
                 assert config.block_kv * head_dim % 2048 == 0  # the loops of 128 threads by 16 bytes, fp8 too
     assert {PrefillConfig(160), PrefillConfig(176)} <= set(prefill_search_space(128, 16))
     assert PrefillConfig(160) in prefill_search_space(128, 32)
+
+
+def test_nothing_runs_beside_the_kernel():
+    """Without scales no array of ones is made for them: one kernel a call."""
+    S = jax.ShapeDtypeStruct
+    pages, few = S((64, 2, 16, 128), jnp.bfloat16), S((1,), jnp.int32)
+    call = functools.partial(prefill_attention, sm_scale=0.1)
+    compiled = compile_for_h200(call, S((1, 128, 8, 128), jnp.bfloat16), pages, pages, S((1, 16), jnp.int32), few, few)
+    assert compiled.hlo.count("custom-call(") == 1 and "fusion(" not in compiled.hlo

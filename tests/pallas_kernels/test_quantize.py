@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -158,6 +159,18 @@ def test_hopper_kernel_interpreted(case):
         np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_rows_in_turns_interpreted(op, monkeypatch):
+    """A block that walks over rows, with the next one's loads in flight: what one block a row gives."""
+    case = Case(op, 5, 1024, "float8_e4m3fn")
+    monkeypatch.setitem(KNOWN_DEVICES, "h200", dataclasses.replace(KNOWN_DEVICES["h200"], core_count=2))
+    with use_device(KNOWN_DEVICES["h200"]), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        want = hopper(case, mosaic_sm90, interpretable=True, config=mosaic_sm90.Split(1, 2, 1))
+        got = hopper(case, mosaic_sm90, interpretable=True, config=mosaic_sm90.Split(1, 2, 1, persistent=True))
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
 COMPILED = (
     *((op, 4096, 4096, block) for op in OPS for block in (None, 128)),
     ("residual_rms_norm_quantize", 1, 4096, None),
@@ -182,6 +195,14 @@ def test_hopper_kernel_compiles(op, m, k, block):
     assert "div." not in compiled.ptx  # neither the inexact division nor a slow one
     assert compiled.hlo.count("custom-call(") == 1  # one pass: nothing before or behind the kernel
     assert "fusion(" not in compiled.hlo
+
+
+def test_rows_in_turns_fit_a_multiprocessor():
+    """896 threads may have 72 registers each."""
+    config = mosaic_sm90.Split(7, 2, 2, persistent=True)
+    call = functools.partial(mosaic_sm90.silu_mul_quantize, qdtype=jnp.int8, divisor=127.0, config=config)
+    compiled = compile_for_h200(call, jax.ShapeDtypeStruct((4096, 28672), jnp.bfloat16))
+    assert compiled.spill_bytes == 0 and compiled.registers <= 72
 
 
 def test_cluster_of_blocks_compiles():

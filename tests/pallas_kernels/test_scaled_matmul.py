@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bench.kernel_variants import CHECKS, MS, matmul_variants
 from pallas_kernels import scaled_matmul
 from pallas_kernels.dispatch import KNOWN_DEVICES, explain, use_device
 from pallas_kernels.scaled_matmul import mosaic_sm90
@@ -102,8 +103,20 @@ INTERPRETED = (
     (Case(8, 192, 512, bias=True), Config(48, wgs_k=2, tile_k=128, stages=2, epilogue_n=16, promote=True)),
 )
 
+# Structures that no heuristic chooses yet (bench/kernel_variants.py): 3 multiprocessors, so that teams take turns and
+# rings wrap around between tiles.
+INTERPRETED_VARIANTS = (
+    # ping-pong: an odd number of tiles and of K steps
+    (Case(200, 336, 384, bias=True), Config(48, teams=2, stages=4, epilogue_n=16, out_slots=3)),
+    (Case(200, 336, 384, scales="block"), Config(48, teams=2, stages=2, epilogue_n=16)),
+    (Case(16, 384, 384, bias=True), Config(64, stages=2, epilogue_n=32, late_scales=True)),
+    (Case(70, 448, 512, scales="block"), Config(112, stages=3, epilogue_n=16)),
+    (Case(16, 400, 512, scales="block"), Config(192, stages=2, epilogue_n=32)),
+    (Case(70, 224, 1024, scales="block"), Config(112, stages=3, epilogue_n=16, overlap=4)),
+)
 
-@pytest.mark.parametrize("case, config", INTERPRETED, ids=str)
+
+@pytest.mark.parametrize("case, config", INTERPRETED + INTERPRETED_VARIANTS, ids=str)
 def test_hopper_kernel_interpreted(case, config, monkeypatch):
     operands = make(case)
     few = dataclasses.replace(KNOWN_DEVICES["h200"], core_count=3)  # so that a block walks over several tiles
@@ -151,6 +164,36 @@ def test_hopper_kernel_compiles(case, config):
     if config.consumers > 1:
         # setmaxnreg waits for ever when the warpgroups ask for more registers than ptxas gave the block
         assert 40 + config.consumers * config.registers <= compiled.registers * (config.consumers + 1)
+
+
+# Structures that wait for their measurement; the interpreter knows no peer's shared memory (split K).
+COMPILED_VARIANTS = (
+    (Case(4096, 6144, 4096), Config(192, m_groups=2, teams=2, epilogue_n=32, stages=4)),
+    (Case(4096, 6144, 4096, scales="block"), Config(128, 2, epilogue_n=32, stages=6, overlap=4)),
+    (Case(256, 4096, 14336, scales="block"), Config(128, 2, epilogue_n=32, stages=5, cluster=2, cluster_axis="k")),
+)
+
+
+@pytest.mark.parametrize("case, config", COMPILED_VARIANTS, ids=str)
+def test_variant_compiles(case, config):
+    shapes = [s for s in shapes_of(case) if s is not None]
+    compiled = compile_for_h200(functools.partial(mosaic_sm90.scaled_matmul, config=config), *shapes)
+    assert compiled.spill_bytes == 0
+    # C7510 to C7519: ptxas would wait for each wgmma by itself, which costs half of the speed.
+    assert "wgmma.mma_async instructions are serialized" not in compiled.report
+
+
+def test_variants_are_legal():
+    """Every structure that bench.kernel_scaled --variants times fits, for each shape and M."""
+    for mode in ("row", "block"):
+        for shape, (n, k) in LLAMA_8B.items():
+            for m in MS:
+                for config in matmul_variants(shape, n, k, mode, m):
+                    assert config.refusal(m, n, k, mode == "block") is None and config.stages >= 2
+            assert len(matmul_variants(shape, n, k, mode, 4096)) >= 10 and matmul_variants(shape, n, k, mode, 256)
+    for case, config in CHECKS:
+        assert config.refusal(case.m, case.n, case.k, case.scales == "block") is None, (case, config)
+        assert config.smem_bytes(case.m, case.k, 2, case.scales == "block") <= SMEM_BYTES
 
 
 def test_refusals_give_the_reason():
