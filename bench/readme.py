@@ -249,8 +249,24 @@ def quantize_quality() -> str:
     return table(header, rows) + "\n\n" + source(result, "quantize_quality")
 
 
+def online_schemes() -> str:
+    """What each scheme costs in quality that is made while loading."""
+    result = load("online_schemes")
+    if result is None:
+        return "Not measured yet."
+    header = ["`--quantization`", "perplexity", "KL to bf16", "same first choice", "tasks", "of the base's", "MiB"]
+    rows = []
+    for row in result["rows"]:
+        name = row["scheme"].replace("torchao:", "`--torchao-config` ")
+        cells = [f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1_agree']:.1%}"]
+        cells += [f"{row['task_accuracy']:.1%}", f"{row['task_recovery']:.1%}"] if "task_accuracy" in row else ["", ""]
+        rows.append([name, *cells, f"{row['weight_bytes'] / 2**20:.1f}"])
+    return table(header, rows) + f"\n\n{result['tasks']:,} tasks. " + source(result, "online_schemes")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "quantize_quality": quantize_quality,
+    "online_schemes": online_schemes,
     "support": support,
     "start_line": start_line,
     "decode": decode,
