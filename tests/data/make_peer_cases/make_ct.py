@@ -152,6 +152,15 @@ CASES = {
     "ct-w8a8-static": (
         "INT8 weights per channel, static per tensor", group(LINEAR, weights(8, "channel"), static_tensor("int"))
     ),
+    "ct-fp8-block": (
+        "FP8 in blocks of 128 x 128, inputs in runs of 128",
+        group(
+            LINEAR,
+            weights(8, "block", kind="float", block_structure=[128, 128]),
+            {**dynamic_token("float"), "strategy": "group", "group_size": 128},
+        ),
+        {"shape": {"intermediate_size": 256, "num_attention_heads": 2, "head_dim": 64}},
+    ),
     "ct-mixed": (
         "mixed-precision: attention W4A16 g32, MLP FP8 dynamic",
         [

@@ -1,8 +1,9 @@
-"""torchao int8wo and fp8wo, saved by transformers to safetensors, with their references.
+"""torchao int8wo, fp8wo and fp8dq, saved by transformers to safetensors, with their references.
 
     pip install torch==2.13.0 torchao==0.18.0 transformers accelerate && python make_torchao.py
 
-The dequantized weights are torchao's own; logits are those of a plain fp32 transformers model over them.
+torchao quantizes for fp8dq only where a GPU could run it; that question is answered for it here. (int4wo needs mslk, which
+is for GPUs only: its reader is tested on tensors made by FORMATS.md.) The dequantized weights are torchao's own; logits are those of a plain fp32 transformers model over them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ import torch
 import transformers
 from plain_outputs import LENGTHS, outputs
 from tiny import CASES, QUANTIZED_SHAPE, VOCAB, WORK, make_model
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+from torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    PerRow,
+    PerTensor,
+    quant_api,
+)
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
+quant_api._check_hardware_support = lambda granularity: None
 KEPT = ("config.json", "generation_config.json", "model.safetensors")
 SCHEMES = {
     "torchao-int8wo": TorchAoConfig(Int8WeightOnlyConfig()),
     "torchao-fp8wo": TorchAoConfig(Float8WeightOnlyConfig()),
+    "torchao-fp8dq-row": TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())),
+    "torchao-fp8dq-tensor": TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerTensor())),
 }
 
 
