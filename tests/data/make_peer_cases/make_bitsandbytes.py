@@ -2,8 +2,8 @@
 
     pip install torch bitsandbytes==0.50.2 transformers accelerate && python make_bitsandbytes.py
 
-The dequantized weights are bitsandbytes' own (`dequantize_4bit`, and codes times row statistics over 127 for int8); logits
-are those of a plain fp32 transformers model over them. Rows are whole blocks of 64: others are refused.
+The dequantized weights are bitsandbytes' own (`dequantize_4bit`, and codes times row statistics over 127 for int8);
+logits are those of a plain fp32 transformers model over them. Rows are whole blocks of 64: others are refused.
 """
 
 from __future__ import annotations

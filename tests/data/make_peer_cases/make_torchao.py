@@ -2,8 +2,9 @@
 
     pip install torch==2.13.0 torchao==0.18.0 transformers accelerate && python make_torchao.py
 
-torchao quantizes for fp8dq only where a GPU could run it; that question is answered for it here. (int4wo needs mslk, which
-is for GPUs only: its reader is tested on tensors made by FORMATS.md.) The dequantized weights are torchao's own; logits are those of a plain fp32 transformers model over them.
+torchao quantizes for fp8dq only where a GPU could run it; that question is answered for it here. (int4wo needs mslk,
+which is for GPUs only: its reader is tested on tensors made by FORMATS.md.) The dequantized weights are torchao's own;
+logits are those of a plain fp32 transformers model over them.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def stable(model: torch.nn.Module, prompt: np.ndarray, logits: np.ndarray, greed
     ids = torch.tensor(np.concatenate([prompt, greedy]), dtype=torch.long)[None]
     clean = model(ids, use_cache=False).logits[0].numpy()
     Noise.scale = 3e-7
-    noisy = [model(ids, use_cache=False).logits[0].numpy() for _ in range(2)]
+    noisy = [model(ids, use_cache=False).logits[0].numpy() for _ in range(6)]  # two missed a tie in ct-fp8-block
     Noise.scale = 0.0
     return max(np.abs(other - clean).max() for other in noisy) < 1e-3 * np.abs(logits).max()
 
