@@ -90,6 +90,14 @@ SCHEMES: dict[str, dict[str, Any] | None] = {
         "version": "gemm",
         "modules_to_not_convert": None,
     },
+    "gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+    },
 }
 
 
@@ -99,7 +107,7 @@ def make_checkpoint(folder: Path, scheme: str, tokenizer_from: Path | None = Non
     config = {**LLAMA_3_1_8B, **changes}
     if SCHEMES[scheme] is not None:
         config["quantization_config"] = SCHEMES[scheme]
-    if scheme == "awq":
+    if scheme in ("awq", "gptq"):
         config["torch_dtype"] = "float16"
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     if tokenizer_from is not None:

@@ -1,25 +1,33 @@
 """Quantized matmul, activation quantization and paged attention for JAX on NVIDIA GPUs.
 
 Each op lives in a folder of its own (`api.py` is the public function, `reference.py` the oracle) and picks an
-implementation for the device at hand; `explain(op, *args)` says which one and why. Importing this package touches
-no device.
+implementation for the device at hand; `explain(op, *args)` says which one and why. Names are imported on first use:
+importing this package touches no device and loads no jax.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import KNOWN_DEVICES, Choice, Device, current_device, use_device
 
-# Bound here at once because the functions are named like their folders: importing the folder later would
-# otherwise shadow them.
-from pallas_kernels.grouped_matmul.api import grouped_matmul
-from pallas_kernels.scaled_matmul.api import scaled_matmul
+if TYPE_CHECKING:
+    from pallas_kernels.grouped_matmul.api import grouped_matmul
+    from pallas_kernels.paged_attention.api import decode_attention, prefill_attention, write_kv
+    from pallas_kernels.quantize.api import quantize_rows, rms_norm_quantize, silu_mul_quantize
+    from pallas_kernels.rows.api import rms_norm, silu_mul
+    from pallas_kernels.scaled_matmul.api import scaled_matmul
+    from pallas_kernels.w4a16.api import w4a16_matmul
+    from pallas_kernels.w8a16.api import w8a16_matmul
 
 # public name -> module that defines it; imported at first use.
 _LAZY = {
+    "grouped_matmul": "pallas_kernels.grouped_matmul.api",
+    "scaled_matmul": "pallas_kernels.scaled_matmul.api",
     "quantize_rows": "pallas_kernels.quantize.api",
     "rms_norm_quantize": "pallas_kernels.quantize.api",
     "silu_mul_quantize": "pallas_kernels.quantize.api",
@@ -60,6 +68,17 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
+
+
+class _Package(types.ModuleType):
+    """Two ops are named like their folders: importing a folder must not put the folder in the function's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def explain(op: str, *args: Any, device: Device | None = None, **kwargs: Any) -> Choice:

@@ -4,6 +4,9 @@ Every op owns an ordered tuple of `Implementation`s, fastest first, ending with 
 anywhere. `call` walks it: an implementation is passed over when its `requires` names a reason against the device,
 or when it raises `NotImplementedError` for the shapes at hand while it is traced. `explain` makes the same walk
 on abstract shapes and keeps the reasons, so that a choice is never silent.
+
+Ops whose kernels `jqserve plan` names state their choice apart from the code, as `Candidate`s in a `choice.py` that
+imports no jax: the code asks there when it is traced, and `choose` asks there where nothing can be traced.
 """
 
 from __future__ import annotations
@@ -13,9 +16,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import jax
+from typing import Any, Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,8 @@ _override: contextvars.ContextVar[Device | None] = contextvars.ContextVar("palla
 
 @functools.cache
 def _default_device() -> Device:
+    import jax  # here and in `explain` only: choosing for a device that is not there needs none of it
+
     device = jax.devices()[0]
     if device.platform not in ("gpu", "cuda"):
         return KNOWN_DEVICES["cpu"]
@@ -66,6 +69,24 @@ def use_device(device: Device) -> Iterator[None]:
         _override.reset(token)
 
 
+class Shaped(Protocol):
+    """What a choice looks at: an array, a ShapeDtypeStruct, or an `Operand`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array's shape and the name of its dtype ("bfloat16"), which is all that a choice needs."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to run an op. `requires(device)` returns None, or the reason why it cannot run there."""
@@ -73,6 +94,20 @@ class Implementation:
     name: str
     fn: Callable[..., Any]
     requires: Callable[[Device], str | None] = lambda device: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What decides about an implementation, without its code. `takes`, called with the op's arguments, of which it may
+    look at nothing but shapes and dtypes, raises NotImplementedError, with the reason, for those that the code refuses.
+    """
+
+    name: str
+    requires: Callable[[Device], str | None] = lambda device: None
+    takes: Callable[..., object] = lambda *args, **kwargs: None
+
+    def run_by(self, fn: Callable[..., Any]) -> Implementation:
+        return Implementation(self.name, fn, self.requires)
 
 
 def hopper_only(device: Device) -> str | None:
@@ -134,20 +169,37 @@ def explain(op: str, *args: Any, device: Device | None = None, **kwargs: Any) ->
 
     Nothing runs: each candidate is traced with `jax.eval_shape` under `use_device(device)`.
     """
+    import jax
+
     if op not in _registry:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_registry))}")
-    target = device or current_device()
     arrays = {name: value for name, value in kwargs.items() if hasattr(value, "shape")}
     static = {name: value for name, value in kwargs.items() if name not in arrays}
+
+    def trace(implementation: Implementation) -> None:
+        jax.eval_shape(lambda a, k: implementation.fn(*a, **k, **static), args, arrays)
+
+    return _first(op, _registry[op], trace, device or current_device())
+
+
+def choose(op: str, candidates: Sequence[Candidate], *args: Any, device: Device, **kwargs: Any) -> Choice:
+    """As `explain`, by the candidates' own word and without their code: nothing is traced, and jax is not imported."""
+    return _first(op, candidates, lambda candidate: candidate.takes(*args, **kwargs), device)
+
+
+def _first[Way: (Candidate, Implementation)](
+    op: str, ways: Sequence[Way], attempt: Callable[[Way], object], device: Device
+) -> Choice:
+    """The first of `ways` that runs on `device` and whose attempt does not raise NotImplementedError."""
     refused: list[tuple[str, str]] = []
-    with use_device(target):
-        for implementation in _registry[op]:
-            reason = implementation.requires(target)
+    with use_device(device):
+        for way in ways:
+            reason = way.requires(device)
             if reason is None:
                 try:
-                    jax.eval_shape(lambda a, k, fn=implementation.fn: fn(*a, **k, **static), args, arrays)
-                    return Choice(op, implementation.name, tuple(refused))
+                    attempt(way)
+                    return Choice(op, way.name, tuple(refused))
                 except NotImplementedError as error:
                     reason = str(error)
-            refused.append((implementation.name, reason))
+            refused.append((way.name, reason))
     return Choice(op, None, tuple(refused))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 
-from pallas_kernels.a16.decode_sm90 import WARPS, Config, Plan
+from pallas_kernels.a16.decode_plan import WARPS, Config, Plan
 
 MAX_M = 16  # beyond it the small tiles of mma cost more than the wgmma kernel
 

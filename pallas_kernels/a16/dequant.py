@@ -10,9 +10,8 @@ every value is an integer below 2^8.
 
 from __future__ import annotations
 
-import dataclasses
-
 from pallas_kernels.a16.ptx import Int, lop3_and_or, packed, prmt
+from pallas_kernels.a16.stored import Kind
 
 MAGIC = {"bf16": 0x4300, "f16": 0x6400}  # 128.0 and 1024.0
 
@@ -20,23 +19,6 @@ MAGIC = {"bf16": 0x4300, "f16": 0x6400}  # 128.0 and 1024.0
 def both(half: int) -> int:
     """A 16-bit pattern in both halves of a word."""
     return half << 16 | half
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A stored type: "u4", "s8" or "e4m3" (float8_e4m3fn)."""
-
-    name: str
-    words: int  # per lane for 16 rows x 16 columns
-    block_k: int  # columns in a block of 512 bytes
-
-    @property
-    def steps(self) -> int:
-        """16-column steps in a block."""
-        return self.block_k // 16
-
-
-KINDS = {"u4": Kind("u4", 1, 64), "s8": Kind("s8", 2, 32), "e4m3": Kind("e4m3", 2, 32)}
 
 
 def zero_pair(kind: Kind, dtype: str, zeros: Int, high: bool) -> Int:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-ROWS = 16  # rows of a tile
-BLOCK_BYTES = 512
+from pallas_kernels.a16.stored import BLOCK_BYTES as BLOCK_BYTES
+from pallas_kernels.a16.stored import ROWS as ROWS
 
 
 def pack4(qweight: jax.Array) -> jax.Array:

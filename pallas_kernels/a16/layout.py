@@ -1,9 +1,10 @@
-"""The "sm90" layout of both ops: weights in fragment order, group tables beside them, odd shapes padded.
+"""The "sm90" layout of both ops, its names and sizes, and no jax: weights in fragment order, group tables beside them,
+odd shapes padded.
 
 The name is "sm90", or "sm90:NxK" for a weight of N x K that had to be padded: the packed arrays alone do not tell N.
 Weights become [N/16, ...] as in `fragments`; scales, zeros and offsets [N, G] become [N/16, G, 8, 2], except scales of
 one group without an offset, which stay [N, 1] because the kernels apply them to finished sums, and anything [1, 1].
-Padded rows and groups hold zeros; padded columns meet zeros of x.
+Padded rows and groups hold zeros; padded columns meet zeros of x. `fragments` and `tables` make the arrays.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ import dataclasses
 import math
 import re
 
-import jax
-import jax.numpy as jnp
-
-from pallas_kernels.a16 import fragments
+from pallas_kernels.a16.stored import ROWS
 from pallas_kernels.dispatch import Device
 
 PAD_N = 64  # rows of one warpgroup's wgmma
@@ -68,43 +66,20 @@ def padded_shape(n: int, k: int, group_size: int) -> tuple[int, int]:
     return -(-n // PAD_N) * PAD_N, -(-k // step) * step
 
 
-def pad(a: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Zeros after the last row and column."""
-    if a.shape == (rows, columns):
-        return a
-    return jnp.pad(a, ((0, rows - a.shape[0]), (0, columns - a.shape[1])))
-
-
-def pack_table(a: jax.Array, rows: int, groups: int) -> jax.Array:
-    """[N, G] -> [rows/16, groups, 8, 2]; [1, 1] stays; a single column [N, 1] stays one group."""
-    if a.shape == (1, 1):
-        return a
-    return fragments.pack_groups(pad(a, rows, groups if a.shape[1] > 1 else 1))
-
-
-def unpack_table(a: jax.Array, rows: int, groups: int) -> jax.Array:
-    """The inverse of `pack_table`, padding cut off."""
-    if a.shape == (1, 1):
-        return a
-    return fragments.unpack_groups(a)[:rows, :groups]
-
-
-def pack_scale(scale: jax.Array, rows: int, groups: int, has_offset: bool) -> jax.Array:
-    """As `pack_table`, but a single column without an offset stays [N, 1]."""
-    if scale.shape[1] == 1 and scale.shape[0] > 1 and not has_offset:
-        return pad(scale, rows, 1)
-    return pack_table(scale, rows, groups)
-
-
-def unpack_scale(scale: jax.Array, rows: int, groups: int) -> jax.Array:
-    if scale.ndim == 2:
-        return scale if scale.shape == (1, 1) else scale[:rows]
-    return unpack_table(scale, rows, groups)
-
-
 def groups_of(columns: int, k: int, group_size: int) -> int:
     """Groups along `columns` (k, or k padded): one if a group covers all of k."""
     return 1 if group_size == -1 or group_size >= k else -(-columns // group_size)
+
+
+def table_shape(shape: tuple[int, ...], rows: int, groups: int) -> tuple[int, ...]:
+    """What a table [N, G] becomes: [rows/16, groups, 8, 2]; [1, 1] stays; a single column [N, 1] stays one group."""
+    return shape if shape == (1, 1) else (rows // ROWS, groups if shape[1] > 1 else 1, 8, 2)
+
+
+def scale_shape(shape: tuple[int, ...], rows: int, groups: int, has_offset: bool) -> tuple[int, ...]:
+    """As `table_shape`, but a single column without an offset stays [N, 1]."""
+    column = shape[1] == 1 and shape[0] > 1 and not has_offset
+    return (rows, 1) if column else table_shape(shape, rows, groups)
 
 
 def check(op: str, layout: str, n: int, k: int, group_size: int) -> None:

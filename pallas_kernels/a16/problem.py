@@ -1,19 +1,13 @@
-"""What both kernels must know about a product: its shapes, types and where the scales apply."""
+"""What both kernels must know about a product, and no jax: its shapes, types and where the scales apply."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
-
-from pallas_kernels.a16 import ptx
-from pallas_kernels.a16.dequant import Kind
-from pallas_kernels.a16.ptx import Int
+from pallas_kernels.a16.stored import Kind
 
 SMEM_BYTES = 227 * 1024  # of one block on Hopper
-DTYPES = {jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.float16): "f16", jnp.dtype(jnp.float32): "f32"}
+DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +47,3 @@ class Problem:
         """Bytes of `groups` groups' scales, zeros and offsets of one 16-row tile."""
         scale = 0 if self.scales_in_epilogue else self.scale_record * groups
         return scale, 16 * groups if self.has_zero else 0, scale if self.has_offset else 0
-
-    def load_row_scale(self, s_ref: ir.Value, n: Int) -> ir.Value:
-        """Device code: the float32 scale of row n from the [N, 1] or [1, 1] array."""
-        size = 4 if self.scale_dtype == "f32" else 2
-        types = {"f32": ir.F32Type, "bf16": ir.BF16Type, "f16": ir.F16Type}
-        index = Int.of(0) if self.one_scale else n
-        address = ptx.offset(ptx.global_address(s_ref), (index * size).i64())
-        value = llvm.load(types[self.scale_dtype].get(), llvm.inttoptr(llvm.PointerType.get(1), address))
-        return value if size == 4 else arith.extf(ir.F32Type.get(), value)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 
-from pallas_kernels.a16.wgmma_sm90 import Config, Plan
+from pallas_kernels.a16.wgmma_plan import Config, Plan
 
 CLOCK = 1700.0  # cycles per microsecond under load
 

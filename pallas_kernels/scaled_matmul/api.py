@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.scaled_matmul import mosaic_sm90, reference
+from pallas_kernels.scaled_matmul import choice, mosaic_sm90, reference
 
 BLOCK = 128  # DeepSeek's block size along N and K
 QDTYPES = (jnp.int8, jnp.float8_e4m3fn)
@@ -62,10 +62,5 @@ def _check(xq, wq, x_scale, w_scale, bias, out_dtype) -> None:
         raise ValueError(f"scaled_matmul: out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
 
 
-dispatch.register(
-    "scaled_matmul",
-    [
-        dispatch.Implementation("mosaic_sm90", mosaic_sm90.scaled_matmul, dispatch.hopper_only),
-        dispatch.Implementation("xla", reference.scaled_matmul),
-    ],
-)
+_CODE = (mosaic_sm90.scaled_matmul, reference.scaled_matmul)
+dispatch.register(choice.OP, [candidate.run_by(fn) for candidate, fn in zip(choice.CANDIDATES, _CODE, strict=True)])

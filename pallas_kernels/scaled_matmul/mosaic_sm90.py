@@ -26,18 +26,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tuning
-from pallas_kernels.dispatch import current_device
 from pallas_kernels.quantize.exact import cluster_fence
-from pallas_kernels.scaled_matmul.config import (
-    EXCHANGE_PADDING,
-    SCALE_CHUNK,
-    SMEM_BYTES,
-    Config,
-    fill_stages,
-    heuristic,
-    search_space,
-)
+from pallas_kernels.scaled_matmul.choice import choose_config, multiprocessors, refuse, scale_kind, whole_rows
+from pallas_kernels.scaled_matmul.config import EXCHANGE_PADDING, SCALE_CHUNK, Config
 
 _L = plgpu.Layout.WGMMA
 _ROW, _COL = _L.reduce(1), _L.reduce(0)
@@ -544,24 +535,6 @@ def _kernel(*refs, config: Config, m: int, n: int, k: int, block: bool, x_kind: 
         consumer()
 
 
-def _refuse(m: int, n: int, k: int, dtype: Any) -> None:
-    """Raises NotImplementedError for shapes that TMA cannot copy without another copy of the weight first."""
-    if m == 0:
-        raise NotImplementedError("M = 0: nothing to compute")
-    if n % 8:
-        raise NotImplementedError(f"N must be a multiple of 8 (rows of a TMA tile), got {n}")
-    if k % 128 and (k > 128 or k % 16):
-        raise NotImplementedError(f"K must be a multiple of 128, or of 16 below 128 (TMA tiles), got {k}")
-    if dtype == jnp.int8 and k >= 2**17:
-        raise NotImplementedError(f"int8 sums of K = {k} products may exceed int32 (K < 131072)")
-
-
-def _kind(scale: jax.Array) -> str:
-    if scale.shape == (1, 1):
-        return "tensor"
-    return "vector" if scale.shape[1] == 1 else "block"
-
-
 def scaled_matmul(
     xq: jax.Array,
     wq: jax.Array,
@@ -579,36 +552,22 @@ def scaled_matmul(
     """
     (m, k), n = xq.shape, wq.shape[0]
     out_dtype = jnp.dtype(out_dtype)
-    _refuse(m, n, k, xq.dtype)
-    whole_m = m if m <= 8 else -(-m // 8) * 8
-    if whole_m != m:  # TMA tiles have 8 rows; engines pad to buckets, so that this copy is rare
+    refuse(m, n, k, xq.dtype)
+    whole_m = whole_rows(m)
+    if whole_m != m:  # engines pad to buckets, so that this copy is rare
         xq = jnp.pad(xq, ((0, whole_m - m), (0, 0)))
         if x_scale.shape[0] != 1:
             x_scale = jnp.pad(x_scale, ((0, whole_m - m), (0, 0)))
         return scaled_matmul(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype, config=config, after=after)[:m]
-    x_kind, w_kind = _kind(x_scale), _kind(w_scale)
+    x_kind, w_kind = scale_kind(x_scale), scale_kind(w_scale)
     if w_kind == "vector" and w_scale.shape[0] != n:  # K <= 128: blocks of rows only
         w_scale = jnp.repeat(w_scale, 128, axis=0)[:n]
     block = "block" in (x_kind, w_kind)
     if x_kind == "block" and x_scale.shape[1] % SCALE_CHUNK:
         x_scale = jnp.pad(x_scale, ((0, 0), (0, -x_scale.shape[1] % SCALE_CHUNK)))
-    sms = current_device().core_count or 132
-    c = config
-    if c is None:
-        scales = "block" if block else "row"
-        c = tuning.choose(
-            "scaled_matmul",
-            tuning.key(m=tuning.bucket(m), n=n, k=k, dtype=xq.dtype.name, scales=scales),
-            heuristic=lambda: fill_stages(heuristic(m, n, k, block=block, sms=sms), m, k, 2, block),
-            space=lambda: search_space(m, n, k, block=block, sms=sms),
-        )
-        if c.smem_bytes(m, k, out_dtype.itemsize, block) > SMEM_BYTES:  # float32 output stages more
-            c = fill_stages(c, m, k, out_dtype.itemsize, block)
+    sms = multiprocessors()
+    c = choose_config(m, n, k, xq.dtype, block, out_dtype.itemsize, config)
     accumulator = jnp.int32 if xq.dtype == jnp.int8 and not block else jnp.float32
-    if reason := c.refusal(m, n, k, block):
-        raise NotImplementedError(reason)
-    if c.smem_bytes(m, k, out_dtype.itemsize, block) > SMEM_BYTES:
-        raise NotImplementedError(f"{c} needs {c.smem_bytes(m, k, out_dtype.itemsize, block)} bytes of shared memory")
     # The output's columns are whole store tiles too: a few more than N where N is odd, cut off behind the kernel.
     tile_columns = _tile_columns(c.epilogue_n, out_dtype)
     out_n = -(-n // tile_columns) * tile_columns

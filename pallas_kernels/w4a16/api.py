@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.w4a16 import layout as layouts
-from pallas_kernels.w4a16 import mosaic_sm90, reference
+from pallas_kernels.w4a16 import choice, mosaic_sm90, reference
 
 X_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
@@ -71,7 +73,7 @@ def _check(x, qweight, scale, zero, offset, perm, group_size, layout) -> None:
         raise ValueError("w4a16_matmul: give zero or offset, not both")
     if perm is not None and (perm.shape != (k,) or perm.dtype != jnp.int32):
         raise ValueError(f"w4a16_matmul: perm must be int32 {(k,)}, got {perm.dtype} {perm.shape}")
-    if layouts.parse(layout) is not None:
+    if choice.parse(layout) is not None:
         return
     if qweight.ndim != 2 or qweight.dtype != jnp.uint8 or 2 * qweight.shape[1] != k:
         raise ValueError(f"w4a16_matmul: qweight must be uint8 [N, {k / 2:g}], got {qweight.dtype} {qweight.shape}")
@@ -88,11 +90,5 @@ def _check(x, qweight, scale, zero, offset, perm, group_size, layout) -> None:
             raise ValueError(f"w4a16_matmul: {name} must be a float dtype, got {a.dtype}")
 
 
-dispatch.register(
-    "w4a16_matmul",
-    [
-        dispatch.Implementation("decode_sm90", mosaic_sm90.decode, dispatch.hopper_only),
-        dispatch.Implementation("wgmma_sm90", mosaic_sm90.wgmma, dispatch.hopper_only),
-        dispatch.Implementation("xla", reference.w4a16_matmul),
-    ],
-)
+_CODE: tuple[Callable[..., Any], ...] = (mosaic_sm90.decode, mosaic_sm90.wgmma, reference.w4a16_matmul)
+dispatch.register(choice.OP, [candidate.run_by(fn) for candidate, fn in zip(choice.CANDIDATES, _CODE, strict=True)])

@@ -10,26 +10,12 @@ import functools
 
 import jax
 
-from pallas_kernels.a16 import fragments
+from pallas_kernels.a16 import fragments, tables
 from pallas_kernels.a16 import layout as sm90
-from pallas_kernels.dispatch import Device, current_device
+from pallas_kernels.w4a16.choice import parse
+from pallas_kernels.w4a16.choice import preferred_layout as preferred_layout
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
-
-
-def preferred_layout(n: int, k: int, group_size: int, zero_kind: str, device: Device | None = None) -> str:
-    """The layout to convert a [n, k] weight to on `device` (default: the current one).
-
-    zero_kind: "none" (symmetric), "int" (integer zero points) or "offset" (float offset).
-    """
-    if zero_kind not in ("none", "int", "offset"):
-        raise ValueError(f"zero_kind must be 'none', 'int' or 'offset', got {zero_kind!r}")
-    return sm90.preferred(n, k, group_size, device or current_device())
-
-
-def parse(layout: str) -> sm90.Layout | None:
-    """None for "canonical". Raises ValueError for an unknown name."""
-    return sm90.parse("w4a16_matmul", layout)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -51,12 +37,12 @@ def to_layout(
     sm90.check("w4a16_matmul", layout, n, k, group_size)
     rows, columns = sm90.padded_shape(n, k, group_size)
     groups = sm90.groups_of(columns, k, group_size)
-    packed = fragments.pack4(sm90.pad(qweight, rows, columns // 2))
+    packed = fragments.pack4(tables.pad(qweight, rows, columns // 2))
     return (
         packed,
-        sm90.pack_scale(scale, rows, groups, offset is not None),
-        None if zero is None else sm90.pack_table(zero, rows, groups),
-        None if offset is None else sm90.pack_table(offset, rows, groups),
+        tables.pack_scale(scale, rows, groups, offset is not None),
+        None if zero is None else tables.pack_table(zero, rows, groups),
+        None if offset is None else tables.pack_table(offset, rows, groups),
     )
 
 
@@ -78,7 +64,7 @@ def from_layout(
     groups = sm90.groups_of(k, k, group_size)
     return (
         canonical[:n, : k // 2],
-        sm90.unpack_scale(scale, n, groups),
-        None if zero is None else sm90.unpack_table(zero, n, groups),
-        None if offset is None else sm90.unpack_table(offset, n, groups),
+        tables.unpack_scale(scale, n, groups),
+        None if zero is None else tables.unpack_table(zero, n, groups),
+        None if offset is None else tables.unpack_table(offset, n, groups),
     )

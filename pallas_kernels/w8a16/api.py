@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.w8a16 import layout as layouts
-from pallas_kernels.w8a16 import mosaic_sm90, reference
+from pallas_kernels.w8a16 import choice, mosaic_sm90, reference
 
 X_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 Q_DTYPES = (jnp.int8, jnp.uint8, jnp.float8_e4m3fn)
@@ -56,7 +58,7 @@ def _check(x, qweight, scale, zero, perm, group_size, layout) -> None:
         raise ValueError(f"w8a16_matmul: group_size must be positive, or -1 for K, got {group_size}")
     if perm is not None and (perm.shape != (k,) or perm.dtype != jnp.int32):
         raise ValueError(f"w8a16_matmul: perm must be int32 {(k,)}, got {perm.dtype} {perm.shape}")
-    if layouts.parse(layout) is not None:
+    if choice.parse(layout) is not None:
         return
     if qweight.ndim != 2 or qweight.dtype not in Q_DTYPES or qweight.shape[1] != k:
         raise ValueError(
@@ -72,11 +74,5 @@ def _check(x, qweight, scale, zero, perm, group_size, layout) -> None:
         raise ValueError(f"w8a16_matmul: zero must be an integer dtype, got {zero.dtype}")
 
 
-dispatch.register(
-    "w8a16_matmul",
-    [
-        dispatch.Implementation("decode_sm90", mosaic_sm90.decode, dispatch.hopper_only),
-        dispatch.Implementation("wgmma_sm90", mosaic_sm90.wgmma, dispatch.hopper_only),
-        dispatch.Implementation("xla", reference.w8a16_matmul),
-    ],
-)
+_CODE: tuple[Callable[..., Any], ...] = (mosaic_sm90.decode, mosaic_sm90.wgmma, reference.w8a16_matmul)
+dispatch.register(choice.OP, [candidate.run_by(fn) for candidate, fn in zip(choice.CANDIDATES, _CODE, strict=True)])

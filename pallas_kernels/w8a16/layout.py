@@ -12,26 +12,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.a16 import fragments
+from pallas_kernels.a16 import fragments, tables
 from pallas_kernels.a16 import layout as sm90
-from pallas_kernels.dispatch import Device, current_device
+from pallas_kernels.w8a16.choice import parse
+from pallas_kernels.w8a16.choice import preferred_layout as preferred_layout
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array | None]
-
-
-def preferred_layout(n: int, k: int, group_size: int, zero_kind: str, device: Device | None = None) -> str:
-    """The layout to convert a [n, k] weight to on `device` (default: the current one).
-
-    zero_kind: "none" or "int" (integer zero points).
-    """
-    if zero_kind not in ("none", "int"):
-        raise ValueError(f"zero_kind must be 'none' or 'int', got {zero_kind!r}")
-    return sm90.preferred(n, k, group_size, device or current_device())
-
-
-def parse(layout: str) -> sm90.Layout | None:
-    """None for "canonical". Raises ValueError for an unknown name."""
-    return sm90.parse("w8a16_matmul", layout)
 
 
 def _flip(a: jax.Array) -> jax.Array:
@@ -50,11 +36,11 @@ def to_layout(qweight: jax.Array, scale: jax.Array, zero: jax.Array | None, layo
     sm90.check("w8a16_matmul", layout, n, k, group_size)
     rows, columns = sm90.padded_shape(n, k, group_size)
     groups = sm90.groups_of(columns, k, group_size)
-    packed = fragments.pack8(sm90.pad(_flip(qweight), rows, columns))
+    packed = fragments.pack8(tables.pad(_flip(qweight), rows, columns))
     return (
         packed,
-        sm90.pack_scale(scale, rows, groups, False),
-        None if zero is None else sm90.pack_table(_flip(zero), rows, groups),
+        tables.pack_scale(scale, rows, groups, False),
+        None if zero is None else tables.pack_table(_flip(zero), rows, groups),
     )
 
 
@@ -69,6 +55,6 @@ def from_layout(qweight: jax.Array, scale: jax.Array, zero: jax.Array | None, la
     groups = sm90.groups_of(k, k, group_size)
     return (
         _flip(canonical[:n, :k]),
-        sm90.unpack_scale(scale, n, groups),
-        None if zero is None else _flip(sm90.unpack_table(zero, n, groups)),
+        tables.unpack_scale(scale, n, groups),
+        None if zero is None else _flip(tables.unpack_table(zero, n, groups)),
     )

@@ -1,0 +1,47 @@
+"""Which implementation of w4a16_matmul runs where: layouts by name, and what each takes, without jax."""
+
+from __future__ import annotations
+
+from pallas_kernels.a16 import choice
+from pallas_kernels.a16 import layout as sm90
+from pallas_kernels.a16.problem import Problem
+from pallas_kernels.dispatch import Candidate, Device, Shaped, current_device, hopper_only
+
+OP = "w4a16_matmul"
+
+
+def preferred_layout(n: int, k: int, group_size: int, zero_kind: str, device: Device | None = None) -> str:
+    """The layout to convert a [n, k] weight to on `device` (default: the current one).
+
+    zero_kind: "none" (symmetric), "int" (integer zero points) or "offset" (float offset).
+    """
+    if zero_kind not in ("none", "int", "offset"):
+        raise ValueError(f"zero_kind must be 'none', 'int' or 'offset', got {zero_kind!r}")
+    return sm90.preferred(n, k, group_size, device or current_device())
+
+
+def parse(layout: str) -> sm90.Layout | None:
+    """None for "canonical". Raises ValueError for an unknown name."""
+    return sm90.parse(OP, layout)
+
+
+def problem(
+    x: Shaped,
+    qweight: Shaped,
+    scale: Shaped,
+    zero: Shaped | None = None,
+    *,
+    offset: Shaped | None = None,
+    perm: Shaped | None = None,
+    group_size: int,
+    layout: str = "canonical",
+) -> Problem:
+    """The product, from the op's own arguments. Raises NotImplementedError for what no kernel takes."""
+    return choice.problem_of(OP, x, qweight, scale, zero, offset, group_size, layout, four_bit=True)
+
+
+CANDIDATES = (
+    Candidate("decode_sm90", hopper_only, lambda *args, **kwargs: choice.decode(OP, problem(*args, **kwargs))),
+    Candidate("wgmma_sm90", hopper_only, lambda *args, **kwargs: choice.wgmma(OP, problem(*args, **kwargs))),
+    Candidate("xla"),
+)
