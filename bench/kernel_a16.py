@@ -35,7 +35,7 @@ import numpy as np
 from bench.timing import kernel_durations
 from pallas_kernels.a16 import decode_config, decode_sm90, wgmma_config, wgmma_sm90
 from pallas_kernels.a16.cases import CASES, LLAMA_8B, Case, make, worst
-from pallas_kernels.a16.dequant import KINDS
+from pallas_kernels.a16.stored import KINDS
 
 MS = (1, 16, 64, 256, 4096)
 # What a sweep multiplies by: stored kind and group (None: one scale per row).

@@ -20,9 +20,9 @@ from jqserve.checkpoint.names import LinearGroup, modules
 from jqserve.models.config import ModelConfig
 from jqserve.quantize import awq, compensate
 from jqserve.quantize import layer as layer_module
-from jqserve.quantize.activations import CHUNK_TOKENS, Activations
+from jqserve.quantize.activations import Activations
 from jqserve.quantize.layer import LayerQuantizer, Through
-from jqserve.quantize.options import Options
+from jqserve.quantize.options import CHUNK_TOKENS, Options
 from jqserve.quantize.source import HostLayer, Part
 
 LAYERS = 32

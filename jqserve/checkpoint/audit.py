@@ -46,6 +46,13 @@ class Audit:
     kv: KvScales | None = None
 
 
+def tensor_names(module: Vector | GroupSource) -> list[str]:
+    """The tensors that a module is read from."""
+    if isinstance(module, Vector):
+        return [module.name]
+    return [name for p in module.parts for name in (*p.tensors.values(), *((p.bias,) if p.bias else ()))]
+
+
 def audit(checkpoint: AnyCheckpoint, config: ModelConfig, plan: QuantPlan, *, kv: bool = True) -> Audit:
     """Compares config, plan and headers. kv=False: the KV cache's scales are left out.
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import jax
 
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, keep_on_host, set_path
-from jqserve.checkpoint.open import AnyCheckpoint, open_checkpoint
+from jqserve.checkpoint.open import AnyCheckpoint, is_store, open_checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.plan import PlanRow
-from jqserve.checkpoint.store import is_store, restore
+from jqserve.checkpoint.store import restore
+from jqserve.checkpoint.stream import Stream
 
 __all__ = ["LoadedCheckpoint", "keep_on_host", "load"]
 
@@ -55,7 +56,7 @@ def load(
         )
     with open_checkpoint(path) as checkpoint:
         opened = open_model(checkpoint, dtype, activations, quantization)
-        stream = opened.stream(device_put, decode)
+        stream = Stream.of(opened, device_put, decode)
         params: dict[str, Any] = {}
         rows: list[PlanRow] = []
         for done, built in enumerate(stream, 1):

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jqserve.checkpoint.fusing import fused_spec
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, set_path
+from jqserve.checkpoint.matrix_row import matrix_row
 from jqserve.checkpoint.names import LinearGroup, Vector, modules
 from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import read_plan
-from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row, source_text
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, source_text
 from jqserve.checkpoint.quant_config import QuantPlan
-from jqserve.checkpoint.recipe import fused_spec
 from jqserve.checkpoint.scheme import Scheme
 from jqserve.quant import QuantizedTensor, QuantSpec
 

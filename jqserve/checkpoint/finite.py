@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from jqserve.quant.namespace import namespace
 
 #: dtype -> (unsigned integer of its width, mask of all but the sign, smallest masked value that is not finite)
 _BITS: dict[str, tuple[Any, int, int]] = {
@@ -23,11 +23,11 @@ _CHUNK = 1 << 18
 
 def all_finite(array: Any) -> Any:
     """True (a bool, or a traced bool) where `array` has no NaN and no infinity; integers are always finite."""
-    name = jnp.dtype(array.dtype).name
+    name = np.dtype(array.dtype).name
     if name not in _BITS or array.size == 0:
         return True
     word, mask, limit = _BITS[name]
-    if isinstance(array, jax.Array):
+    if namespace(array) is not np:
         return (array.view(word) & word(mask)).max() < word(limit)
     bits = array.reshape(-1).view(word)
     return all((bits[i : i + _CHUNK] & word(mask)).max() < limit for i in range(0, bits.size, _CHUNK))

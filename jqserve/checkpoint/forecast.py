@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 - numpy knows bfloat16 by its name then
+import numpy as np
 
-from jqserve.checkpoint.audit import GroupSource, Part
+from jqserve.checkpoint.audit import GroupSource, Part, tensor_names
+from jqserve.checkpoint.fusing import fused_spec
 from jqserve.checkpoint.names import Vector, module_and_suffix
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.opening import OpenModel
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, activation_text, scheme_text, source_text
-from jqserve.checkpoint.recipe import fused_spec
-from jqserve.checkpoint.stream import tensor_names
 from jqserve.quant import QuantSpec
 
 
@@ -38,7 +38,7 @@ class Forecast:
 
 def forecast(opened: OpenModel) -> Forecast:
     """Raises nothing that `open_model` has not raised."""
-    checkpoint, width = opened.checkpoint, jnp.dtype(opened.config.dtype).itemsize
+    checkpoint, width = opened.checkpoint, np.dtype(opened.config.dtype).itemsize
     rows: list[PlanRow] = []
     vectors, sizes, unquantized = 0, [], {}
     for module in opened.audited.modules:
@@ -100,12 +100,12 @@ def _row(
     n, k = sum(part.slot.n for part in parts), parts[0].slot.k
     source, method = source_text([part.slot.name for part in parts]), parts[0].scheme.method
     if spec is None:
-        width = jnp.dtype(dtype).itemsize
+        width = np.dtype(dtype).itemsize
         return PlanRow(path, source, (n, k), method, 8 * width, None, "none", dtype, n * k * width, note)
     scale = _scale_dtype(checkpoint, parts[0])
-    nbytes = n * spec.row_bytes + math.prod(spec.grid) * jnp.dtype(scale).itemsize
+    nbytes = n * spec.row_bytes + math.prod(spec.grid) * np.dtype(scale).itemsize
     if spec.zero != "none":
-        nbytes += math.prod(spec.grid) * (1 if spec.zero == "int" else jnp.dtype(scale).itemsize)
+        nbytes += math.prod(spec.grid) * (1 if spec.zero == "int" else np.dtype(scale).itemsize)
     names = {module_and_suffix(name)[1] for part in parts for name in part.tensors.values()}
     ordered = bool({"g_idx", "weight_g_idx"} & names) and _act_order(parts[0])
     nbytes += 4 * k if ordered else 0

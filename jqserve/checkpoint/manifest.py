@@ -13,14 +13,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jqserve.checkpoint.hf import read_json
+from jqserve.checkpoint.open import MANIFEST
 from jqserve.errors import CheckpointError, UnsupportedError
 from jqserve.quant import QuantizedTensor, QuantSpec
 
-NAME = "jqserve.json"
+NAME = MANIFEST
 FORMAT, VERSION = "jqserve canonical checkpoint", 1
 #: The array fields of a QuantizedTensor, in its order.
 FIELDS = ("qvalue", "scale", "zero_point", "perm", "input_scale")
@@ -36,7 +36,7 @@ class ArrayFacts:
 
     @staticmethod
     def of(array: np.ndarray) -> ArrayFacts:
-        return ArrayFacts(tuple(array.shape), jnp.dtype(array.dtype).name, crc32(array))
+        return ArrayFacts(tuple(array.shape), np.dtype(array.dtype).name, crc32(array))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from jqserve.checkpoint.scheme import (
     Scheme,
     namespace,
 )
-from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantizedTensor, QuantSpec
+from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantSpec
 from jqserve.quant.spec import QType
 
 GROUPS = (32, 64, 128, 256)
@@ -116,6 +116,8 @@ class Online(Scheme):
 
     def quantize(self, weight: Any) -> Any:
         """[N, K] of any float dtype -> canonical QuantizedTensor, or `weight` itself where the scheme does not fit."""
+        from jqserve.quant import QuantizedTensor  # which loads jax: a plan has no use for it
+
         spec = self.spec(*weight.shape)
         if spec is None:
             return weight

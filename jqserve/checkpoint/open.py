@@ -12,6 +12,8 @@ from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.hf import Checkpoint
 
 AnyCheckpoint = Checkpoint | GgufCheckpoint
+#: The manifest of a directory that `jqserve convert` wrote.
+MANIFEST = "jqserve.json"
 
 
 def open_checkpoint(path: Path | str | AnyCheckpoint, *, weights: bool = True) -> AnyCheckpoint:
@@ -20,3 +22,8 @@ def open_checkpoint(path: Path | str | AnyCheckpoint, *, weights: bool = True) -
         return path
     file = gguf_of(path)
     return Checkpoint(path, weights=weights) if file is None else GgufCheckpoint(file)
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether `jqserve convert` wrote this directory."""
+    return (Path(path) / MANIFEST).is_file()

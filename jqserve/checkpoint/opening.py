@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, Literal
-
-import jax
+from typing import Any
 
 from jqserve.checkpoint.asked import Answer, answer
 from jqserve.checkpoint.audit import Audit, audit
-from jqserve.checkpoint.extras import verify
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
-from jqserve.checkpoint.loaded import Activations, Place, keep_on_host
+from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.model_config import DTYPES, model_config
 from jqserve.checkpoint.names import LinearGroup, modules
 from jqserve.checkpoint.open import AnyCheckpoint
@@ -20,13 +17,11 @@ from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
 from jqserve.checkpoint.readers.dense import DENSE
 from jqserve.checkpoint.scheme import Scheme
-from jqserve.checkpoint.stream import Stream
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 SAFETENSORS_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-Decode = Literal["auto", "host", "device"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +34,6 @@ class OpenModel:
     method: str
     note: str
     audited: Audit
-
-    def stream(self, device_put: Place | None, decode: Decode) -> Stream:
-        """The modules, built one by one. Reads the extras whose values must be looked at first."""
-        verify(self.checkpoint, self.audited.extras)
-        if decode == "auto":
-            decode = "host" if device_put is keep_on_host or jax.default_backend() == "cpu" else "device"
-        return Stream(
-            self.checkpoint,
-            self.audited,
-            dtype=self.config.dtype,
-            place=device_put or jax.device_put,
-            on_device=decode == "device",
-        )
 
     def plan(self, rows: list[PlanRow]) -> LoadPlan:
         """The plan, once all rows are known."""

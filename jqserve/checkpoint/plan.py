@@ -6,10 +6,9 @@ import dataclasses
 import re
 from typing import Any
 
-import jax.numpy as jnp
 from rich.table import Table
 
-from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
+from jqserve.quant import ActivationSpec, QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +152,3 @@ def source_text(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     return f"{names[0].rpartition('.')[0]}.{{{','.join(name.rpartition('.')[2] for name in names)}}}"
-
-
-def matrix_row(path: str, source: str, method: str, weight: Any, note: str = "") -> PlanRow:
-    """The row of a Linear or of the embedding table: `weight` is an array or a QuantizedTensor, host or device."""
-    if not isinstance(weight, QuantizedTensor):
-        shape, dtype = (int(weight.shape[0]), int(weight.shape[1])), jnp.dtype(weight.dtype)
-        bits = dtype.itemsize * 8
-        return PlanRow(path, source, shape, method, bits, None, "none", dtype.name, int(weight.nbytes), note)
-    spec = weight.spec
-    group = spec.group_size if spec.group_size < spec.shape[1] else None
-    text = scheme_text(method, spec, weight.perm is not None)
-    scales, activation = jnp.dtype(weight.scale.dtype).name, activation_text(spec.activation)
-    return PlanRow(path, source, spec.shape, text, spec.bits, group, activation, scales, weight.nbytes, note, spec)

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from jqserve.checkpoint.finite import all_finite
+from jqserve.checkpoint.fusing import fused_spec
 from jqserve.checkpoint.scheme import Arrays, Prepared, Scheme, cast, namespace
 from jqserve.quant import QuantizedTensor, QuantSpec
 
-#: Blocks of fp8 scales that scaled_matmul takes, and that fuse as they are.
-BLOCKS = (128, 128)
 Linear = dict[str, Any]  # {"weight": Array | QuantizedTensor, "bias": Array (optional)}
 
 
@@ -76,21 +75,6 @@ def _spread(scale: Any, own: QuantSpec | None, fused: QuantSpec) -> Any:
 
 def _joined(arrays: list[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else namespace(arrays[0]).concatenate(arrays, axis=0)
-
-
-def fused_spec(specs: list[QuantSpec | None], n: int) -> QuantSpec | None:
-    """The spec of parts concatenated along N. Raises ValueError, with the reason, where they do not agree."""
-    if all(s is not None and s.group_shape == BLOCKS for s in specs):
-        blocks = [s.replace(shape=(n, s.shape[1])) for s in specs if s is not None]
-        if any(s is not None and s.shape[0] % BLOCKS[0] for s in specs[:-1]):
-            raise ValueError("their rows do not fill whole 128x128 blocks")
-        if any(s != blocks[0] for s in blocks):
-            raise ValueError("schemes differ")
-        return blocks[0]
-    per_channel = [s and s.replace(shape=(n, s.shape[1]), group_shape=(1, s.group_shape[1])) for s in specs]
-    if any(s != per_channel[0] for s in per_channel):
-        raise ValueError("schemes differ")
-    return per_channel[0]
 
 
 def why_apart(parts: tuple[tuple[Scheme, int, int], ...], prepared: list[Prepared], biases: list[bool]) -> str | None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -175,14 +173,16 @@ def _to_fp8(weight: Any, scale: Any) -> Any:
 
 def _kept(value: Any) -> Any:
     """`value` as XLA's algebraic simplifier may not see through it."""
-    return jax.lax.optimization_barrier(value) if isinstance(value, jax.Array) else value
+    if namespace(value) is np:
+        return value
+    import jax
+
+    return jax.lax.optimization_barrier(value)
 
 
 def _divided(value: Any, divisor: float) -> Any:
     """A true division: XLA would multiply by the reciprocal, one bit off."""
-    if isinstance(value, jax.Array):
-        return value / jax.lax.optimization_barrier(jnp.float32(divisor))
-    return value / np.float32(divisor)
+    return value / _kept(namespace(value).float32(divisor))
 
 
 def _times_inverse(value: Any, divisor: float) -> Any:
@@ -192,14 +192,14 @@ def _times_inverse(value: Any, divisor: float) -> Any:
 
 def _own(value: Any, dtype: Any) -> Any:
     """float32 rounded to `dtype` and back; under jit XLA keeps excess precision unless told."""
-    if jnp.dtype(dtype) == jnp.float32:
+    if dtype == np.float32:
         return value
-    if isinstance(value, jax.Array) and jnp.dtype(dtype) == jnp.float16:  # reduce_precision would flush subnormals
-        return jax.lax.optimization_barrier(value.astype(dtype)).astype(jnp.float32)
-    if isinstance(value, jax.Array):
-        info = jnp.finfo(dtype)
-        return jax.lax.reduce_precision(value, info.nexp, info.nmant)
-    return value.astype(dtype).astype(np.float32)
+    if namespace(value) is np or dtype == np.float16:  # reduce_precision would flush float16's subnormals
+        return _kept(value.astype(dtype)).astype(np.float32)
+    import jax
+
+    info = ml_dtypes.finfo(dtype)
+    return jax.lax.reduce_precision(value, info.nexp, info.nmant)
 
 
 def _by_rows(rule: Callable[[Any], Quantized], weight: Any, multiple: int = 1, *, scales: bool = True) -> Quantized:

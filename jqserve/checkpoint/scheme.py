@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jqserve.errors import CheckpointError
 from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantSpec
+from jqserve.quant.namespace import namespace as namespace
 
 Arrays = dict[str, Any]
 FP8_TOKEN = ActivationSpec("dynamic_token", "float8_e4m3fn", 448.0)
@@ -95,11 +95,6 @@ class Scheme:
         return self.with_activation(NO_ACTIVATION)
 
 
-def namespace(array: Any) -> Any:
-    """numpy or jax.numpy, whichever `array` belongs to."""
-    return jax.numpy if isinstance(array, jax.Array) else np
-
-
 def cast(array: Any, dtype: str) -> Any:
     """array.astype(dtype), without numpy's copy where nothing changes."""
     return array if array.dtype == dtype else array.astype(dtype)
@@ -107,7 +102,7 @@ def cast(array: Any, dtype: str) -> Any:
 
 def transposed(array: Any) -> Any:
     """array.T with its rows contiguous, which numpy does not do unasked."""
-    return array.T if isinstance(array, jax.Array) else np.ascontiguousarray(array.T)
+    return np.ascontiguousarray(array.T) if namespace(array) is np else array.T
 
 
 def group_count(k: int, group: int) -> int:

@@ -22,20 +22,18 @@ from jqserve.checkpoint.hf import read_json
 from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
+from jqserve.checkpoint.matrix_row import matrix_row
 from jqserve.checkpoint.model_config import model_config
 from jqserve.checkpoint.open import AnyCheckpoint, open_checkpoint
+from jqserve.checkpoint.open import is_store as is_store
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
-from jqserve.checkpoint.plan import LoadPlan, PlanRow, matrix_row
+from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.scheme import cast
 from jqserve.checkpoint.store_check import check_modules
+from jqserve.checkpoint.stream import Stream
 from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 from jqserve.quant import NO_ACTIVATION, QuantizedTensor
-
-
-def is_store(path: str | Path) -> bool:
-    """Whether `jqserve convert` wrote this directory."""
-    return (Path(path) / manifest.NAME).is_file()
 
 
 def convert(
@@ -65,7 +63,7 @@ def convert(
 
 def _write_arrays(opened: OpenModel, out: Path, progress: Progress | None) -> dict[str, Any]:
     orbax = _checkpointer()
-    stream = opened.stream(keep_on_host, "host")
+    stream = Stream.of(opened, keep_on_host, "host")
     sections: dict[str, dict[str, Any]] = {}
     rows: list[PlanRow] = []
     pending: dict[str, Weight] = {}

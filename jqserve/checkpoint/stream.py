@@ -6,23 +6,27 @@ import dataclasses
 import functools
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from jqserve.checkpoint.audit import Audit, GroupSource, Part
+from jqserve.checkpoint.audit import Audit, GroupSource, Part, tensor_names
+from jqserve.checkpoint.extras import verify
 from jqserve.checkpoint.finite import all_finite
 from jqserve.checkpoint.kv_scales import read as read_kv_scales
-from jqserve.checkpoint.loaded import Place, Weight
+from jqserve.checkpoint.loaded import Place, Weight, keep_on_host
+from jqserve.checkpoint.matrix_row import matrix_row
 from jqserve.checkpoint.names import Vector
 from jqserve.checkpoint.online import Online
 from jqserve.checkpoint.open import AnyCheckpoint
-from jqserve.checkpoint.plan import PlanRow, matrix_row, source_text
+from jqserve.checkpoint.opening import OpenModel
+from jqserve.checkpoint.plan import PlanRow, source_text
 from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
 from jqserve.checkpoint.scheme import Arrays, Prepared, cast
 from jqserve.errors import CheckpointError
 
+Decode = Literal["auto", "host", "device"]
 #: Modules whose transfer and decoding may be under way on the device while the next one is sent. Unquantized ones are
 #: large beside what becomes of them: with one under way, never more than two are there.
 IN_FLIGHT, IN_FLIGHT_ONLINE = 2, 1
@@ -64,6 +68,20 @@ class Stream:
         online = any(isinstance(part.scheme, Online) for group in groups for part in group.parts)
         self._in_flight = IN_FLIGHT_ONLINE if online else IN_FLIGHT
         self._flying: deque[tuple[str, Any]] = deque()  # path, whether it is finite (perhaps not computed yet)
+
+    @staticmethod
+    def of(opened: OpenModel, device_put: Place | None, decode: Decode) -> Stream:
+        """The modules of an opened model. Reads the extras whose values must be looked at first."""
+        verify(opened.checkpoint, opened.audited.extras)
+        if decode == "auto":
+            decode = "host" if device_put is keep_on_host or jax.default_backend() == "cpu" else "device"
+        return Stream(
+            opened.checkpoint,
+            opened.audited,
+            dtype=opened.config.dtype,
+            place=device_put or jax.device_put,
+            on_device=decode == "device",
+        )
 
     def __len__(self) -> int:
         return len(self._modules) + (self._kv is not None)
@@ -127,13 +145,6 @@ class Stream:
                     f"{self._checkpoint.path}: {path}: has values that are not finite in {self._dtype}: the file is "
                     "damaged, or the dtype is too narrow for it (then try --dtype bfloat16)"
                 )
-
-
-def tensor_names(module: Vector | GroupSource) -> list[str]:
-    """The tensors that a module is read from."""
-    if isinstance(module, Vector):
-        return [module.name]
-    return [name for p in module.parts for name in (*p.tensors.values(), *((p.bias,) if p.bias else ()))]
 
 
 def _with_options(prepared: Prepared, bias: np.ndarray | None) -> Arrays:

@@ -21,7 +21,7 @@ from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
 from jqserve.ops.kernels import GENERIC
-from jqserve.ops.quantized import check_supported
+from jqserve.ops.layouts import check_supported
 from pallas_kernels import KNOWN_DEVICES
 
 #: Data-sheet memory in bytes (GB are 10^9) and bytes a second.

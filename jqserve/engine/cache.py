@@ -1,27 +1,30 @@
-"""The KV pool's arrays: how large, of which type, and making them."""
+"""The KV pool's arrays: how large, of which type (asked by plans too, without jax), and making them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes  # noqa: F401 - numpy knows bfloat16 by its name then
+import numpy as np
 
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.config import ModelConfig
 
+if TYPE_CHECKING:
+    import jax
+
 KV_DTYPES = {
-    "float32": jnp.float32,
-    "bfloat16": jnp.bfloat16,
-    "float16": jnp.float16,
-    "fp8_e4m3": jnp.float8_e4m3fn,
-    "fp8_e5m2": jnp.float8_e5m2,
+    "float32": np.dtype("float32"),
+    "bfloat16": np.dtype("bfloat16"),
+    "float16": np.dtype("float16"),
+    "fp8_e4m3": np.dtype("float8_e4m3fn"),
+    "fp8_e5m2": np.dtype("float8_e5m2"),
 }
 #: Names of other servers and habits.
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8_e4m3"}
 
-Cache = tuple[tuple[jax.Array, jax.Array], ...]  # one (k_pages, v_pages) [P, Hkv, Ps, Dh] per layer
+type Cache = tuple[tuple[jax.Array, jax.Array], ...]  # one (k_pages, v_pages) [P, Hkv, Ps, Dh] per layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class CacheShape:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values."""
-        item = jnp.dtype(KV_DTYPES[self.dtype]).itemsize
+        item = KV_DTYPES[self.dtype].itemsize
         return 2 * self.layers * self.kv_heads * self.page_size * self.head_dim * item
 
     @property
@@ -50,6 +53,8 @@ class CacheShape:
         return self.pages, self.kv_heads, self.page_size, self.head_dim
 
     def abstract(self) -> Any:
+        import jax
+
         leaf = jax.ShapeDtypeStruct(self.layer, KV_DTYPES[self.dtype])
         return ((leaf, leaf),) * self.layers
 
@@ -77,6 +82,8 @@ def kv_source(dtype: str, scaled: bool) -> str:
 
 def make_cache(shape: CacheShape, device: Any = None) -> Cache:
     """Zeroed pages, each array its own buffer (they are donated to every step)."""
+    import jax.numpy as jnp
+
     return tuple(
         (
             jnp.zeros(shape.layer, KV_DTYPES[shape.dtype], device=device),

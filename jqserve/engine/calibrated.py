@@ -12,10 +12,9 @@ from typing import Any
 from jqserve.checkpoint.asked import CALIBRATED, FORMATS
 from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.hf import Checkpoint
-from jqserve.checkpoint.open import AnyCheckpoint
+from jqserve.checkpoint.open import AnyCheckpoint, is_store
 from jqserve.checkpoint.opening import read_configs
 from jqserve.checkpoint.quant_config import quant_plan
-from jqserve.checkpoint.store import is_store
 from jqserve.errors import RequestError
 from jqserve.quantize import calibration
 from jqserve.quantize.online import Calibrated

@@ -16,7 +16,7 @@ from flax import nnx
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
 from jqserve.models.decoder import Decoder
-from jqserve.ops.quantized import check_supported
+from jqserve.ops.layouts import check_supported
 from jqserve.quant import QuantizedTensor
 
 

@@ -17,21 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jqserve.ops.device import Device
-from jqserve.ops.relayout import grid_per_row, has_kernel, preferred_layout
-from jqserve.quant import QuantizedTensor, QuantSpec, dequantize
+from jqserve.ops.relayout import grid_per_row
+from jqserve.quant import QuantizedTensor, dequantize
 
 #: Bytes of one dequantized block, at most; 2,048 rows of 4,096 in bfloat16.
 BLOCK_BYTES = 16 << 20
 #: Rows of a block are a multiple of this: tiles of a GPU's matmul are 64 to 256 wide.
 ALIGNED = 128
-
-
-def needs_generic(spec: QuantSpec, device: Device) -> bool:
-    """Whether no kernel on `device` multiplies by weights of this spec as they are."""
-    if spec.activation.kind != "none":
-        return False
-    return not has_kernel(spec) or (device.platform != "cpu" and preferred_layout(spec, device) == "canonical")
 
 
 def generic_matmul(x: jax.Array, weight: QuantizedTensor, block_bytes: int = BLOCK_BYTES) -> jax.Array:

@@ -8,36 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from jqserve.errors import UnsupportedError
 from jqserve.ops.activations import QuantizedRows, quantize_input
 from jqserve.ops.device import current_device
-from jqserve.ops.generic import generic_matmul, needs_generic
+from jqserve.ops.generic import generic_matmul
+from jqserve.ops.layouts import needs_generic
 from jqserve.ops.relayout import grid_per_row, to_canonical
-from jqserve.quant import QuantizedTensor, QuantSpec, dequantize
+from jqserve.quant import QuantizedTensor, dequantize
 from pallas_kernels.scaled_matmul.api import scaled_matmul
 from pallas_kernels.w4a16.api import w4a16_matmul
 from pallas_kernels.w8a16.api import w8a16_matmul
-
-
-def check_supported(path: str, spec: QuantSpec) -> None:
-    """Raises UnsupportedError, naming module `path`, when no kernel multiplies by a weight of this scheme."""
-    (n, k), (gn, gk) = spec.shape, spec.group_shape
-    reason = None
-    if spec.activation.kind == "none":
-        return
-    if spec.qtype not in ("int8", "float8_e4m3fn"):
-        reason = f"{spec.qtype} weights with quantized activations (supported: int8 and float8_e4m3fn weights)"
-    elif spec.activation.qtype != spec.qtype:
-        reason = f"{spec.qtype} weights with {spec.activation.qtype} activations (supported: the same type for both)"
-    elif spec.zero != "none":
-        reason = "asymmetric weights with quantized activations (supported: symmetric weights)"
-    elif not (gk >= k and (gn == 1 or gn >= n)) and (gn, gk) != (128, 128):
-        reason = f"weight scales per {gn}x{gk} with quantized activations (supported: per channel, per tensor, 128x128)"
-    if reason:
-        raise UnsupportedError(
-            f"{path}: no kernel for {reason}. Load it with activations='none' (--activations none) to serve the "
-            "weights alone, or choose a checkpoint in a supported scheme"
-        )
 
 
 def quantized_matmul(x: jax.Array, weight: QuantizedTensor, bias: jax.Array | None) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jqserve.ops.device import Device, current_device
+from jqserve.ops.layouts import preferred_layout, rows_as_they_are
 from jqserve.quant import QuantizedTensor, QuantSpec
 from pallas_kernels.w4a16 import layout as w4a16_layout
 from pallas_kernels.w8a16 import layout as w8a16_layout
@@ -39,21 +40,6 @@ def relayout_leaf(weight: Any, device: Device | None = None) -> Any:
     return _to_layout(weight, layout) if layout != "canonical" or wide else weight
 
 
-def has_kernel(spec: QuantSpec) -> bool:
-    """Whether some device has a kernel for weights of this kind, whatever their groups."""
-    return not spec.codebook and not (spec.bits == 8 and spec.zero == "offset")
-
-
-def preferred_layout(spec: QuantSpec, device: Device) -> str:
-    """The layout's name; "canonical" where the kernels read canonical arrays, as scaled_matmul always does, and where
-    there is no kernel."""
-    if spec.activation.kind != "none" or not has_kernel(spec):
-        return "canonical"
-    n, k = spec.shape
-    module = w4a16_layout if spec.qtype == "uint4" else w8a16_layout
-    return module.preferred_layout(n, k, spec.group_size, spec.zero, device)
-
-
 def to_canonical(weight: QuantizedTensor) -> QuantizedTensor:
     """The inverse of `relayout_leaf`: the same packed values, bit for bit (scales may have become float32)."""
     layout = weight.spec.layout
@@ -67,10 +53,9 @@ def to_canonical(weight: QuantizedTensor) -> QuantizedTensor:
 
 def grid_per_row(grid: jax.Array, spec: QuantSpec) -> jax.Array:
     """Weight-only kernels take scales and zeros per output feature ([N, G]) or one for all ([1, 1])."""
-    (n, k), (gn, gk) = spec.shape, spec.group_shape
-    if gn == 1 or (gn >= n and gk >= k):
+    if rows_as_they_are(spec):
         return grid
-    return jnp.repeat(grid, gn, axis=0)[:n]
+    return jnp.repeat(grid, spec.group_shape[0], axis=0)[: spec.shape[0]]
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from jqserve.quant.namespace import namespace
 
 #: name -> float32 [16]
 CODEBOOKS: dict[str, np.ndarray] = {
@@ -31,12 +31,13 @@ CODEBOOKS: dict[str, np.ndarray] = {
 def decode(codes: Any, name: str) -> Any:
     """Codes 0..15 of any shape -> float32 values."""
     table = CODEBOOKS[name]
-    return jnp.take(table, codes, axis=0, mode="clip") if isinstance(codes, jax.Array) else table[codes]
+    xp = namespace(codes)
+    return table[codes] if xp is np else xp.take(table, codes, axis=0, mode="clip")
 
 
 def encode(value: Any, name: str) -> Any:
     """float32 values in [-1, 1] of any shape -> uint8 codes of the nearest value, the lower one from the middle."""
-    xp = jnp if isinstance(value, jax.Array) else np
+    xp = namespace(value)
     table = CODEBOOKS[name]
     levels, first = np.unique(table, return_index=True)  # sorted, -0 and 0 are one
     bounds = (levels[1:] + levels[:-1]) / np.float32(2)

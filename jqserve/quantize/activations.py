@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqserve.quantize.host import Kept, fetch, keep, pins
+from jqserve.quantize.options import CHUNK_TOKENS
 
-#: Tokens on the device at a time.
-CHUNK_TOKENS = 16384
 #: Bytes that are pinned at most; a larger stream stays in ordinary memory.
 MOST_PINNED = 32 << 30
 

@@ -22,8 +22,9 @@ from jqserve.quantize import block
 from jqserve.quantize.block import Layer
 from jqserve.quantize.compiled import compiled
 from jqserve.quantize.fold import shared
-from jqserve.quantize.grid import Grid, decode, encode, scales_of, span_of, spread
+from jqserve.quantize.grid import Grid
 from jqserve.quantize.moments import Moments
+from jqserve.quantize.on_grid import decode, encode, scales_of, span_of, spread
 
 HIGHEST = lax.Precision.HIGHEST
 #: Exponents tried: i / STEPS for i < STEPS, as AutoAWQ does.

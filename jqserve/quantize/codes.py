@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jqserve.quantize.compiled import compiled
-from jqserve.quantize.grid import FP8_MAX, Grid, decode, encode, kept, scales_of, span_of, spread, storage, to_float8
+from jqserve.quantize.grid import FP8_MAX, Grid, storage
+from jqserve.quantize.on_grid import decode, encode, kept, scales_of, span_of, spread, to_float8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 
 from jqserve.quantize.codes import Codes, of_device, round_to_nearest
 from jqserve.quantize.gptq import inverse_factor, solve, solve_static
-from jqserve.quantize.grid import Grid, scales_of, span_of
+from jqserve.quantize.grid import Grid
 from jqserve.quantize.host import Kept, fetch
+from jqserve.quantize.on_grid import scales_of, span_of
 
 
 @dataclasses.dataclass(frozen=True)

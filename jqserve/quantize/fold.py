@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jqserve.models.config import ModelConfig
 from jqserve.quantize.block import Layer
-from jqserve.quantize.grid import rounded
+from jqserve.quantize.on_grid import rounded
 
 NORMS = {"qkv": "attn_norm", "gate_up": "mlp_norm"}
 

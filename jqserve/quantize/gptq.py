@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jqserve.quantize.compiled import compiled
-from jqserve.quantize.grid import Grid, decode, encode, scales_of, span_of
+from jqserve.quantize.grid import Grid
+from jqserve.quantize.on_grid import decode, encode, scales_of, span_of
 
 HIGHEST = lax.Precision.HIGHEST
 #: Columns whose errors are applied to the rest of the matrix at once; the paper's lazy batch.

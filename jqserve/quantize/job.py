@@ -14,10 +14,11 @@ import numpy as np
 
 import jqserve
 from jqserve.errors import CheckpointError, RequestError
-from jqserve.quantize.activations import CHUNK_TOKENS, Activations
+from jqserve.quantize.activations import Activations
 from jqserve.quantize.formats.format import Tensors
-from jqserve.quantize.layer import LayerQuantizer, stored_as
-from jqserve.quantize.options import Options
+from jqserve.quantize.grid import stored_as
+from jqserve.quantize.layer import LayerQuantizer
+from jqserve.quantize.options import CHUNK_TOKENS, Options
 from jqserve.quantize.output import assemble
 from jqserve.quantize.readback import read_piece
 from jqserve.quantize.report import LinearReport

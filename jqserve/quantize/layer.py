@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqserve.errors import CheckpointError, UnsupportedError
+from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 from jqserve.quantize import awq, block, compensate, moments
 from jqserve.quantize.activations import Activations
@@ -20,7 +20,7 @@ from jqserve.quantize.block import GROUPS, Layer
 from jqserve.quantize.codes import Codes, round_to_nearest
 from jqserve.quantize.fold import NORMS, fold
 from jqserve.quantize.formats.format import Inputs, Tensors
-from jqserve.quantize.grid import FP8_MAX, Grid, storage
+from jqserve.quantize.grid import FP8_MAX, Grid, storage, stored_as
 from jqserve.quantize.host import Kept, fetch, keep
 from jqserve.quantize.moments import Moments
 from jqserve.quantize.options import Options
@@ -306,14 +306,3 @@ class _Run:
         assert found is not None
         largest = float(found["largest"].max())
         return Inputs(kind, self._small(np.float32(largest) / np.float32(FP8_MAX) if largest > 0 else 1.0))
-
-
-def stored_as(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """A dense tensor in the dtype that it is written in. Raises UnsupportedError where float16 cannot hold it."""
-    kept = array.astype(storage(dtype))
-    if dtype == "float16" and not np.isfinite(kept.astype(np.float32)).all():
-        raise UnsupportedError(
-            f"{name}: holds values beyond float16's 65504, and this format is float16 throughout; use --format "
-            "compressed-tensors"
-        )
-    return kept

@@ -10,8 +10,8 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 
 from jqserve.checkpoint.hf import Checkpoint
@@ -19,12 +19,15 @@ from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, modules
 from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
 from jqserve.checkpoint.safetensors_file import DTYPES, TensorEntry
 from jqserve.errors import CheckpointError
-from jqserve.quantize.activations import CHUNK_TOKENS, Activations
-from jqserve.quantize.layer import LayerQuantizer, stored_as
-from jqserve.quantize.options import Options
-from jqserve.quantize.readback import Described
+from jqserve.quantize.described import Described
+from jqserve.quantize.grid import stored_as
+from jqserve.quantize.options import CHUNK_TOKENS, Options
 from jqserve.quantize.source import Source
 from jqserve.quantize.target import target_of
+
+if TYPE_CHECKING:
+    from jqserve.quantize.activations import Activations
+    from jqserve.quantize.layer import LayerQuantizer
 
 log = logging.getLogger(__name__)
 EMBEDDING = "model.embed_tokens.weight"
@@ -57,13 +60,10 @@ class Calibrated(Checkpoint):
         self._source = Source(path)
         try:
             self._target = target_of(self._source, options)
-            config = self._source.config
-            if activations is None:
-                activations = "float32" if jax.default_backend() == "cpu" else config.dtype
             self.config = self._target.config_json
             self._tokens = tokens if samples is None else samples.size
             self._samples, self._dtype, self._chunk = samples, activations, chunk_tokens
-            self._quantizer = LayerQuantizer(config, options, self._target.grid, self._target.writer.dtype)
+            self._options = options
             self._entries: dict[str, TensorEntry] = {}
             self._layer_of: dict[str, int] = {}
             self._describe(quant_plan(Described(self.config, self.path)))  # type: ignore[arg-type]
@@ -71,6 +71,7 @@ class Calibrated(Checkpoint):
             self.close()
             raise
         self._at, self._made = -1, dict[str, np.ndarray]()
+        self._quantizer: LayerQuantizer | None = None
         self._stream: Activations | None = None
         self._seconds = 0.0
 
@@ -159,20 +160,31 @@ class Calibrated(Checkpoint):
         if index < self._at:
             raise AssertionError(f"layer {index} is asked for after layer {self._at}")
         while self._at < index:
-            if self._samples is None:
-                raise CheckpointError(f"{self.path}: {self.note}: opened for its headers alone")
             began = time.perf_counter()
-            if self._stream is None:
-                raw = self._source.read(EMBEDDING)
-                table = stored_as(raw, self._target.stored(raw.dtype.name), EMBEDDING).astype(np.float32)
-                self._stream = Activations.embed(self._samples, table, self._dtype, self._chunk)
-                del raw, table
+            if self._quantizer is None or self._stream is None:
+                self._quantizer, self._stream = self._start()
             self._at += 1
             self._made = {}
             host, window = self._source.layer(self._at), self._source.window(self._at)
             self._made = self._quantizer.run(host, window, self._stream).tensors
             self._seconds += time.perf_counter() - began
             self._tell()
+
+    def _start(self) -> tuple[LayerQuantizer, Activations]:
+        """The quantizer, and the samples' embeddings. jax is loaded here, where the work begins: headers need none."""
+        import jax
+
+        from jqserve.quantize.activations import Activations
+        from jqserve.quantize.layer import LayerQuantizer
+
+        if self._samples is None:
+            raise CheckpointError(f"{self.path}: {self.note}: opened for its headers alone")
+        config, target = self._source.config, self._target
+        dtype = self._dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
+        raw = self._source.read(EMBEDDING)
+        table = stored_as(raw, target.stored(raw.dtype.name), EMBEDDING).astype(np.float32)
+        stream = Activations.embed(self._samples, table, dtype, self._chunk)
+        return LayerQuantizer(config, self._options, target.grid, target.writer.dtype), stream
 
     def _tell(self) -> None:
         done, layers = self._at + 1, self._source.config.layers

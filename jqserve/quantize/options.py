@@ -14,6 +14,9 @@ from jqserve.quantize.formats.gptq import Gptq
 from jqserve.quantize.grid import Grid
 from jqserve.quantize.schemes import SCHEMES, Algorithm, Scheme
 
+#: Tokens of calibration data on the device at a time.
+CHUNK_TOKENS = 16384
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

@@ -12,16 +12,7 @@ from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
 from jqserve.checkpoint.recipe import Recipe
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
 from jqserve.quant import QuantizedTensor, dequantize
-
-
-class Described:
-    """A configuration alone, where `quant_plan` expects a checkpoint."""
-
-    def __init__(self, config: dict[str, Any], path: Path) -> None:
-        self.config, self.path = config, path
-
-    def optional_json(self, name: str) -> None:
-        return None
+from jqserve.quantize.described import Described
 
 
 def read_piece(path: Path, config: dict[str, Any], slots: list[LinearSlot]) -> dict[str, np.ndarray]:

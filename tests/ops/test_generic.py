@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jqserve.ops.device import use_device
-from jqserve.ops.generic import ALIGNED, BLOCK_BYTES, generic_matmul, needs_generic
+from jqserve.ops.generic import ALIGNED, BLOCK_BYTES, generic_matmul
 from jqserve.ops.kernels import GENERIC, kernel
+from jqserve.ops.layouts import needs_generic
 from jqserve.ops.linear import linear
 from jqserve.quant import QuantizedTensor, QuantSpec, dequantize
 from pallas_kernels import KNOWN_DEVICES

@@ -9,9 +9,8 @@ import pytest
 
 from jqserve.errors import UnsupportedError
 from jqserve.ops.activations import fusible_activation, quantize_input
-from jqserve.ops.generic import needs_generic
+from jqserve.ops.layouts import check_supported, needs_generic
 from jqserve.ops.linear import linear
-from jqserve.ops.quantized import check_supported
 from jqserve.ops.relayout import relayout_leaf, to_canonical
 from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec, dequantize
 from pallas_kernels import KNOWN_DEVICES

@@ -14,7 +14,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels.a16 import decode_config, decode_sm90, dequant, wgmma_config, wgmma_sm90
 from pallas_kernels.a16.cases import CASES, LLAMA_8B, Case, make, worst
-from pallas_kernels.a16.dequant import KINDS
+from pallas_kernels.a16.stored import KINDS
 from pallas_kernels.dispatch import KNOWN_DEVICES
 from pallas_kernels.w4a16 import layout as four
 from pallas_kernels.w8a16 import layout as eight

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.a16 import decode_sm90, fragments, wgmma_sm90
-from pallas_kernels.a16.dequant import KINDS
+from pallas_kernels.a16.stored import KINDS
 from pallas_kernels.w4a16.api import w4a16_matmul
 from tests.pallas_kernels.aot import compile_for_h200
 

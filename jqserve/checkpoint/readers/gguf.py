@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jqserve.checkpoint.gguf_file import TYPES
@@ -85,9 +83,11 @@ CENTRE = {"Q4_1": 8, "Q5_1": 16, "Q4_K": 8, "Q5_K": 16, "Q2_K": 8}
 
 def _half(pair: Any) -> Any:
     """uint8 [..., 2] -> float16 [...]"""
-    if isinstance(pair, jax.Array):
-        return jax.lax.bitcast_convert_type(pair, jnp.float16)
-    return np.ascontiguousarray(pair).view(np.float16)[..., 0]
+    if namespace(pair) is np:
+        return np.ascontiguousarray(pair).view(np.float16)[..., 0]
+    import jax
+
+    return jax.lax.bitcast_convert_type(pair, np.float16)
 
 
 def _halves(qs: Any) -> Any:

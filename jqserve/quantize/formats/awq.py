@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jqserve.errors import UnsupportedError
-from jqserve.quantize.codes import Codes
 from jqserve.quantize.formats.format import Facts, Inputs, Tensors
 from jqserve.quantize.formats.words import AWQ_ORDER, pack_first
+
+if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
+    from jqserve.quantize.codes import Codes
 
 
 class Awq:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jqserve.quantize.codes import Codes
 from jqserve.quantize.formats.format import Facts, Inputs, Tensors
 from jqserve.quantize.formats.words import pack_first, pack_last
 from jqserve.quantize.grid import Grid
+
+if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
+    from jqserve.quantize.codes import Codes
 
 #: The version of compressed-tensors whose files these are, field by field.
 VERSION = "0.19.0"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from jqserve.quantize.codes import Codes
 from jqserve.quantize.grid import Grid
+
+if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
+    from jqserve.quantize.codes import Codes
 
 Tensors = dict[str, np.ndarray]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jqserve.quantize.codes import Codes
 from jqserve.quantize.formats.format import Facts, Inputs, Tensors
+
+if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
+    from jqserve.quantize.codes import Codes
 
 
 class BlockFp8:

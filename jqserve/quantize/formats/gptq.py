@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jqserve.quantize.codes import Codes
 from jqserve.quantize.formats.format import Facts, Inputs, Tensors
 from jqserve.quantize.formats.words import pack_first, pack_last
+
+if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
+    from jqserve.quantize.codes import Codes
 
 
 class Gptq:
