@@ -136,6 +136,10 @@ def test_no_forbidden_package(where: str, banned: set[str]) -> None:
     [
         ("jqserve", "torch"),
         ("jqserve.client", "jax transformers torch"),
+        ("jqserve.quant", "jax"),
+        ("jqserve.checkpoint.forecast", "jax flax transformers torch"),
+        ("jqserve.engine.kernel_plan", "jax flax transformers torch"),
+        ("pallas_kernels", "jax"),
         ("jqserve.server.servicer", "jax flax torch"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
 from jqserve.cli.main import main
 from jqserve.ops.kernels import GENERIC
-from tests.checkpoint import tiny
+from tests.checkpoint import gguf_files, tiny
 from tests.checkpoint.flag_table import CHECKPOINTS
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 256}
@@ -58,6 +60,34 @@ def test_nothing_is_read_and_no_device_is_named(
     assert h200["kv_cache"]["bytes_per_token"] == 2 * 6 * 2 * 64 * 2  # k and v, layers, KV heads, head size, bf16
     assert h200["buckets"]["decode"][-1] == 256
     assert h200["unquantized"] == {"model.embed_tokens": "the embedding is looked up and serves as head"}
+
+
+#: What a plan has no use for, and what takes its time to import.
+HEAVY = ("jax", "jaxlib", "flax", "transformers", "torch", "grpc", "huggingface_hub", "orbax", "tokenizers")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--tp", "2", "--device", "a100"]], ids=" ".join)
+@pytest.mark.parametrize("name", ["demo", "dense", "dense awq", "fp8", "gguf"])
+def test_nothing_heavy_is_imported(name: str, options: list[str], tmp_path: Path, demo_dir: Path) -> None:
+    """That is what makes it quick (bench/plan_time.py); pallas and Mosaic are parts of jax."""
+    words = [str(demo_dir), *options]
+    if name.startswith("dense"):
+        words[0] = str(tiny.make(tmp_path, **SIZES).path)
+        words += ["--quantization", name.partition(" ")[2] or "int4-64"]
+    elif name == "fp8":
+        words[0] = str(tiny.make(tmp_path, *CHECKPOINTS["compressed-tensors FP8 dynamic"], **SIZES).path)
+    elif name == "gguf":
+        words[0] = str(gguf_files.write(tmp_path / "m.gguf"))
+    code = (
+        "import sys\n"
+        "from jqserve.cli.main import main\n"
+        f"assert main(['--debug', 'plan', *{words!r}]) == 0\n"
+        f"loaded = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "assert not loaded, f'a plan imported {loaded}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "h200" in done.stdout or "a100" in done.stdout
 
 
 def test_a_split_that_cuts_a_group_is_said(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
