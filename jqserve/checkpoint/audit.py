@@ -20,13 +20,15 @@ ALL_SCALES = (*SCALES, "input_scale", "activation_scale")
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One Linear with the tensors it is read from: suffix -> full name, and the bias's full name."""
+    """One Linear with the tensors it is read from: suffix -> full name, and the bias's full name. why_dense: the reason
+    that its scheme is to leave it as it is, where that is so."""
 
     key: str
     slot: LinearSlot
     scheme: Scheme
     tensors: dict[str, str]
     bias: str | None = None
+    why_dense: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +123,12 @@ def _part(checkpoint: AnyCheckpoint, key: str, slot: LinearSlot, plan: QuantPlan
     tensors = {s: f"{slot.name}.{s}" for s in needs if s in suffixes}
     for suffix, name in tensors.items():
         _check(checkpoint, name, needs[suffix])
+    why = plan.why_dense(slot.name)
     if not slot.bias:
-        return Part(key, slot, scheme, tensors)
+        return Part(key, slot, scheme, tensors, None, why)
     bias = f"{slot.name}.bias"
     _check(checkpoint, bias, Need(FLOATS, ((slot.n,),)))
-    return Part(key, slot, scheme, tensors, bias)
+    return Part(key, slot, scheme, tensors, bias, why)
 
 
 def _disagree(

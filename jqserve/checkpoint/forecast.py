@@ -24,7 +24,7 @@ class Forecast:
     vectors       bytes of norms and biases, which have no rows
     largest       bytes in the file of the two largest modules: what loading holds beside the finished weights
     working       (device, host) bytes that calibrating takes while loading, roughly
-    kv_scaled     whether there are scales for an fp8 KV cache
+    kv_scaled     whether there are scales for an fp8 KV cache; kv_missing: whether there are none, though promised
     unquantized   module -> why it stays as it is
     """
 
@@ -33,6 +33,7 @@ class Forecast:
     largest: int
     unquantized: dict[str, str]
     kv_scaled: bool = False
+    kv_missing: bool = False
     working: tuple[int, int] = (0, 0)
 
 
@@ -57,13 +58,11 @@ def forecast(opened: OpenModel) -> Forecast:
         vectors += sum(part.slot.n * width for part in module.parts if part.bias)
         rows += _rows(checkpoint, module, opened.config.dtype)
         for part in module.parts:
-            if part.scheme.spec(part.slot.n, part.slot.k) is None and opened.method != "none":
-                unquantized[part.slot.name] = "the checkpoint's config leaves it out"
-            elif part.scheme.spec(part.slot.n, part.slot.k) is None and part.scheme.method == "online":
-                unquantized[part.slot.name] = f"{part.slot.n} x {part.slot.k} does not fit the scheme"
+            if part.scheme.spec(part.slot.n, part.slot.k) is None:
+                unquantized[part.slot.name] = part.why_dense or f"{part.slot.n} x {part.slot.k} does not fit the scheme"
     largest = sum(sorted(sizes)[-2:])
     kv = opened.audited.kv is not None
-    return Forecast(opened.plan(rows), vectors, largest, unquantized, kv, checkpoint.working_bytes)
+    return Forecast(opened.plan(rows), vectors, largest, unquantized, kv, opened.kv_missing, checkpoint.working_bytes)
 
 
 def _rows(checkpoint: AnyCheckpoint, source: GroupSource, dtype: str) -> list[PlanRow]:

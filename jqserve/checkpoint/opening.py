@@ -21,6 +21,10 @@ from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
+KV_MISSING = (
+    "config.json has a kv_cache_scheme, but no file has k_scale and v_scale: the KV cache is not quantized "
+    "(--kv-cache-dtype fp8_e4m3 does so with scale 1.0)"
+)
 SAFETENSORS_DTYPE = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -34,6 +38,7 @@ class OpenModel:
     method: str
     note: str
     audited: Audit
+    kv_missing: bool = False  # the config promises scales for an fp8 KV cache, the files have none
 
     def plan(self, rows: list[PlanRow]) -> LoadPlan:
         """The plan, once all rows are known."""
@@ -42,6 +47,8 @@ class OpenModel:
             notes.append(f"not read, no part of the model by its index: {', '.join(unread[:5])}")
         if self.audited.kv is not None:
             notes.append(self.audited.kv.note())
+        if self.kv_missing:
+            notes.append(KV_MISSING)
         reasons = dict.fromkeys(extra.reason for extra in self.audited.extras)
         notes += [f"left out: {sum(e.reason == r for e in self.audited.extras)} x {r}" for r in reasons]
         return LoadPlan(self.method, tuple(rows), tuple(notes))
@@ -54,23 +61,23 @@ def open_model(
     config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
     note = "; ".join(filter(None, (checkpoint.note, note)))
     audited = audit(checkpoint, config, plan, kv=activations == "config")
-    return OpenModel(checkpoint, config, generation, plan.method, note, audited)
+    missing = plan.kv_promised and audited.kv is None
+    return OpenModel(checkpoint, config, generation, plan.method, note, audited, missing)
 
 
 def read_plan(
     checkpoint: AnyCheckpoint, dtype: str | None, activations: Activations, quantization: str | None
-) -> tuple[ModelConfig, dict[str, Any], QuantPlan, str]:
+) -> tuple[ModelConfig, dict[str, Any], Asked, str]:
     """(config, generation_config, the plan with what the user's flags change, a note on them), from configs alone."""
     config, generation = read_configs(checkpoint, dtype)
-    plan = quant_plan(checkpoint)
+    stored = quant_plan(checkpoint)
     groups = [module for module in modules(config) if isinstance(module, LinearGroup)]
     slots = [slot for group in groups for _, slot in group.parts]
-    specs = (plan.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
-    asked = answer(quantization, plan.method, specs, checkpoint.path)
+    specs = (stored.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
+    asked = answer(quantization, stored.method, specs, checkpoint.path)
     if asked.note:
         log.info("%s", asked.note)
-    plan = Asked(plan, asked, activations == "none")
-    return config, generation, plan, asked.note
+    return config, generation, Asked(stored, asked, activations == "none"), asked.note
 
 
 def read_configs(checkpoint: AnyCheckpoint, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -111,3 +118,14 @@ class Asked:
         if self.asked.activation is not None:
             scheme = scheme.with_activation(self.asked.activation)
         return scheme.without_activation() if self.without_activations else scheme
+
+    def why_dense(self, module: str) -> str:
+        why = self.plan.why_dense(module)
+        if not why or self.asked.online is None:
+            return why
+        return "the head is never quantized while loading" if module == "lm_head" else ""
+
+    @property
+    def kv_promised(self) -> bool:
+        """Whether the config says that there are scales for an fp8 KV cache."""
+        return bool(getattr(self.plan, "kv_cache_scheme", False)) and not self.without_activations

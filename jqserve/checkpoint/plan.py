@@ -114,16 +114,18 @@ def _row_from_json(data: dict[str, Any]) -> PlanRow:
 
 
 def _label(tail: str, layers: list[int]) -> str:
-    if not layers:
-        return tail
+    return f"layers.{ranges(layers)}.{tail}" if layers else tail
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
     runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            runs.append([layer, layer])
-    numbers = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"layers.{numbers}.{tail}"
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def activation_text(activation: ActivationSpec) -> str:

@@ -22,6 +22,7 @@ from jqserve.checkpoint.scheme import Scheme
 from jqserve.errors import CheckpointError, UnsupportedError
 
 SUPPORTED = "awq, gptq, compressed-tensors, fp8, bitsandbytes, torchao, a .gguf file, or no quantization_config at all"
+NOT_QUANTIZED = "the checkpoint is not quantized"
 #: Methods that people have; each with what to do instead.
 REFUSED = {
     "fbgemm_fp8": "use a compressed-tensors FP8 checkpoint",
@@ -39,6 +40,10 @@ class QuantPlan(Protocol):
 
     def scheme(self, module: str) -> Scheme: ...
 
+    def why_dense(self, module: str) -> str:
+        """Why the module's scheme is `DENSE`, in words of the config; "" where it is another."""
+        ...
+
 
 class Unquantized:
     """No quantization_config: every Linear is dense."""
@@ -47,6 +52,9 @@ class Unquantized:
 
     def scheme(self, module: str) -> Scheme:
         return DENSE
+
+    def why_dense(self, module: str) -> str:
+        return NOT_QUANTIZED
 
 
 def quant_plan(checkpoint: AnyCheckpoint) -> QuantPlan:

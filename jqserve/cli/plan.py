@@ -60,7 +60,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"weights            {facts['weight_bytes'] / gib:9.3f} GiB",
         f"peak while loading {facts['peak_device_bytes'] / gib:9.3f} GiB of the device, "
         f"{facts['peak_host_bytes'] / gib:.3f} GiB of the host",
-        f"KV cache           {kv['bytes_per_token'] / 1024:9.2f} KiB a token in {kv['dtype']}; "
+        f"KV cache           {kv['bytes_per_token'] / 1024:9.2f} KiB a token in {kv['dtype']}"
+        f"{f' ({kv["scales"]})' if kv['scales'] else ''}; "
         f"about {kv['tokens']:,} tokens fit beside the weights",
         f"bound              {facts['bound_tokens_per_second']:9.1f} tokens/s at batch 1: "
         f"{facts['read_bytes_per_step'] / gib:.3f} GiB of weights are read a step",

@@ -10,11 +10,12 @@ from typing import Any
 from jqserve.checkpoint.forecast import Forecast, forecast
 from jqserve.checkpoint.hub import resolve
 from jqserve.checkpoint.open import open_checkpoint
-from jqserve.checkpoint.opening import open_model
-from jqserve.checkpoint.plan import LoadPlan, PlanRow
+from jqserve.checkpoint.opening import KV_MISSING, open_model
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, ranges
+from jqserve.checkpoint.quant_config import NOT_QUANTIZED
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.engine.buckets import make_buckets
-from jqserve.engine.cache import cache_shape, kv_dtype, kv_source
+from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_source
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.config import defaults_for
 from jqserve.engine.kernel_plan import with_kernels
@@ -24,6 +25,7 @@ from jqserve.ops.kernels import GENERIC
 from jqserve.ops.layouts import check_supported
 from pallas_kernels import KNOWN_DEVICES
 
+EMBEDDING = "model.embed_tokens"
 #: Data-sheet memory in bytes (GB are 10^9) and bytes a second.
 MEMORY: dict[str, tuple[float, float]] = {
     "h200": (141e9, 4.8e12),
@@ -69,7 +71,7 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
             "mixed": [f"{b.decode_rows}+{b.tiles * defaults.tile_size}" for b in buckets.mixed],
         },
         "unquantized": _folded(found.unquantized),
-        "warnings": _warnings(plan, opened.config, facts),
+        "warnings": _warnings(plan, facts, found.kv_missing),
     }
     return plan, facts
 
@@ -129,19 +131,25 @@ def _cuts(row: PlanRow, config: ModelConfig, n: int) -> list[str]:
 
 
 def _folded(unquantized: dict[str, str]) -> dict[str, str]:
-    """Layers that share module and reason share a line: "model.layers.{0,1}.mlp.down_proj"."""
-    layers: dict[tuple[str, str], list[str]] = {}
+    """Modules that differ in the layer alone and have one reason share a line: "model.layers.{0-5}.mlp.down_proj". An
+    unquantized checkpoint has one for all."""
+    linears = {name: reason for name, reason in unquantized.items() if name != EMBEDDING}
+    if linears and set(linears.values()) == {NOT_QUANTIZED}:
+        rest = {EMBEDDING: unquantized[EMBEDDING]} if EMBEDDING in unquantized else {}
+        return rest | {"every Linear": NOT_QUANTIZED}
+    layers: dict[tuple[str, str], list[int]] = {}
     for name, reason in unquantized.items():
         match = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)
         key = (f"{match[1]}{{}}{match[3]}" if match else name, reason)
-        layers.setdefault(key, []).append(match[2] if match else "")
+        layers.setdefault(key, []).extend([int(match[2])] if match else [])
     return {
-        (name.replace("{}", numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}")): reason
+        name.replace("{}", str(numbers[0]) if len(numbers) == 1 else f"{{{ranges(numbers)}}}"): reason
         for (name, reason), numbers in layers.items()
     }
 
 
-def _warnings(plan: LoadPlan, config: ModelConfig, facts: dict[str, Any]) -> list[str]:
+def _warnings(plan: LoadPlan, facts: dict[str, Any], missing: bool) -> list[str]:
+    """missing: KV scales that config.json promises."""
     quantized = [row for row in plan.rows if row.spec is not None]
     kinds = list(
         dict.fromkeys(dataclasses.replace(r.spec, shape=(1, 1), group_shape=(1, 1)) for r in quantized if r.spec)
@@ -152,8 +160,11 @@ def _warnings(plan: LoadPlan, config: ModelConfig, facts: dict[str, Any]) -> lis
     found += list(dict.fromkeys(f"{row.path.rpartition('.')[2]}: {row.note}" for row in plan.rows if row.note))
     if any(GENERIC in row.kernel for row in plan.rows):
         found.append("no packed kernel for some modules: they are dequantized in every step (see kernel)")
-    if source := facts["kv_cache"]["scales"]:
-        found.append(f"KV cache in {facts['kv_cache']['dtype']}: {source}")
+    kv = facts["kv_cache"]
+    if kv["scales"] and kv["scales"] != CHECKPOINT_SCALES:
+        found.append(f"KV cache in {kv['dtype']}: {kv['scales']}")
+    if missing and not kv["dtype"].startswith("fp8"):
+        found.append(KV_MISSING)
     found += facts["tp"]["problems"]
     if facts["kv_cache"]["tokens"] < facts["model"]["context_length"]:
         found.append(

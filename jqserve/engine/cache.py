@@ -21,6 +21,7 @@ KV_DTYPES = {
     "fp8_e4m3": np.dtype("float8_e4m3fn"),
     "fp8_e5m2": np.dtype("float8_e5m2"),
 }
+CHECKPOINT_SCALES = "scales of the checkpoint"
 #: Names of other servers and habits.
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "fp8_e4m3"}
 
@@ -76,7 +77,7 @@ def kv_dtype(asked: str, computed: str, scaled: bool) -> str:
 def kv_source(dtype: str, scaled: bool) -> str:
     """Where the scales of an fp8 cache come from, for people; "" for a wider cache of a checkpoint without scales."""
     if dtype.startswith("fp8"):
-        return "scales of the checkpoint" if scaled else "scale 1.0 for every layer: the checkpoint has none"
+        return CHECKPOINT_SCALES if scaled else "scale 1.0 for every layer: the checkpoint has none"
     return "the checkpoint's fp8 scales are not used" if scaled else ""
 
 

@@ -18,7 +18,7 @@ from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
 from jqserve.cli.main import main
 from jqserve.ops.kernels import GENERIC
-from tests.checkpoint import gguf_files, tiny
+from tests.checkpoint import configs, gguf_files, tiny
 from tests.checkpoint.flag_table import CHECKPOINTS
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 256}
@@ -134,3 +134,33 @@ def test_the_table_for_people(demo_dir: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     for words in ("layers.0-5.attn.qkv", "w4a16/decode_sm90", "peak while loading", "tokens fit", "per GPU", "buckets"):
         assert words in text, words
+
+
+def test_kv_scales_are_told_of(tmp_path: Path, fixtures_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warning where something is amiss, and only there."""
+    scaled = fixtures_dir / "ct-fp8-kv"
+    assert not [w for w in planned(capsys, scaled)["warnings"] if "KV cache" in w]
+    assert planned(capsys, scaled)["kv_cache"]["scales"] == "scales of the checkpoint"
+    narrow = planned(capsys, scaled, "--kv-cache-dtype", "bf16")
+    assert "KV cache in bfloat16: the checkpoint's fp8 scales are not used" in narrow["warnings"]
+    weights, inputs = configs.weights(8, "float", "channel"), configs.inputs("float")
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    promised = configs.compressed("float-quantized", weights, inputs, kv_cache_scheme=scheme)
+    made = tiny.make(tmp_path, tiny.eight(), promised, **SIZES).path
+    missing = planned(capsys, made)
+    assert any("has a kv_cache_scheme, but no file has k_scale" in warning for warning in missing["warnings"])
+    assert any("has a kv_cache_scheme" in note for note in load(made, device_put=keep_on_host).plan.notes)
+    assert not any("kv_cache_scheme" in note for note in planned(capsys, made, "--activations", "none")["notes"])
+
+
+def test_unquantized_checkpoints_take_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tiny.make(
+        tmp_path, num_hidden_layers=3, hidden_size=256, intermediate_size=384, tie_word_embeddings=False
+    ).path
+    assert planned(capsys, made)["unquantized"] == {
+        "model.embed_tokens": "the embedding is looked up",
+        "every Linear": "the checkpoint is not quantized",
+    }
+    uneven = planned(capsys, made, "--torchao-config", "int4wo-256")["unquantized"]
+    assert uneven["lm_head"] == "the head is never quantized while loading"
+    assert uneven["model.layers.{0-2}.mlp.down_proj"] == "256 x 384 does not fit the scheme"

@@ -18,8 +18,8 @@ from jqserve.checkpoint.loaded import flat_leaves
 from jqserve.checkpoint.opening import open_model
 from jqserve.engine.calibrated import open_asked
 from jqserve.errors import CheckpointError, JqserveError, RequestError, UnsupportedError
-from jqserve.quantize import online
 from jqserve.quantize.job import quantize
+from jqserve.quantize.layer import LayerQuantizer
 from jqserve.quantize.options import Options
 from tests.checkpoint import configs as c
 from tests.checkpoint import tiny
@@ -82,9 +82,9 @@ def test_the_bytes_of_quantize_and_load(
 def test_one_layer_at_a_time(base: tiny.Tiny, ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer is made when the stream comes to it, not before, and once."""
     made: list[int] = []
-    run = online.LayerQuantizer.run
+    run = LayerQuantizer.run
     monkeypatch.setattr(
-        online.LayerQuantizer, "run", lambda self, host, *rest: (made.append(host.index), run(self, host, *rest))[1]
+        LayerQuantizer, "run", lambda self, host, *rest: (made.append(host.index), run(self, host, *rest))[1]
     )
     source, _ = open_asked(base.path, "gptq", str(ids))
     seen: list[tuple[str, int]] = []

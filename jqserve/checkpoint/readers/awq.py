@@ -93,7 +93,11 @@ class AwqPlan:
         self._scheme = Awq(group)
         self._dense = config.texts("modules_to_not_convert")
 
+    def why_dense(self, module: str) -> str:
+        if module == "lm_head":
+            return "AWQ leaves the head as it is"
+        part = next((part for part in self._dense if part in module), None)
+        return "" if part is None else f"modules_to_not_convert has {part!r}"
+
     def scheme(self, module: str) -> Scheme:
-        if module == "lm_head" or any(part in module for part in self._dense):
-            return DENSE
-        return self._scheme
+        return DENSE if self.why_dense(module) else self._scheme

@@ -131,5 +131,8 @@ class BitsAndBytesPlan:
             self._scheme = Bnb4(kind, config.flag("bnb_4bit_use_double_quant"))
         self._skip = SkipList(config, "llm_int8_skip_modules")
 
+    def why_dense(self, module: str) -> str:
+        return "bitsandbytes leaves the head as it is" if module == "lm_head" else self._skip.why(module)
+
     def scheme(self, module: str) -> Scheme:
-        return DENSE if module == "lm_head" or module in self._skip else self._scheme
+        return DENSE if self.why_dense(module) else self._scheme

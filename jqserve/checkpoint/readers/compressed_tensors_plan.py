@@ -58,15 +58,23 @@ class CompressedTensorsPlan:
         return entry == module
 
     def scheme(self, module: str) -> Scheme:
-        if any(self._names(entry, module) or entry == MODULE_CLASS for entry in self._ignore):
-            return DENSE
+        return self._decide(module)[0]
+
+    def why_dense(self, module: str) -> str:
+        return self._decide(module)[1]
+
+    def _decide(self, module: str) -> tuple[Scheme, str]:
+        """(scheme, why it is dense or "")."""
+        for entry in self._ignore:
+            if self._names(entry, module) or entry == MODULE_CLASS:
+                return DENSE, f"ignore has {entry!r}"
         for target, scheme in self._targets:
             if self._names(target, module):
-                return scheme
+                return scheme, ""
         for target, scheme in self._targets:
             if not target.startswith("re:") and target.lower() in MODULE_CLASS.lower():
-                return scheme
-        return DENSE
+                return scheme, ""
+        return DENSE, "no group of config_groups targets it"
 
 
 def _scheme(group: Fields, top_format: str | None) -> Scheme:

@@ -133,5 +133,10 @@ class Fp8Plan:
         self._skip = SkipList(config, "modules_to_not_convert")
         self._exact = frozenset(config.texts("ignored_layers"))
 
+    def why_dense(self, module: str) -> str:
+        if module == "lm_head":
+            return "fp8 checkpoints leave the head as it is"
+        return f"ignored_layers has {module!r}" if module in self._exact else self._skip.why(module)
+
     def scheme(self, module: str) -> Scheme:
-        return DENSE if module == "lm_head" or module in self._exact or module in self._skip else self._scheme
+        return DENSE if self.why_dense(module) else self._scheme

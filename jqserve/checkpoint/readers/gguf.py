@@ -229,6 +229,10 @@ class GgufPlan:
         """kinds: module (Hugging Face's name) -> the type of its weight."""
         self._kinds = kinds
 
+    def why_dense(self, module: str) -> str:
+        kind = self._kinds.get(module, "F32")
+        return f"the file stores it as {kind}" if kind in FLOATS else ""
+
     def scheme(self, module: str) -> Scheme:
         kind = self._kinds.get(module, "F32")
         return DENSE if kind in FLOATS else Gguf(kind)

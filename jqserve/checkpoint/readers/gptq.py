@@ -139,14 +139,21 @@ class GptqPlan:
         self._inside = _block_modules(config)
 
     def scheme(self, module: str) -> Scheme:
-        for _, pattern, scheme in self._dynamic:
+        return self._decide(module)[0]
+
+    def why_dense(self, module: str) -> str:
+        return self._decide(module)[1]
+
+    def _decide(self, module: str) -> tuple[Scheme, str]:
+        """(scheme, why it is dense or "")."""
+        for takes, pattern, scheme in self._dynamic:
             if regex_matches(pattern, module, self._where):
-                return scheme
+                return scheme, "" if takes else f"dynamic has '-:{pattern}'"
         if module == "lm_head":
-            return self._base if self._lm_head else DENSE
+            return (self._base, "") if self._lm_head else (DENSE, "lm_head is false: the head is left as it is")
         if self._inside is not None and not any(module.endswith("." + name) for name in self._inside):
-            return DENSE
-        return self._base
+            return DENSE, "modules_in_block_to_quantize does not have it"
+        return self._base, ""
 
 
 def _marlin(config: Fields) -> Marlin:

@@ -46,7 +46,11 @@ class SkipList:
     """
 
     def __init__(self, config: Fields, key: str) -> None:
-        self._entries, self._where = config.texts(key), f"{config.where}, {key}"
+        self._entries, self._key, self._where = config.texts(key), key, f"{config.where}, {key}"
 
-    def __contains__(self, module: str) -> bool:
-        return any(module.endswith(entry) or regex_matches(entry, module, self._where) for entry in self._entries)
+    def why(self, module: str) -> str:
+        """Which entry names the module, in words; "" for none."""
+        for entry in self._entries:
+            if module.endswith(entry) or regex_matches(entry, module, self._where):
+                return f"{self._key} has {entry!r}"
+        return ""

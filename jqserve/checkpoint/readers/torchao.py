@@ -121,8 +121,11 @@ class TorchaoPlan:
         self._scheme = _scheme(chosen, data)
         self._skip = SkipList(config, "modules_to_not_convert")
 
+    def why_dense(self, module: str) -> str:
+        return "torchao leaves the head as it is" if module == "lm_head" else self._skip.why(module)
+
     def scheme(self, module: str) -> Scheme:
-        return DENSE if module == "lm_head" or module in self._skip else self._scheme
+        return DENSE if self.why_dense(module) else self._scheme
 
 
 def _scheme(chosen: Fields, data: Fields) -> Scheme:
