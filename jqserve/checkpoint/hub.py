@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jqserve.errors import CheckpointError, UnsupportedError
+from jqserve.checkpoint.header_file import headers_of_config, link_side_files, write_header
+from jqserve.checkpoint.hf import INDEX, SINGLE, read_json
+from jqserve.errors import CheckpointError, JqserveError, UnsupportedError
 
 #: What is fetched: weights without code (no pickles, no python), configuration, tokenizer, chat template.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 #: consolidated*: Mistral's second copy of the weights. original/: Meta's.
 IGNORED = ["consolidated*", "original/*", "metal/*", "onnx/*"]
+#: Requests for headers at a time.
+FETCHERS = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -38,15 +46,90 @@ def resolve(model_path: str, revision: str | None = None, *, weights: bool = Tru
     return _from_hub(model_path, revision, PATTERNS if weights else PATTERNS[1:])
 
 
-def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> str:
+@contextlib.contextmanager
+def planned(model_path: str, revision: str | None = None, *, weights: bool = True) -> Iterator[str]:
+    """As `resolve`, for a plan: of a model on the Hub that is not in the cache only the headers of the weights are
+    fetched, by requests for ranges, into a directory that is gone afterwards (`header_file`).
+
+    weights=False (--load-format dummy): config.json alone tells what the weights would be.
+    """
+    with tempfile.TemporaryDirectory(prefix="jqserve-plan-") as folder:
+        if not weights:
+            directory = resolve(model_path, revision, weights=False)
+            headers_of_config(Path(directory), Path(folder))
+            yield folder
+        elif Path(model_path).expanduser().exists() or not _HUB_ID.fullmatch(model_path):
+            yield resolve(model_path, revision)
+        elif cached := _whole_in_cache(model_path, revision):
+            yield cached
+        else:
+            snapshot = Path(resolve(model_path, revision, weights=False))
+            link_side_files(snapshot, Path(folder))
+            with _told(model_path, revision):
+                _fetch_headers(model_path, snapshot.name, Path(folder))  # of the commit that the folder is named after
+            yield folder
+
+
+def _whole_in_cache(repo: str, revision: str | None) -> str | None:
+    """The cached directory, if all that its index names is there."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    at = f"{repo} at revision {revision}" if revision else repo
     try:
+        found = huggingface_hub.snapshot_download(
+            repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED, local_files_only=True
+        )
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError, ValueError):
+        return None
+    folder = Path(found)
+    if not (folder / INDEX).exists():
+        return found if any(folder.glob("*.safetensors")) else None
+    return found if all((folder / name).exists() for name in _weight_files(folder)) else None
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """By the index, or the one file. Names that are no plain ones are left to `Checkpoint`, which refuses them."""
+    index = directory / INDEX
+    names = read_json(index).get("weight_map") if index.exists() else {SINGLE: SINGLE}
+    if not isinstance(names, dict):
+        return []
+    return sorted({name for name in names.values() if isinstance(name, str) and Path(name).name == name})
+
+
+def _fetch_headers(repo: str, revision: str, into: Path) -> None:
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+
+    def fetch(name: str) -> None:
+        found = api.parse_safetensors_file_metadata(repo, name, revision=revision)
+        tensors = sorted(found.tensors.items(), key=lambda item: item[1].data_offsets)
+        write_header(into / name, {tensor: (info.dtype, tuple(info.shape)) for tensor, info in tensors})
+
+    with ThreadPoolExecutor(FETCHERS, thread_name_prefix="headers") as pool:
+        list(pool.map(fetch, _weight_files(into)))
+
+
+def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> str:
+    import huggingface_hub
+
+    with _told(repo, revision):
         return huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED
         )
+
+
+@contextlib.contextmanager
+def _told(repo: str, revision: str | None) -> Iterator[None]:
+    """What the Hub, or the way to it, refuses becomes a CheckpointError that says what to do."""
+    from huggingface_hub import errors
+
+    network: type[Exception] = errors.HfHubHTTPError.__mro__[
+        1
+    ]  # HTTPError of httpx or of httpx2, by the version: what sockets raise
+    at = f"{repo} at revision {revision}" if revision else repo
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{at}: the Hub grants access only after its terms are accepted, at https://huggingface.co/{repo}; then "
@@ -63,5 +146,9 @@ def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> str:
             f"{at}: not a directory here, not in the Hugging Face cache, and the Hub cannot be reached (offline, or "
             f"HF_HUB_OFFLINE is set); on a machine with network run `hf download {repo}` and copy the directory"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except JqserveError:
+        raise
+    except (errors.EntryNotFoundError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+        raise CheckpointError(f"{at}: has no safetensors that can be read: {str(error).splitlines()[0]}") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, network, OSError, ValueError) as error:
         raise CheckpointError(f"{at}: the Hub's answer cannot be used: {str(error).splitlines()[0]}") from error

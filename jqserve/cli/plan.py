@@ -10,24 +10,20 @@ DEVICES = ("h200", "h100", "a100", "l40s", "l4", "b200", "cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from jqserve.cli.scheme_flags import add_scheme_flags
+    from jqserve.cli.server import add_flags
 
-    add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="a checkpoint directory, .gguf file or Hub id (or --model-path)")
-    add("--model-path", metavar="MODEL")
-    add("--revision", help="of a Hub id")
-    add_scheme_flags(parser)
-    add("--dtype", default="auto", help="of activations and unquantized weights")
-    add("--activations", choices=("config", "none"), default="config", help="none: leave activations unquantized")
-    add("--kv-cache-dtype", "--kv-dtype", default="auto", help="of the KV cache: auto, bf16, fp8_e4m3, fp8_e5m2")
-    add("--context-length", type=int, metavar="TOKENS", help="of prompt and answer together")
-    add("--max-running-requests", type=int, metavar="N", help="sequences that run at once")
-    add("--chunked-prefill-size", type=int, metavar="TOKENS", help="most prompt tokens in one step")
-    add("--mem-fraction-static", type=float, default=0.88, metavar="F", help="share of GPU memory for weights and KV")
-    add("--page-size", type=int, metavar="TOKENS", help="of a KV page")
-    add("--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the weights over")
-    add("--device", choices=DEVICES, default="h200", help="the GPU to plan for")
-    add("--json", action="store_true", help="one JSON object")
+    parser.description = (
+        f"{parser.description}. The server's flags are taken as they are: put `jqserve plan` in the place of "
+        "`jqserve-server`. Flags that change none of the numbers are accepted and do nothing."
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="what --model-path would name")
+    group = parser.add_argument_group("plan")
+    group.add_argument("--device", choices=DEVICES, default="h200", help="the GPU to plan for (default: h200)")
+    group.add_argument(
+        "--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the weights over"
+    )
+    group.add_argument("--json", action="store_true", help="one JSON object")
+    add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +61,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"about {kv['tokens']:,} tokens fit beside the weights",
         f"bound              {facts['bound_tokens_per_second']:9.1f} tokens/s at batch 1: "
         f"{facts['read_bytes_per_step'] / gib:.3f} GiB of weights are read a step",
-        f"compile buckets    decode {', '.join(map(str, facts['buckets']['decode']))}; "
+        f"compile buckets    decode {', '.join(map(str, facts['buckets']['decode']))}"
+        f"{f', each of 1 and of {steps} steps' if (steps := facts['buckets']['steps']) > 1 else ''}; "
         f"prefill {', '.join(facts['buckets']['mixed'])}",
     ]
     if facts["tp"]["size"] > 1:

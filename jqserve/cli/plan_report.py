@@ -8,16 +8,17 @@ import re
 from typing import Any
 
 from jqserve.checkpoint.forecast import Forecast, forecast
-from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.hub import planned
 from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import KV_MISSING, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, ranges
 from jqserve.checkpoint.quant_config import NOT_QUANTIZED
 from jqserve.cli.scheme_flags import quantization_of
+from jqserve.cli.server import ENGINE_FLAGS
 from jqserve.engine.buckets import make_buckets
 from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_source
 from jqserve.engine.calibrated import open_asked
-from jqserve.engine.config import defaults_for
+from jqserve.engine.config import EngineConfig, defaults_for
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
@@ -26,6 +27,7 @@ from jqserve.ops.layouts import check_supported
 from pallas_kernels import KNOWN_DEVICES
 
 EMBEDDING = "model.embed_tokens"
+DUMMY = "--load-format dummy: the tensors are those that config.json describes, their values random"
 #: Data-sheet memory in bytes (GB are 10^9) and bytes a second.
 MEMORY: dict[str, tuple[float, float]] = {
     "h200": (141e9, 4.8e12),
@@ -42,64 +44,72 @@ RESERVE = 1.5e9
 
 def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     """(the plan with kernels, the totals). Raises what loading would raise, and for sizes that make no sense."""
-    for flag in ("context_length", "max_running_requests", "chunked_prefill_size", "page_size", "tp"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UnsupportedError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
-    if not 0.05 <= args.mem_fraction_static <= 0.98:
-        raise UnsupportedError(f"--mem-fraction-static {args.mem_fraction_static}: must be in 0.05 .. 0.98")
-    dtype = None if args.dtype == "auto" else args.dtype
-    directory = resolve(args.model or args.model_path, args.revision)
-    source, quantization = open_asked(directory, quantization_of(args), args.calibration, headers_alone=True)
-    with open_checkpoint(source) as checkpoint:
-        opened = open_model(checkpoint, dtype, args.activations, quantization)
-        found = forecast(opened)
+    if args.tp < 1:
+        raise UnsupportedError(f"--tp {args.tp}: must be at least 1")
+    asked = engine_config(args)
+    dtype = None if asked.dtype == "auto" else asked.dtype
+    real = asked.load_format != "dummy"
+    with planned(args.model or args.model_path, args.revision, weights=real) as directory:
+        source, quantization = open_asked(directory, quantization_of(args), asked.calibration, headers_alone=True)
+        with open_checkpoint(source) as checkpoint:
+            opened = open_model(checkpoint, dtype, asked.activations, quantization)
+            found = forecast(opened)
     for row in found.plan.rows:
         if row.spec is not None:
             check_supported(row.path, row.spec)
     device = KNOWN_DEVICES[args.device]
     defaults = defaults_for(device.platform)
-    running = args.max_running_requests or defaults.max_running_requests
-    chunk = args.chunked_prefill_size or defaults.chunked_prefill_size
+    running = asked.max_running_requests or defaults.max_running_requests
+    chunk = asked.chunked_prefill_size or defaults.chunked_prefill_size
+    steps = asked.num_continuous_decode_steps or defaults.decode_steps
     plan = with_kernels(found.plan, device, opened.config.dtype, min(running, 16), chunk)
     tiles = -(-chunk // defaults.tile_size)
-    buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=defaults.decode_steps)
-    facts = _totals(args, opened.config, found)
+    buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps)
+    facts = _totals(asked, args.device, args.tp, opened.config, found)
     facts |= {
         "buckets": {
             "decode": list(buckets.decode),
+            "steps": steps,
             "mixed": [f"{b.decode_rows}+{b.tiles * defaults.tile_size}" for b in buckets.mixed],
         },
         "unquantized": _folded(found.unquantized),
-        "warnings": _warnings(plan, facts, found.kv_missing),
+        "warnings": _warnings(plan, facts, found.kv_missing) + ([] if real else [DUMMY]),
     }
     return plan, facts
 
 
-def _totals(args: argparse.Namespace, config: ModelConfig, found: Forecast) -> dict[str, Any]:
-    memory, speed = MEMORY[args.device]
-    rows, n = found.plan.rows, args.tp
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """What the server's flags say of the engine. Raises UnsupportedError as the engine does."""
+    given = {name: value for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None and value is not False}
+    return EngineConfig(**{"dtype": "auto", **given})
+
+
+def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: Forecast) -> dict[str, Any]:
+    """name: of the device; n: GPUs."""
+    memory, speed = MEMORY[name]
+    rows = found.plan.rows
     weights = sum(row.bytes for row in rows) + found.vectors
     head = [row for row in rows if row.path == "lm_head"]
     read = weights - (sum(row.bytes for row in rows if row.path == "embed") if head else 0)
     problems = [p for row in rows for p in _cuts(row, config, n)] if n > 1 else []
     per_gpu = weights if n == 1 else -(-sum(row.bytes for row in rows) // n) + found.vectors
-    dtype = kv_dtype(args.kv_cache_dtype, config.dtype, found.kv_scaled)
-    page = args.page_size or defaults_for(KNOWN_DEVICES[args.device].platform).page_size
+    dtype = kv_dtype(asked.kv_dtype, config.dtype, found.kv_scaled)
+    page = asked.page_size or defaults_for(KNOWN_DEVICES[name].platform).page_size
     shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
     kv_token = shape.page_bytes // page // (n if config.kv_heads % n == 0 else 1)
-    free = memory * args.mem_fraction_static - per_gpu - RESERVE
-    context = args.context_length or config.max_position
+    free = memory * asked.mem_fraction_static - per_gpu - RESERVE
+    tokens = asked.num_pages * page if asked.num_pages else max(0, int(free // kv_token))
+    context = asked.context_length or config.max_position
     return {
         "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
-        "device": {"name": args.device, "memory_bytes": memory, "bytes_per_second": speed},
+        "device": {"name": name, "memory_bytes": memory, "bytes_per_second": speed},
         "weight_bytes": weights,
         "peak_device_bytes": per_gpu + found.largest + found.working[0],
         "peak_host_bytes": 2 * found.largest + found.working[1],
         "kv_cache": {
             "dtype": dtype,
             "bytes_per_token": kv_token,
-            "tokens": max(0, int(free // kv_token)),
+            "tokens": tokens,
             "scales": kv_source(dtype, found.kv_scaled),
         },
         "read_bytes_per_step": read,

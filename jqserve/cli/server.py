@@ -6,21 +6,20 @@ import argparse
 import asyncio
 import functools
 import gc
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jqserve.checkpoint.gguf_file import gguf_of
-from jqserve.checkpoint.gguf_tokenizer import tokenizer_folder
 from jqserve.cli.defaults_shown import DefaultsShown
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 from jqserve.errors import JqserveError, UnsupportedError
-from jqserve.server.app import Server
-from jqserve.server.config import ServerConfig
-from jqserve.server.launch import Launch, launch_process, launch_thread
-from jqserve.server.tokenizer import has_tokenizer
+
+if TYPE_CHECKING:  # imported where serving begins: --help and `jqserve plan`, which takes the same flags, need none
+    from jqserve.server.config import ServerConfig
+    from jqserve.server.launch import Launch
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 
@@ -83,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
         description="Serve a Hugging Face checkpoint (AWQ, GPTQ, compressed-tensors, FP8 or unquantized) over gRPC.",
         formatter_class=DefaultsShown,
     )
+    add_flags(parser)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All of the server's, for the server and for what plans one."""
     model = parser.add_argument_group("model")
     add = functools.partial(model.add_argument, default=None)
     add("--model-path", metavar="DIR|HUB_ID", help="a checkpoint directory or Hub id; without it, the demo model")
@@ -157,7 +162,6 @@ def parser() -> argparse.ArgumentParser:
     serving.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add_security(parser)
     add_observability(parser)
-    return parser
 
 
 def add_security(parser: argparse.ArgumentParser) -> None:
@@ -248,6 +252,11 @@ def port(text: str) -> int:
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
     """Raises `UnsupportedError` for a model path that cannot be one."""
+    from jqserve.checkpoint.gguf_file import gguf_of
+    from jqserve.checkpoint.gguf_tokenizer import tokenizer_folder
+    from jqserve.server.config import ServerConfig
+    from jqserve.server.tokenizer import has_tokenizer
+
     model_path = args.model_path or str(DEMO_MODEL)
     looks_local = model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
     folder = Path(model_path).expanduser()
@@ -295,6 +304,8 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
 
 def launcher(config: ServerConfig) -> Launch:
     """How the engine is started."""
+    from jqserve.server.launch import launch_process, launch_thread
+
     if config.frontend == "process":
         return launch_process
     from jqserve.engine.process import serve  # the inline front end shares its process with jax
@@ -303,6 +314,8 @@ def launcher(config: ServerConfig) -> Launch:
 
 
 async def serve(config: ServerConfig) -> int:
+    from jqserve.server.app import Server
+
     return await Server(config, launcher(config)).run()
 
 
@@ -314,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         config = server_config(args)
+        importlib.import_module("jqserve.server.app")  # `serve` takes it from there: it is to be frozen with the rest
         gc.freeze()  # modules and the like: the collector need not look at them again
         return asyncio.run(serve(config))
     except JqserveError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from typing import Any
 import jax
 import pytest
 
+from jqserve.checkpoint import dummy
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.forecast import forecast
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
 from jqserve.cli.main import main
+from jqserve.cli.plan import add_arguments
+from jqserve.cli.server import parser
 from jqserve.ops.kernels import GENERIC
 from tests.checkpoint import configs, gguf_files, tiny
 from tests.checkpoint.flag_table import CHECKPOINTS
@@ -164,3 +168,44 @@ def test_unquantized_checkpoints_take_one_line(tmp_path: Path, capsys: pytest.Ca
     uneven = planned(capsys, made, "--torchao-config", "int4wo-256")["unquantized"]
     assert uneven["lm_head"] == "the head is never quantized while loading"
     assert uneven["model.layers.{0-2}.mlp.down_proj"] == "256 x 384 does not fit the scheme"
+
+
+def test_it_takes_the_servers_flags(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A server's command line is a plan's: what changes a number does, what does not is no error."""
+    plain = planned(capsys, demo_dir)
+    serving = [
+        "--port",
+        "0",
+        "--admin",
+        "--grpc-compat",
+        "none",
+        "--api-key",
+        "x",
+        "--metrics-port",
+        "0",
+        "--no-self-test",
+    ]
+    assert planned(capsys, "--model-path", demo_dir, *serving) == plain
+    assert planned(capsys, demo_dir, "--num-pages", "10")["kv_cache"]["tokens"] == 10 * 64
+    assert planned(capsys, demo_dir, "--num-continuous-decode-steps", "4")["buckets"]["steps"] == 4
+    assert planned(capsys, demo_dir, "--max-running-requests", "24")["buckets"]["decode"] == [1, 8, 16, 24]
+    chunked = planned(capsys, demo_dir, "--chunked-prefill-size", "256")["buckets"]["mixed"]
+    assert chunked[-1] == "256+256" and len(chunked) < len(plain["buckets"]["mixed"])
+    less = planned(capsys, demo_dir, "--mem-fraction-static", "0.5")["kv_cache"]["tokens"]
+    assert 0 < less < plain["kv_cache"]["tokens"]
+    known = {word for action in parser()._actions for word in action.option_strings}
+    taken = argparse.ArgumentParser()
+    add_arguments(taken)
+    assert known <= {word for action in taken._actions for word in action.option_strings}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_of_a_config_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--load-format dummy: the specs are those that the random weights will have."""
+    made = tiny.make(tmp_path, *CHECKPOINTS[name], **SIZES).path
+    (made / "model.safetensors").unlink()
+    rows = planned(capsys, made, "--load-format", "dummy")["rows"]
+    loaded = dummy.load(made, device_put=keep_on_host).plan
+    assert [(row["path"], row["spec"]) for row in rows] == [
+        (row["path"], row["spec"]) for row in json.loads(json.dumps(loaded.to_json()))["rows"]
+    ]
