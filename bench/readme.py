@@ -164,6 +164,21 @@ def startup() -> str:
     )
 
 
+def plan_time() -> str:
+    """How long a plan takes: one sentence."""
+    result = load("plan_time")
+    if result is None:
+        return "Not measured yet."
+    times = {row["case"]: row for row in result["rows"]}
+    small, large = times["demo"], next(row for case, row in times.items() if case.startswith("8B shape, gptq"))
+    tensors = large["case"].split(", ")[-1]
+    return (
+        f"A plan answers in {small['wall_seconds']:.2f} s for the demo model and in {large['wall_seconds']:.2f} s for a "
+        f"GPTQ checkpoint with an 8B model's {tensors}: it imports no jax (medians of {large['runs']} runs, "
+        f"{result['load_average']:.1f} of {result['host_cores']} cores were busy before). {source(result, 'plan_time')}"
+    )
+
+
 def serve() -> str:
     """Throughput and latency of a loaded engine, and the first token of an idle one; H200 rows first."""
     header = ["path", "tokens in/out", "streams", "output tokens/s", "TTFT ms P50 / P99", "TPOT ms P50 / P99"]
@@ -268,6 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize_quality": quantize_quality,
     "online_schemes": online_schemes,
     "support": support,
+    "plan_time": plan_time,
     "start_line": start_line,
     "decode": decode,
     "serve": serve,

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{parser.description}. The server's flags are taken as they are: put `jqserve plan` in the place of "
         "`jqserve-server`. Flags that change none of the numbers are accepted and do nothing."
     )
+    parser.usage = "%(prog)s [-h] [--device NAME] [--tp N] [--json] [the server's flags] MODEL"
     parser.add_argument("model", nargs="?", metavar="MODEL", help="what --model-path would name")
     group = parser.add_argument_group("plan")
     group.add_argument("--device", choices=DEVICES, default="h200", help="the GPU to plan for (default: h200)")
