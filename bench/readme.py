@@ -172,10 +172,11 @@ def plan_time() -> str:
     times = {row["case"]: row for row in result["rows"]}
     small, large = times["demo"], next(row for case, row in times.items() if case.startswith("8B shape, gptq"))
     tensors = large["case"].split(", ")[-1]
+    took = [f"{row['wall_seconds']:.2f} s ({row['cpu_seconds']:.2f} of the processor)" for row in (small, large)]
     return (
-        f"A plan answers in {small['wall_seconds']:.2f} s for the demo model and in {large['wall_seconds']:.2f} s for a "
-        f"GPTQ checkpoint with an 8B model's {tensors}: it imports no jax (medians of {large['runs']} runs, "
-        f"{result['load_average']:.1f} of {result['host_cores']} cores were busy before). {source(result, 'plan_time')}"
+        f"A plan imports no jax: it takes {took[0]} for the demo model, {took[1]} for a GPTQ checkpoint with an 8B "
+        f"model's {tensors} (medians of {large['runs']} runs; the load of the {result['host_cores']} cores was "
+        f"{result['load_average']:.1f}). {source(result, 'plan_time')}"
     )
 
 
