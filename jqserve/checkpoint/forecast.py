@@ -99,14 +99,25 @@ def _row(
     n, k = sum(part.slot.n for part in parts), parts[0].slot.k
     source, method = source_text([part.slot.name for part in parts]), parts[0].scheme.method
     if spec is None:
-        width = np.dtype(dtype).itemsize
-        return PlanRow(path, source, (n, k), method, 8 * width, None, "none", dtype, n * k * width, note)
-    scale = _scale_dtype(checkpoint, parts[0])
+        return dense_row(path, source, (n, k), method, dtype, note)
+    names = {module_and_suffix(name)[1] for part in parts for name in part.tensors.values()}
+    ordered = bool({"g_idx", "weight_g_idx"} & names) and _act_order(parts[0])
+    return quantized_row(path, source, method, spec, _scale_dtype(checkpoint, parts[0]), ordered, note)
+
+
+def dense_row(path: str, source: str, shape: tuple[int, int], method: str, dtype: str, note: str = "") -> PlanRow:
+    width = np.dtype(dtype).itemsize
+    return PlanRow(path, source, shape, method, 8 * width, None, "none", dtype, math.prod(shape) * width, note)
+
+
+def quantized_row(
+    path: str, source: str, method: str, spec: QuantSpec, scale: str, ordered: bool, note: str = ""
+) -> PlanRow:
+    """scale: the dtype of the scales; ordered: whether there is a permutation."""
+    n, k = spec.shape
     nbytes = n * spec.row_bytes + math.prod(spec.grid) * np.dtype(scale).itemsize
     if spec.zero != "none":
         nbytes += math.prod(spec.grid) * (1 if spec.zero == "int" else np.dtype(scale).itemsize)
-    names = {module_and_suffix(name)[1] for part in parts for name in part.tensors.values()}
-    ordered = bool({"g_idx", "weight_g_idx"} & names) and _act_order(parts[0])
     nbytes += 4 * k if ordered else 0
     nbytes += 4 if spec.activation.kind == "static_tensor" else 0
     group = spec.group_size if spec.group_size < k else None

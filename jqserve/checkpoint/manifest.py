@@ -18,7 +18,7 @@ import numpy as np
 from jqserve.checkpoint.hf import read_json
 from jqserve.checkpoint.open import MANIFEST
 from jqserve.errors import CheckpointError, UnsupportedError
-from jqserve.quant import QuantizedTensor, QuantSpec
+from jqserve.quant import QuantSpec
 
 NAME = MANIFEST
 FORMAT, VERSION = "jqserve canonical checkpoint", 1
@@ -63,21 +63,24 @@ def crc32(array: np.ndarray) -> int:
 
 def arrays_of(leaf: Any) -> dict[str, np.ndarray]:
     """A leaf -> {"": array}, or its present fields."""
-    if not isinstance(leaf, QuantizedTensor):
+    if getattr(leaf, "spec", None) is None:
         return {"": np.asarray(leaf)}
     fields = {name: getattr(leaf, name) for name in FIELDS}
     return {name: np.asarray(value) for name, value in fields.items() if value is not None}
 
 
 def facts_of(leaf: Any) -> LeafFacts:
-    spec = leaf.spec if isinstance(leaf, QuantizedTensor) else None
-    return LeafFacts(spec, {name: ArrayFacts.of(array) for name, array in arrays_of(leaf).items()})
+    return LeafFacts(
+        getattr(leaf, "spec", None), {name: ArrayFacts.of(array) for name, array in arrays_of(leaf).items()}
+    )
 
 
 def leaf_of(facts: LeafFacts, arrays: dict[str, np.ndarray]) -> Any:
     """The inverse of `arrays_of`."""
     if facts.spec is None:
         return arrays[""]
+    from jqserve.quant import QuantizedTensor  # which loads jax: describing a leaf needs none
+
     fields: dict[str, Any] = {name: arrays.get(name) for name in FIELDS}
     return QuantizedTensor(**fields, spec=facts.spec)
 

@@ -21,6 +21,7 @@ from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
+HEAD_STAYS = "the head is never quantized while loading"
 KV_MISSING = (
     "config.json has a kv_cache_scheme, but no file has k_scale and v_scale: the KV cache is not quantized "
     "(--kv-cache-dtype fp8_e4m3 does so with scale 1.0)"
@@ -123,7 +124,7 @@ class Asked:
         why = self.plan.why_dense(module)
         if not why or self.asked.online is None:
             return why
-        return "the head is never quantized while loading" if module == "lm_head" else ""
+        return HEAD_STAYS if module == "lm_head" else ""
 
     @property
     def kv_promised(self) -> bool:

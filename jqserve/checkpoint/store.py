@@ -8,7 +8,6 @@ DIR/config.json, tokenizer files, ...: copied from the original
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,21 +17,18 @@ import numpy as np
 
 from jqserve.checkpoint import manifest
 from jqserve.checkpoint.asked import Answer, answer
-from jqserve.checkpoint.hf import read_json
 from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.matrix_row import matrix_row
-from jqserve.checkpoint.model_config import model_config
 from jqserve.checkpoint.open import AnyCheckpoint, open_checkpoint
 from jqserve.checkpoint.open import is_store as is_store
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.scheme import cast
-from jqserve.checkpoint.store_check import check_modules
+from jqserve.checkpoint.store_check import described, section_of
 from jqserve.checkpoint.stream import Stream
 from jqserve.errors import CheckpointError
-from jqserve.models.config import ModelConfig
 from jqserve.quant import NO_ACTIVATION, QuantizedTensor
 
 
@@ -100,12 +96,6 @@ def _write_arrays(opened: OpenModel, out: Path, progress: Progress | None) -> di
     }
 
 
-def section_of(path: str) -> str:
-    """ "layers.3.attn.qkv" -> "layers.3"; "embed.weight" -> "embed"."""
-    match = re.match(r"layers\.\d+", path)
-    return match[0] if match else path.partition(".")[0]
-
-
 def _key(leaf: str, field: str) -> str:
     """Orbax's name of an array. Slashes and dots would nest or be mistaken: the path stays one word."""
     return f"{leaf}:{field}" if field else leaf
@@ -131,7 +121,7 @@ def restore(
     The arguments are those of `convert.load`. Raises CheckpointError naming the file and the array.
     """
     path = Path(path)
-    config, generation, plan, sections = _described(path)
+    config, generation, plan, sections = described(path)
     dtype = config.dtype if dtype in (None, "auto") else str(dtype)
     check_dtype(dtype)
     specs = [leaf.spec for leaves in sections.values() for leaf in leaves.values() if leaf.spec is not None]
@@ -155,31 +145,6 @@ def restore(
     if asked.note:
         plan = dataclasses.replace(plan, notes=(asked.note, *plan.notes))
     return LoadedCheckpoint(dataclasses.replace(config, dtype=dtype), params, plan, generation)
-
-
-def _described(path: Path) -> tuple[ModelConfig, dict[str, Any], LoadPlan, dict[str, dict[str, LeafFacts]]]:
-    """What the manifest says, checked against itself: (config, generation_config, plan, leaves by section)."""
-    where = str(path / manifest.NAME)
-    body = manifest.read(path)
-    try:
-        config = ModelConfig.from_json(body["config"])
-        plan, generation = LoadPlan.from_json(body["plan"]), dict(body["generation_config"])
-        sections = {
-            section: {name: LeafFacts.from_json(facts) for name, facts in leaves.items()}
-            for section, leaves in body["sections"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{where}: cannot be understood: {type(error).__name__} {error}") from error
-    beside = model_config(read_json(path / "config.json"), generation, str(path / "config.json"))
-    if dataclasses.replace(beside, dtype=config.dtype) != config:
-        raise CheckpointError(
-            f"{where}: describes another model than the config.json beside it; run `jqserve convert` again"
-        )
-    check_modules(where, config, {name: facts for leaves in sections.values() for name, facts in leaves.items()})
-    for section, leaves in sections.items():
-        if misplaced := [name for name in leaves if section_of(name) != section]:
-            raise CheckpointError(f"{where}: section {section!r} holds {misplaced[0]}, which does not belong there")
-    return config, generation, plan, sections
 
 
 def _leaves(path: Path, sections: dict[str, dict[str, LeafFacts]]) -> Iterator[tuple[str, Weight]]:

@@ -1,9 +1,21 @@
-"""Does a manifest describe the model it says it is? Every leaf is expected, whole, and of the sizes of the config."""
+"""A converted checkpoint by its manifest alone, without jax, and the checks: does it describe the model it says it is?
+
+Every leaf is expected, whole, in its section, and of the sizes of the config.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from jqserve.checkpoint import manifest
+from jqserve.checkpoint.hf import read_json
 from jqserve.checkpoint.manifest import LeafFacts
+from jqserve.checkpoint.model_config import model_config
 from jqserve.checkpoint.names import LinearSlot, Vector, modules
+from jqserve.checkpoint.plan import LoadPlan
 from jqserve.errors import CheckpointError
 from jqserve.models.config import ModelConfig
 from jqserve.quant import QuantSpec
@@ -16,6 +28,37 @@ _STORED = {
     "int8": "int8",
     "float8_e4m3fn": "float8_e4m3fn",
 }
+
+
+def described(path: Path) -> tuple[ModelConfig, dict[str, Any], LoadPlan, dict[str, dict[str, LeafFacts]]]:
+    """What the manifest says, checked against itself: (config, generation_config, plan, leaves by section)."""
+    where = str(path / manifest.NAME)
+    body = manifest.read(path)
+    try:
+        config = ModelConfig.from_json(body["config"])
+        plan, generation = LoadPlan.from_json(body["plan"]), dict(body["generation_config"])
+        sections = {
+            section: {name: LeafFacts.from_json(facts) for name, facts in leaves.items()}
+            for section, leaves in body["sections"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{where}: cannot be understood: {type(error).__name__} {error}") from error
+    beside = model_config(read_json(path / "config.json"), generation, str(path / "config.json"))
+    if dataclasses.replace(beside, dtype=config.dtype) != config:
+        raise CheckpointError(
+            f"{where}: describes another model than the config.json beside it; run `jqserve convert` again"
+        )
+    check_modules(where, config, {name: facts for leaves in sections.values() for name, facts in leaves.items()})
+    for section, leaves in sections.items():
+        if misplaced := [name for name in leaves if section_of(name) != section]:
+            raise CheckpointError(f"{where}: section {section!r} holds {misplaced[0]}, which does not belong there")
+    return config, generation, plan, sections
+
+
+def section_of(path: str) -> str:
+    """ "layers.3.attn.qkv" -> "layers.3"; "embed.weight" -> "embed"."""
+    match = re.match(r"layers\.\d+", path)
+    return match[0] if match else path.partition(".")[0]
 
 
 def check_modules(where: str, config: ModelConfig, leaves: dict[str, LeafFacts]) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 from jqserve.checkpoint.forecast import Forecast, forecast
 from jqserve.checkpoint.hub import planned
-from jqserve.checkpoint.open import open_checkpoint
+from jqserve.checkpoint.loaded import Activations
+from jqserve.checkpoint.open import AnyCheckpoint, is_store, open_checkpoint
 from jqserve.checkpoint.opening import KV_MISSING, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, ranges
 from jqserve.checkpoint.quant_config import NOT_QUANTIZED
+from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.cli.server import ENGINE_FLAGS
 from jqserve.engine.buckets import make_buckets
@@ -51,9 +54,7 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     real = asked.load_format != "dummy"
     with planned(args.model or args.model_path, args.revision, weights=real) as directory:
         source, quantization = open_asked(directory, quantization_of(args), asked.calibration, headers_alone=True)
-        with open_checkpoint(source) as checkpoint:
-            opened = open_model(checkpoint, dtype, asked.activations, quantization)
-            found = forecast(opened)
+        config, found = _foretold(source, dtype, asked.activations, quantization)
     for row in found.plan.rows:
         if row.spec is not None:
             check_supported(row.path, row.spec)
@@ -62,10 +63,10 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     running = asked.max_running_requests or defaults.max_running_requests
     chunk = asked.chunked_prefill_size or defaults.chunked_prefill_size
     steps = asked.num_continuous_decode_steps or defaults.decode_steps
-    plan = with_kernels(found.plan, device, opened.config.dtype, min(running, 16), chunk)
+    plan = with_kernels(found.plan, device, config.dtype, min(running, 16), chunk)
     tiles = -(-chunk // defaults.tile_size)
     buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps)
-    facts = _totals(asked, args.device, args.tp, opened.config, found)
+    facts = _totals(asked, args.device, args.tp, config, found)
     facts |= {
         "buckets": {
             "decode": list(buckets.decode),
@@ -76,6 +77,16 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
         "warnings": _warnings(plan, facts, found.kv_missing) + ([] if real else [DUMMY]),
     }
     return plan, facts
+
+
+def _foretold(
+    source: str | Path | AnyCheckpoint, dtype: str | None, activations: Activations, quantization: str | None
+) -> tuple[ModelConfig, Forecast]:
+    if isinstance(source, (str, Path)) and is_store(source):
+        return forecast_store(Path(source), dtype, activations, quantization)
+    with open_checkpoint(source) as checkpoint:
+        opened = open_model(checkpoint, dtype, activations, quantization)
+        return opened.config, forecast(opened)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

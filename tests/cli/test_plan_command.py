@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import pytest
 
-from jqserve.checkpoint import dummy
+from jqserve.checkpoint import dummy, store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.forecast import forecast
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
+from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli.main import main
 from jqserve.cli.plan import add_arguments
 from jqserve.cli.server import parser
@@ -209,3 +210,27 @@ def test_of_a_config_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [(row["path"], row["spec"]) for row in rows] == [
         (row["path"], row["spec"]) for row in json.loads(json.dumps(loaded.to_json()))["rows"]
     ]
+
+
+@pytest.mark.parametrize(
+    "name", ["unquantized", "GPTQ 4-bit, groups of 32, act-order", "compressed-tensors FP8 static"]
+)
+def test_a_converted_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its manifest: the rows are those of restoring it, with the same flags."""
+    made = tiny.make(tmp_path / "hf", *CHECKPOINTS[name], tie_word_embeddings=False, **SIZES).path
+    store.convert(made, tmp_path / "out")
+    flags: list[dict[str, Any]] = [{}, {"activations": "none"}, {"dtype": "float32"}]
+    flags += [{"quantization": q} for q in ("int4-64", "fp8", "torchao:int8wo")] if name == "unquantized" else []
+    for flag in flags:
+        arguments = {"dtype": None, "activations": "config", "quantization": None, **flag}
+        config, found = forecast_store(tmp_path / "out", **arguments)
+        loaded = load(tmp_path / "out", device_put=keep_on_host, **flag)
+        assert found.plan == loaded.plan and config == loaded.config
+        assert found.plan.bytes + found.vectors == sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
+    stored, original = planned(capsys, tmp_path / "out"), planned(capsys, made)
+    for key in ("rows", "kv_cache", "weight_bytes", "bound_tokens_per_second", "buckets", "warnings", "notes"):
+        assert stored[key] == original[key], key
+    assert set(stored["unquantized"]) == set(original["unquantized"])
+    if name != "unquantized":
+        assert main(["plan", str(tmp_path / "out"), "--quantization", "int4-64"]) == 2
+        assert "quantized already" in capsys.readouterr().err
