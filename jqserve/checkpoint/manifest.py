@@ -70,9 +70,8 @@ def arrays_of(leaf: Any) -> dict[str, np.ndarray]:
 
 
 def facts_of(leaf: Any) -> LeafFacts:
-    return LeafFacts(
-        getattr(leaf, "spec", None), {name: ArrayFacts.of(array) for name, array in arrays_of(leaf).items()}
-    )
+    arrays = {name: ArrayFacts.of(array) for name, array in arrays_of(leaf).items()}
+    return LeafFacts(getattr(leaf, "spec", None), arrays)
 
 
 def leaf_of(facts: LeafFacts, arrays: dict[str, np.ndarray]) -> Any:

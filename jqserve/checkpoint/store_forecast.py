@@ -51,7 +51,7 @@ def _row(row: PlanRow, facts: LeafFacts, dtype: str, activations: Activations, a
         online = asked.online if row.path.startswith("layers.") else None
         if online is not None and activations == "none":
             online = dataclasses.replace(online, activation=NO_ACTIVATION)
-        new = online and online.spec(*row.shape)
+        new = None if online is None else online.spec(*row.shape)
         if online is None or new is None:
             return dense_row(row.path, row.source, row.shape, method, dtype, row.note)
         words = {name: word for word, name in SAFETENSORS_DTYPE.items()}

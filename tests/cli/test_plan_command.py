@@ -212,9 +212,10 @@ def test_of_a_config_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
     ]
 
 
-@pytest.mark.parametrize(
-    "name", ["unquantized", "GPTQ 4-bit, groups of 32, act-order", "compressed-tensors FP8 static"]
-)
+CONVERTED = ["unquantized", "GPTQ 4-bit, groups of 32, act-order", "compressed-tensors FP8 static"]
+
+
+@pytest.mark.parametrize("name", CONVERTED)
 def test_a_converted_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By its manifest: the rows are those of restoring it, with the same flags."""
     made = tiny.make(tmp_path / "hf", *CHECKPOINTS[name], tie_word_embeddings=False, **SIZES).path

@@ -11,17 +11,19 @@ from typing import Any
 import jax
 import pytest
 
-from pallas_kernels import KNOWN_DEVICES, dispatch, explain, use_device
+from pallas_kernels import KNOWN_DEVICES, dispatch, explain, tuning, use_device
 from pallas_kernels.a16.choice import packed
+from pallas_kernels.a16.decode_plan import Config
 from pallas_kernels.dispatch import Operand
 from pallas_kernels.scaled_matmul import choice as scaled
+from pallas_kernels.scaled_matmul.config import Config as ScaledConfig
 from pallas_kernels.w4a16 import choice as four
 from pallas_kernels.w4a16 import layout as four_layout
 from pallas_kernels.w8a16 import choice as eight
 from pallas_kernels.w8a16 import layout as eight_layout
 
 DEVICES = ("h200", "a100", "cpu")
-ROWS = (0, 1, 8, 9, 16, 17, 1000)
+ROWS = (0, 1, 9, 16, 17, 1000)
 #: (N, K): of an 8B model, one that needs padding, one whose K no kernel takes as it is, one that is small
 SHAPES = ((6144, 4096), (1100, 1088), (1096, 2888), (64, 128))
 
@@ -87,11 +89,8 @@ def test_scaled(device: str, n: int, k: int) -> None:
             assert told == explain(scaled.OP, *asked, None, device=target, out_dtype=out)
 
 
-def test_a_forced_config_that_cannot_run_is_refused_by_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_config_that_cannot_run_is_refused_by_both() -> None:
     """The tuner's answer is part of the choice: one that the kernel cannot run falls through to the next."""
-    from pallas_kernels import tuning
-    from pallas_kernels.a16.decode_plan import Config
-
     device, layout = KNOWN_DEVICES["h200"], "sm90"
     scale, _, _ = weight_operands(6144, 4096, 128, "none")
     qweight, scale, _, _ = packed((6144, 4096), 128, layout, "uint4", scale, None, None)
@@ -103,6 +102,26 @@ def test_a_forced_config_that_cannot_run_is_refused_by_both(monkeypatch: pytest.
         told = dispatch.choose(four.OP, four.CANDIDATES, *operands, device=device, **kwargs)
         assert told.chosen == "wgmma_sm90" and "more than 16 warps" in told.refused[0][1]
         assert told == explain(four.OP, *map(struct, operands), device=device, **kwargs)
+
+
+def test_a_forced_config_of_scaled_matmul() -> None:
+    device = KNOWN_DEVICES["h200"]
+    operands = (
+        Operand((64, 4096), "float8_e4m3fn"),
+        Operand((6144, 4096), "float8_e4m3fn"),
+        Operand((64, 32), "float32"),
+        Operand((48, 32), "float32"),
+    )
+    with use_device(device), tuning.recording() as asked:
+        dispatch.choose(scaled.OP, scaled.CANDIDATES, *operands, None, device=device, out_dtype="bfloat16")
+    for config, reason in (
+        (ScaledConfig(256, stages=2), "may touch two scale blocks"),
+        (ScaledConfig(128, wgs_k=2, stages=3), "wgs_k 2 must divide"),
+    ):
+        with tuning.forcing(scaled.OP, asked[0].key, config):
+            told = dispatch.choose(scaled.OP, scaled.CANDIDATES, *operands, None, device=device, out_dtype="bfloat16")
+            assert told.chosen == "xla" and reason in told.refused[0][1]
+            assert told == explain(scaled.OP, *map(struct, operands), None, device=device, out_dtype="bfloat16")
 
 
 def test_choosing_loads_no_jax_and_hides_no_function() -> None:
