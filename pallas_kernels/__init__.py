@@ -1,8 +1,9 @@
 """Quantized matmul, activation quantization and paged attention for JAX on NVIDIA GPUs.
 
 Each op lives in a folder of its own (`api.py` is the public function, `reference.py` the oracle) and picks an
-implementation for the device at hand; `explain(op, *args)` says which one and why. Names are imported on first use:
-importing this package touches no device and loads no jax.
+implementation for the device at hand; `explain(op, *args)` says which one and why. Where `choice.py` stands beside
+them, it decides from shapes and dtypes alone. Names are imported on first use: importing this package touches no device
+and loads no jax.
 """
 
 from __future__ import annotations

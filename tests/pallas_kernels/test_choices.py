@@ -115,7 +115,7 @@ def test_a_forced_config_of_scaled_matmul() -> None:
     with use_device(device), tuning.recording() as asked:
         dispatch.choose(scaled.OP, scaled.CANDIDATES, *operands, None, device=device, out_dtype="bfloat16")
     for config, reason in (
-        (ScaledConfig(256, stages=2), "may touch two scale blocks"),
+        (ScaledConfig(144, stages=2), "epilogue_n 64 must divide"),
         (ScaledConfig(128, wgs_k=2, stages=3), "wgs_k 2 must divide"),
     ):
         with tuning.forcing(scaled.OP, asked[0].key, config):
