@@ -301,8 +301,7 @@ def test_a_client_that_hangs_up_frees_its_slots(served: Served, native: Client, 
     connection.request("POST", CHAT, json.dumps({**ask, "stream": stream}), {"content-type": "application/json"})
     if stream:
         assert connection.getresponse().readline().startswith(b"data: ")
-    else:
-        eventually(lambda: native.server_info().load.running > 0, 30)
+    eventually(lambda: native.server_info().load.running > 0, 30)
     connection.close()
     eventually(lambda: idle(native), 60)
     assert native.server_info().load.generated_tokens - before < n * limit
