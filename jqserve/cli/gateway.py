@@ -4,7 +4,8 @@
     jqserve gateway --model-path DIR --workers 2
 
 smg speaks HTTP, applies chat templates, parses tool calls and reasoning, balances and retries; see its --help for what
-may follow `--`. Workers of our own are started on this machine, one GPU each, and started again when they die.
+may follow `--`. Workers of our own are started on this machine, one GPU each, and started again when they die. It finds
+out by itself which engine protocol a worker speaks (--worker-args '--grpc-compat sglang').
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 from jqserve.cli.defaults_shown import DefaultsShown
+from jqserve.cli.gateway_flags import check_smg_flags, check_worker_flags
 from jqserve.errors import JqserveError, UnsupportedError
 
 log = logging.getLogger("jqserve.gateway")
@@ -41,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workers", nargs="+", metavar="URL|N", default=["1"], help="grpc://host:port ..., or how many to start")
     add("--model-path", metavar="DIR|HUB_ID", default=None, help="start workers with this model on this machine")
-    add("--worker-args", metavar="'FLAGS'", default="", help="more flags of jqserve-server, for workers started here")
+    add("--worker-args", metavar="'FLAGS'", default="", help="more flags of jqserve-server, for workers started here: "
+        "'--grpc-compat sglang --constraint-warmup' (a single one after a '=': --worker-args=--admin)")  # fmt: skip
     add("--host", default="127.0.0.1", help="0.0.0.0 serves everybody who can reach this machine")
     add("--port", type=int, default=30000, help="of the HTTP endpoint; 0 picks a free one and prints it")
     add("--policy", default="round_robin", help="how smg chooses a worker")
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level="INFO", stream=sys.stderr, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     count = worker_count(args)
     smg = find_smg(args.smg)
+    check_worker_flags(args.worker_args)
+    check_smg_flags(smg, args.smg_args)
     port, metrics = args.port or free_port(args.host), args.prometheus_port or free_port("127.0.0.1")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,6 +102,11 @@ def worker_count(args: argparse.Namespace) -> int:
             raise UnsupportedError(
                 f"--workers {' '.join(bad)}: expected grpc://host:port (or give --model-path, and how many to start)"
             )
+        if args.worker_args:
+            raise UnsupportedError("--worker-args are for workers started here: give --model-path, or leave them out")
+        if tls := [url for url in args.workers if url.startswith("grpcs://")]:
+            # smg 1.13.0 connects, sends no handshake, and logs "gRPC connection failed: transport error".
+            log.warning("smg up to 1.13.0 opens no TLS to gRPC workers: %s may never answer", " ".join(tls))
         return 0
     if len(args.workers) != 1 or not numbers or int(numbers[0]) < 1:
         raise UnsupportedError("with --model-path, --workers is how many to start: --workers 2")

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from jqserve.cli import gateway as cli
+from jqserve.cli.gateway_flags import check_smg_flags, check_worker_flags
 from jqserve.errors import UnsupportedError
-from tests.gateway.smg import Gateway, Worker, eventually, free_port, program
+from tests.gateway.smg import DEMO, Gateway, Worker, eventually, free_port, program
+from tests.server.program import compilation_cache
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -47,6 +49,47 @@ def test_the_command_of_smg() -> None:
 def test_workers_are_addresses_or_a_number(words: tuple[str, ...]) -> None:
     with pytest.raises(UnsupportedError, match="--workers"):
         cli.worker_count(parse(*words))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--grpc-compat none", "cannot drive"),
+        ("--grpc-compat=trt", "invalid choice"),
+        ("--absent 1", "no --absent"),
+        ("--page-size 0", "less than 1"),
+        ("--port 31000", "--port is set by jqserve gateway"),
+        ("--model-path x", "--model-path is set by"),
+        ("--api-key-file keys", "--api-key-file"),
+        ("--tls-cert a --tls-key b", "--tls-cert"),
+        ("--unix-socket /tmp/x", "--unix-socket"),
+        ("--served-model-name 'x", "No closing quotation"),
+    ],
+)
+def test_flags_that_would_make_no_worker_are_refused_before_one_loads(flags: str, says: str) -> None:
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        check_worker_flags(flags)
+    assert "--worker-args" in str(caught.value)
+
+
+def test_flags_that_do_are_not() -> None:
+    check_worker_flags("")
+    check_worker_flags("--grpc-compat sglang --served-model-name 'a b' --metrics-port 0 --constraint-warmup")
+
+
+def test_flags_that_smg_does_not_have_are_refused_before_a_worker_loads() -> None:
+    smg = program()
+    check_smg_flags(smg, ["--", "--log-level", "warn", "--retry-max-retries=2", "--prometheus-h", "127.0.0.1"])
+    with pytest.raises(UnsupportedError, match="for the workers: --worker-args '--grpc-compat"):
+        check_smg_flags(smg, ["--", "--grpc-compat", "sglang"])
+    with pytest.raises(UnsupportedError, match=r"no such flag$"):
+        check_smg_flags(smg, ["--absent"])
+
+
+def test_what_may_not_work_with_running_workers_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert cli.worker_count(parse("--workers", "grpcs://a:1")) == 0 and "grpcs://a:1 may never answer" in caplog.text
+    with pytest.raises(UnsupportedError, match="--worker-args"):
+        cli.worker_count(parse("--workers", "grpc://a:1", "--worker-args=--admin"))
 
 
 def test_workers_of_our_own_get_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +127,27 @@ def test_it_serves_running_workers_and_ends_when_told(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         worker.end()
+
+
+@pytest.mark.slow
+def test_workers_of_our_own_take_the_servers_flags(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    smg, port = program(), free_port()
+    flags = "--grpc-compat sglang --served-model-name own --context-length 128 --max-running-requests 2"
+    flags += f" --disable-warmup --compilation-cache-dir {compilation_cache(tmp_path_factory)}"
+    command = [sys.executable, "-m", "jqserve.cli.main", "gateway", "--model-path", str(DEMO), "--workers", "1"]
+    command += ["--worker-args", flags, "--port", str(port), "--smg", smg]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        running = Gateway(f"http://127.0.0.1:{port}")
+        eventually(lambda: "own" in running.models() or process.poll() is not None, 120)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        (worker,) = running.get("/workers")["workers"]
+        assert worker["runtime_type"] == "sglang"
+        body = {"model": "own", "prompt": "one two", "max_tokens": 4}
+        eventually(lambda: running.post("/v1/completions", body)[0] == 200, 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        process.wait()

@@ -1,6 +1,9 @@
 """sglang.grpc.scheduler.SglangScheduler: for gateways that know only this one (--grpc-compat sglang).
 
-The protocol has no seed, and smg sends no stop strings over it: prefer the other one.
+Prefer the other one. This protocol has no seed, so the server draws one (--random-seed makes them reproducible); and
+smg 1.13.0 sends no stop strings over it: it cuts the text itself, while the worker computes on to the end and the usage
+counts that, too (a string of one token it does send, as its id). Neither fault can be seen from here. What it has over
+the other: smg's /generate asks for a prompt's logprobs. tests/gateway/test_demo.py holds all of this.
 """
 
 from __future__ import annotations

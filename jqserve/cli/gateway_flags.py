@@ -1,0 +1,65 @@
+"""The flags that `jqserve gateway` hands on, checked before anything is started: a worker loads for minutes, and smg
+says nothing of one that it cannot reach but to its log."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+
+from jqserve.cli import server
+from jqserve.errors import UnsupportedError
+
+OURS = ("model_path", "host", "port", "ready_file")  # what `jqserve gateway` sets itself
+#: smg 1.13.0 sends its workers no token, opens no TLS to them and knows no Unix sockets
+UNREACHABLE = ("api_key", "api_key_file", "tls_cert", "tls_key", "tls_client_ca", "unix_socket")
+
+
+def check_worker_flags(text: str) -> None:
+    """--worker-args. Raises `UnsupportedError` for what jqserve-server does not take, and for what would make a worker
+    that smg cannot use."""
+    parser = server.parser()
+    parser.exit_on_error = False
+    parser.set_defaults(host=None, port=None)
+    try:
+        known, unknown = parser.parse_known_args(shlex.split(text))
+    except (ValueError, argparse.ArgumentError) as error:
+        raise UnsupportedError(f"--worker-args: {error}") from None
+    if unknown:
+        raise UnsupportedError(f"--worker-args: jqserve-server has no {unknown[0]} (jqserve-server --help)")
+    for name in OURS:
+        if getattr(known, name) is not None:
+            raise UnsupportedError(f"--worker-args: {flag(name)} is set by jqserve gateway; leave it out")
+    for name in UNREACHABLE:
+        if getattr(known, name) is not None:
+            raise UnsupportedError(
+                f"--worker-args: smg has no token and no TLS for its workers, and knows no Unix socket: {flag(name)} "
+                "would keep it out. Workers started here listen on 127.0.0.1 only"
+            )
+    if known.grpc_compat == "none":
+        raise UnsupportedError(
+            "--worker-args: smg cannot drive a worker with --grpc-compat none; expected vllm, sglang"
+        )
+
+
+def check_smg_flags(smg: str, words: Sequence[str]) -> None:
+    """What follows `--`, for `smg launch`. Raises `UnsupportedError` for a flag that it does not have."""
+    asked = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
+    if not asked:
+        return
+    known = flags_in(subprocess.run([smg, "launch", "--help"], capture_output=True, text=True, check=False).stdout)
+    for word in asked:
+        if known and not any(name.startswith(word) for name in known):  # argparse takes a flag's beginning, too
+            theirs = word in flags_in(server.parser().format_help())
+            hint = f"; for the workers: --worker-args '{word} ...'" if theirs else ""
+            raise UnsupportedError(f"-- {word}: smg launch has no such flag{hint}")
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z][a-z0-9-]*", text))
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
