@@ -265,6 +265,27 @@ def quantize_quality() -> str:
     return table(header, rows) + "\n\n" + source(result, "quantize_quality")
 
 
+def host() -> str:
+    """What the two processes need of the host, without a device."""
+    loop, front = load("host_loop"), load("frontend_cpu")
+    if loop is None or front is None:
+        return "Not measured yet."
+    served = {row["rows"]: row for row in loop["rows"] if row["kind"] == "serve"}
+    answered = {row["streams"]: row for row in front["rows"] if "efficiency" in row}
+    rows = [
+        [
+            str(count),
+            f"{served[count]['step_ms']:.1f}",
+            f"{answered[count]['core']:.0%}",
+            f"{answered[count]['tokens_per_second']:,.0f}",
+            f"{answered[count]['tokens_per_message']:.1f}",
+        ]
+        for count in sorted(served.keys() & answered.keys())
+    ]
+    header = ["sequences", "engine's loop, ms a step", "front end's core", "at tokens/s", "tokens a message"]
+    return "\n\n".join([table(header, rows), source(loop, "host_loop"), source(front, "frontend_cpu")])
+
+
 def online_schemes() -> str:
     """What each scheme costs in quality that is made while loading."""
     result = load("online_schemes")
@@ -283,6 +304,7 @@ def online_schemes() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quantize_quality": quantize_quality,
     "online_schemes": online_schemes,
+    "host": host,
     "support": support,
     "plan_time": plan_time,
     "start_line": start_line,
