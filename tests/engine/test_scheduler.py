@@ -314,6 +314,7 @@ def test_random_traffic_on_a_simulated_device(seed: int, overlap: bool) -> None:
 
 def check_pages(s: Scheduler) -> None:
     held = [page for q in s.running for page in q.pages]
+    assert s.at_limits == sum(-(-q.limit // s.page_size) for q in s.running)
     assert len(set(held)) == s.pool.used and all(s.pool.references(page) == held.count(page) for page in set(held))
     assert all(len(q.pages) == len(set(q.pages)) for q in s.running)
     taken = [q.slot for q in s.running]
