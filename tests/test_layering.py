@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED: dict[str, set[str]] = {
     "pallas_kernels": set(),
     "jqserve.errors": set(),
+    "jqserve.credentials": {"jqserve.errors"},
     "jqserve.quant": {"jqserve.errors"},
     "jqserve.models.config": set(),
     "jqserve.parallel": {"jqserve.quant", "jqserve.errors"},
@@ -53,10 +54,10 @@ ALLOWED: dict[str, set[str]] = {
         "jqserve.server.tokenizer",
         "jqserve.errors",
     },
-    "jqserve.server": {"jqserve.engine.request", "jqserve.engine.wire", "jqserve.errors"},
+    "jqserve.server": {"jqserve.engine.request", "jqserve.engine.wire", "jqserve.credentials", "jqserve.errors"},
     # Starts the engine at the other end of a socket pair; with --frontend inline the pair's far end is in this process.
     "jqserve.server.launch": {"jqserve.server", "jqserve.engine.channel", "jqserve.engine.wire"},
-    "jqserve.client": {"jqserve.server.pb", "jqserve.errors"},
+    "jqserve.client": {"jqserve.server.pb", "jqserve.credentials", "jqserve.errors"},
 }
 
 #: (file or folder under the root, packages that it must not import, directly or through ours)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jqserve.cli.defaults_shown import DefaultsShown
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
+from jqserve.credentials import read_by_others, read_tokens, usable_token
 from jqserve.errors import JqserveError, UnsupportedError
 
 if TYPE_CHECKING:  # imported where serving begins: --help and `jqserve plan`, which takes the same flags, need none
@@ -213,19 +214,17 @@ def seconds(text: str) -> float:
 
 
 def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """Raises `UnsupportedError` for a file that cannot be read, or holds no token."""
-    keys = [args.api_key] if args.api_key else []
-    if args.api_key_file:
+    """Raises `UnsupportedError` for a file that cannot be read or holds no token, and for one that nobody can send."""
+    keys = []
+    if args.api_key is not None:
         try:
-            lines = Path(args.api_key_file).expanduser().read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UnsupportedError(f"--api-key-file {args.api_key_file}: {error}") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise UnsupportedError(f"--api-key-file {args.api_key_file} holds no token")
-        keys += found
-    if args.api_key == "":
-        raise UnsupportedError("--api-key is empty")
+            keys = [usable_token(args.api_key)]
+        except UnsupportedError as error:
+            raise UnsupportedError(f"--api-key {error}") from None
+    if args.api_key_file is not None:
+        keys += read_tokens("--api-key-file", args.api_key_file)
+        if problem := read_by_others(args.api_key_file):
+            logging.getLogger("jqserve.server").warning("--api-key-file %s: %s", args.api_key_file, problem)
     return tuple(keys)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import grpc
 
 from jqserve.client.requests import CHANNEL_OPTIONS
+from jqserve.credentials import out_of_date, read_authority, read_pair, usable_token
+from jqserve.errors import UnsupportedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Tls:
-    """PEM files. `ca`: who signed the server's certificate (None: the system's authorities); `cert` and `key`: this
-    client's own, for servers that ask for one; `server_name`: the name in the certificate, if it is not the target's.
+    """PEM files. `ca`: who signed the server's certificate (None: the system's authorities); `cert` and `key` (without
+    a passphrase): this client's own, for servers that ask for one; `server_name`: the name in the server's certificate,
+    if it is not the target's.
     """
 
     ca: str | None = None
@@ -22,8 +24,15 @@ class Tls:
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Raises OSError for a file that cannot be read."""
-        ca, key, cert = (Path(path).read_bytes() if path else None for path in (self.ca, self.key, self.cert))
+        """Raises `UnsupportedError` for files that cannot be read, or do not fit together."""
+        if bool(self.cert) != bool(self.key):
+            raise UnsupportedError("TLS: cert and key go together")
+        ca = read_authority("TLS ca", self.ca) if self.ca else None
+        cert, key = None, None
+        if self.cert and self.key:
+            cert, key = read_pair(("TLS cert", self.cert), ("TLS key", self.key))
+            if problem := out_of_date(cert):
+                raise UnsupportedError(f"TLS cert {self.cert} {problem}: no server would take it")
         return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
 
     def options(self) -> tuple[tuple[str, object], ...]:
@@ -32,5 +41,10 @@ class Tls:
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """Of every call."""
-    return (("authorization", f"Bearer {token}"),) if token else ()
+    """Of every call. Raises `UnsupportedError` for a token that cannot be sent."""
+    if token is None:
+        return ()
+    try:
+        return (("authorization", f"Bearer {usable_token(token)}"),)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"the token {error}") from None

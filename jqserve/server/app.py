@@ -93,10 +93,6 @@ class Server:
         except JqserveError as error:
             log.error("%s", error)
             return 2
-        except RuntimeError as error:
-            log.debug("%s", error)
-            log.error("cannot listen on %s; is the port in use? --port 0 picks a free one", self._address())
-            return 2
         await self._set_health("", serving=True)
         for service in self.services:
             await self._set_health(service, serving=False)

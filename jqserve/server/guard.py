@@ -45,6 +45,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._receiving, self._check_sizes = receiving, check_sizes
         self._most_calls, self._calls = most_calls, 0
         self._deny = grpc.stream_stream_rpc_method_handler(_deny)
+        self._deny_other = grpc.stream_stream_rpc_method_handler(_deny_other)
         self._full = grpc.stream_stream_rpc_method_handler(_full)
 
     async def intercept_service(
@@ -55,7 +56,8 @@ class Guard(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if self._digests and not method.startswith(EXEMPT) and not self._good(handler_call_details.invocation_metadata):
             self._refused(method, "UNAUTHENTICATED")
-            return self._deny
+            sent = any(key == "authorization" for key, _ in handler_call_details.invocation_metadata or ())
+            return self._deny_other if sent else self._deny
         handler: Any = await continuation(handler_call_details)
         if handler is None or not method.startswith(self._ours):
             return handler
@@ -111,6 +113,11 @@ class Guard(grpc.aio.ServerInterceptor):
 
 async def _deny(stream: Any, context: grpc.aio.ServicerContext) -> None:
     text = "this server wants a token: send 'authorization: Bearer TOKEN' in the metadata"
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+
+
+async def _deny_other(stream: Any, context: grpc.aio.ServicerContext) -> None:
+    text = "the token is none of this server's; it is sent as 'authorization: Bearer TOKEN' in the metadata"
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
 
 

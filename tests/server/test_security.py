@@ -1,12 +1,9 @@
-"""Tokens, TLS and mTLS, the Unix socket, and the limits, with the echoing engine."""
+"""Tokens, the Unix socket, and the limits, with the echoing engine."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import ipaddress
-import os
 import socket
 import stat
 import time
@@ -16,14 +13,11 @@ from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from jqserve.cli import server as cli
-from jqserve.client import Client, ServerError, Tls
+from jqserve.client import Client, ServerError
 from jqserve.errors import UnsupportedError
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
@@ -77,94 +71,84 @@ def test_every_rpc_but_health_needs_the_token() -> None:
             client.server_info()
 
 
-def test_tokens_are_read_from_a_file_and_shown_nowhere(tmp_path: Path) -> None:
+def configured(*words: str) -> ServerConfig:
+    return cli.server_config(cli.parser().parse_args(words))
+
+
+def test_tokens_are_read_from_a_file_and_shown_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "keys"
-    file.write_text(f"# who: us\n{TOKEN}\n\nsecond\n")
-    config = cli.server_config(cli.parser().parse_args(["--api-key-file", str(file), "--api-key", "third"]))
-    assert config.api_keys == ("third", TOKEN, "second")
+    file.write_bytes(f"\ufeff# who: us\n{TOKEN} \r\n\n  # them\nsecond\n".encode())
+    file.chmod(0o640)
+    config = configured("--api-key-file", str(file), "--api-key", "third\n")
+    assert config.api_keys == ("third", TOKEN, "second") and not caplog.records
     assert TOKEN not in repr(config) and "third" not in repr(config)
     assert "third" not in str(config.arguments)  # which GetServerInfo shows to everybody
-    file.write_text("# none\n")
-    with pytest.raises(UnsupportedError, match="holds no token"):
-        cli.server_config(cli.parser().parse_args(["--api-key-file", str(file)]))
-
-
-class Authority:
-    """Signs certificates for 127.0.0.1, and writes everything as PEM."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.key = ec.generate_private_key(ec.SECP256R1())
-        self.certificate = self._sign(self.key.public_key(), name, authority=True)
-        self.ca = self._write(f"{name}-ca.pem", self.certificate.public_bytes(serialization.Encoding.PEM))
-
-    def issue(self, subject: str) -> tuple[str, str]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = self._sign(key.public_key(), subject, authority=False)
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        return (
-            self._write(f"{self.name}-{subject}.pem", certificate.public_bytes(serialization.Encoding.PEM)),
-            self._write(f"{self.name}-{subject}.key", pem),
-        )
-
-    def _sign(self, public: Any, subject: str, *, authority: bool) -> x509.Certificate:
-        def called(text: str) -> x509.Name:
-            return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
-
-        now = datetime.datetime.now(datetime.UTC)
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-        builder = x509.CertificateBuilder().subject_name(called(subject)).issuer_name(called(self.name))
-        builder = builder.public_key(public).serial_number(x509.random_serial_number())
-        builder = builder.not_valid_before(now - datetime.timedelta(days=1))
-        builder = builder.not_valid_after(now + datetime.timedelta(days=1)).add_extension(names, critical=False)
-        builder = builder.add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
-        return builder.sign(self.key, hashes.SHA256())
-
-    def _write(self, name: str, data: bytes) -> str:
-        (self.folder / name).write_bytes(data)
-        return str(self.folder / name)
-
-
-def test_tls_and_mtls(tmp_path: Path) -> None:
-    ours, others = Authority(tmp_path, "ours"), Authority(tmp_path, "others")
-    cert, key = ours.issue("server")
-
-    def ask(running: Running, tls: Tls | None) -> int:
-        with Client(running.target, tls=tls) as client:
-            return int(client.server_info(timeout=5).frontend_pid)
-
-    with serving(tls_cert=cert, tls_key=key) as running:
-        assert ask(running, Tls(ca=ours.ca)) == os.getpid()
-        assert code_of(lambda: ask(running, None)) == "UNAVAILABLE"
-        assert code_of(lambda: ask(running, Tls(ca=others.ca))) == "UNAVAILABLE"
-    client_cert, client_key = ours.issue("client")
-    stranger_cert, stranger_key = others.issue("client")
-    with serving(tls_cert=cert, tls_key=key, tls_client_ca=ours.ca) as running:
-        assert ask(running, Tls(ca=ours.ca, cert=client_cert, key=client_key)) == os.getpid()
-        assert code_of(lambda: ask(running, Tls(ca=ours.ca))) == "UNAVAILABLE"
-        assert code_of(lambda: ask(running, Tls(ca=ours.ca, cert=stranger_cert, key=stranger_key))) == "UNAVAILABLE"
+    file.chmod(0o644)
+    configured("--api-key-file", str(file))
+    assert "every user of this machine may open it (mode 0644)" in caplog.text and TOKEN not in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("content", "says"),
     [
-        ({"tls_cert": "/absent"}, "go together"),
-        ({"tls_cert": "/absent", "tls_key": "/absent"}, "--tls-cert /absent: No such file"),
-        ({"tls_cert": __file__, "tls_key": __file__}, "is not PEM"),
-        ({"unix_socket": __file__}, "is not a socket"),
+        (b"", "holds no token"),
+        (b"\n \n", "holds no token"),
+        (b"# none\n", "holds no token"),
+        ("good\n\nclé-secrète\n".encode(), "line 3: the token has characters that gRPC cannot carry"),
+        (b"a\tsecr\x00et\n", "line 1: the token has characters"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (None, "No such file"),
     ],
 )
-def test_what_cannot_be_listened_with(
-    fields: dict[str, str], says: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    if "PEM" in says:
-        fields = {name: str(tmp_path / "plain") for name in fields}
-        (tmp_path / "plain").write_text("nothing")
-    running = Running(dataclasses.replace(CONFIG, **fields), wait=False)  # type: ignore[arg-type]
-    assert running.over.wait(20) and running.code == 2
-    assert says in caplog.text
+def test_files_without_a_token_that_can_be_sent_are_refused(tmp_path: Path, content: bytes | None, says: str) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        configured("--api-key-file", str(file))
+    assert "--api-key-file" in str(caught.value) and "secr" not in str(caught.value).replace(str(file), "")
+
+
+@pytest.mark.parametrize("token", ["", " ", "\n", "clé"])
+def test_a_token_that_nobody_can_send_is_refused_at_both_ends(token: str) -> None:
+    for make in (lambda: configured("--api-key", token), lambda: Client("127.0.0.1:1", token=token)):
+        with pytest.raises(UnsupportedError, match=r"(empty|cannot carry)"):
+            make()
+
+
+def test_a_token_read_with_its_line_end_is_the_token() -> None:
+    with serving(api_keys=(TOKEN,)) as running:
+        with Client(running.target, token=f"{TOKEN}\n") as client:
+            client.server_info()
+        for token, says in ((None, "wants a token"), ("other", "none of this server's")):
+            with Client(running.target, token=token) as client, pytest.raises(ServerError, match=says) as caught:
+                client.server_info()
+            assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_where_no_socket_can_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    cases = {
+        str(tmp_path / "file"): "is not a socket",
+        str(tmp_path / "absent" / "s"): "there is no directory",
+        str(tmp_path / ("s" * 108)): "107 bytes",
+    }
+    for path, says in cases.items():
+        running = Running(dataclasses.replace(CONFIG, unix_socket=path), wait=False)
+        assert running.over.wait(20) and running.code == 2 and says in caplog.text, path
+
+
+def test_where_no_port_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host, port, says in (
+            ("127.0.0.1", taken.getsockname()[1], "already in use; --port 0 picks a free one"),
+            ("192.0.2.1", 0, "cannot assign"),  # an address of nobody (RFC 5737)
+        ):
+            running = Running(dataclasses.replace(CONFIG, host=host, port=port), wait=False)
+            assert running.over.wait(20) and running.code == 2
+            assert f"cannot listen on {host}:{port}: " in caplog.text and says in caplog.text
 
 
 def test_unix_socket_is_for_this_user_alone_and_may_be_left_behind(tmp_path: Path) -> None:
