@@ -87,8 +87,9 @@ class Receiving:
     async def _read(self, context: Any) -> bytes:
         clock = asyncio.get_running_loop().time
         began = clock()
+        limit = asyncio.timeout_at(began + MOST_SECONDS)
         try:
-            async with asyncio.timeout_at(began + MOST_SECONDS) as limit:
+            async with limit:
                 if self._watch is None:
                     self._size = self._resident()
                     self._watch = asyncio.create_task(self._look())
@@ -100,7 +101,6 @@ class Receiving:
                     del self._reading[limit]
         except TimeoutError:
             if limit in self._too_large:
-                self._too_large.discard(limit)
                 raise QueueFullError(
                     f"messages of more than {self._most_growth >> 20} MiB together were on their way in; "
                     "send smaller ones, or fewer at once"
@@ -108,6 +108,8 @@ class Receiving:
             if clock() - began < MOST_SECONDS:
                 raise QueueFullError("the message came too slowly while others waited; try again later") from None
             raise RequestTimeoutError(f"the message did not come to its end in {MOST_SECONDS:g} s") from None
+        finally:
+            self._too_large.discard(limit)
         if data is grpc.aio.EOF:
             raise GoneError
         return data  # type: ignore[no-any-return]
