@@ -97,6 +97,11 @@ class EngineConfig:
             raise UnsupportedError(
                 f"schedule_conservativeness {self.schedule_conservativeness} is not in 0 .. 10 (usual: 0 .. 1)"
             )
+        if self.disable_warmup and self.constraint_warmup:
+            raise UnsupportedError(
+                "constraint_warmup is a part of the warm-up: leave out --disable-warmup (in the library, "
+                "give disable_warmup=False)"
+            )
         if self.max_queued < 0:
             raise UnsupportedError(f"max_queued must not be negative, found {self.max_queued}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ class Preparing:
         self.grammars = grammars
         self._prepare_programs = prepare_programs
         self._waiting: list[Waiting] = []
+        self._told = False
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -58,7 +60,24 @@ class Preparing:
             if self.grammars is None:
                 raise RequestError("constraint", "this engine has no tokenizer to hold answers to a grammar with")
             grammar = self.grammars.compile(constraint)
-        self._waiting.append(Waiting(sequence, self._prepare_programs(), grammar))
+        programs = self._prepare_programs()
+        if not (self._told or programs.done()):
+            self._tell(programs)
+        self._waiting.append(Waiting(sequence, programs, grammar))
+
+    def _tell(self, programs: concurrent.futures.Future[None]) -> None:
+        """Once: why the first of these requests waits, how long it did, and how to have it otherwise."""
+        self._told, began = True, time.perf_counter()
+        log.warning(
+            "the first constrained or scored request is here: it waits while its programs are compiled, others go on; "
+            "--constraint-warmup (or constraint_warmup=True) has them compiled before serving"
+        )
+
+        def compiled(programs: concurrent.futures.Future[None]) -> None:
+            if not programs.cancelled() and programs.exception() is None:  # else `ready` tells, for each request
+                log.info("its programs are ready after %.1f s", time.perf_counter() - began)
+
+        programs.add_done_callback(compiled)
 
     def remove(self, sequence: Sequence) -> bool:
         """False when it is not here."""
