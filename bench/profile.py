@@ -110,6 +110,7 @@ def main() -> None:
         with jax.profiler.trace(str(folder)):
             for _ in range(args.steps):
                 step(engine)
+            engine.runner.dispatcher.drain()  # else its thread may be giving the state away just now
             jax.block_until_ready(engine.runner.state.last_token)
         spans = device_spans(folder)
     rows = table(spans, args.steps)
