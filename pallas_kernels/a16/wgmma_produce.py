@@ -1,9 +1,9 @@
 """The wgmma kernel's producer: one warp that streams x, weights and tables into the stages, and what both sides share.
 
-Two ways to issue the copies. By default every copy is predicated on lane 0, weights in boxes 256 bytes wide. ptxas cannot
-know that one lane alone has the predicate set and makes each copy a loop over lanes: 137 instructions a stage of 64
-columns of int8, 231 of 128. `wide` runs the whole loop in the lane that elect.sync names and copies a stage's x and its
-weights as one box each (counts in the test of `test_a16_variants`). With `share` the two blocks of a cluster take
+Two ways to issue the copies. By default every copy is predicated on lane 0, weights in boxes of 256 bytes. ptxas does
+not know that the predicate holds in one lane alone and makes each copy a loop over lanes: 137 instructions for a stage
+of 64 columns of int8, 231 for one of 128. `wide` runs the whole loop in the lane that elect.sync names and copies a
+stage's weights, and its x, as one box each: 36 instructions for either. With `share` the two blocks of a cluster take
 neighbouring rows of W, and each loads half of their x tile, for both.
 """
 
