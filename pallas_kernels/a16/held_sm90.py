@@ -1,8 +1,8 @@
 """M <= 16 on Hopper with x held in registers: nothing but weights passes through shared memory.
 
-The `warps` of a block divide K; each loads its slice of x once, as operand B of mma.m16n8k16, and keeps it (64 registers
-for M = 16 and 256 columns). A tile is 16 rows of W by all of K, contiguous in memory (32 KiB of 4-bit weights at
-K = 4096), so that one bulk copy fetches it for all warps; one elected lane of a further warp keeps the ring filled.
+The `warps` of a block divide K; each loads its slice of x once, as operand B of mma.m16n8k16, and keeps it (64
+registers for M = 16 and 256 columns). A tile is 16 rows of W by all of K, contiguous in memory (32 KiB of 4-bit weights
+at K = 4096), so that one bulk copy fetches it for all warps; one elected lane of a further warp keeps the ring filled.
 The warps' float32 sums meet in shared memory, and 4 or 8 warps in turn add those of the tile before.
 
 Against `decode_sm90`: no ldmatrix per step (one for 8 products), 2 copies a tile where there were 2 for every KiB, the
@@ -80,7 +80,8 @@ class _Block:
         self.lane = self.tid & 31
         self.leader = self.lane.eq(0)
         block = ptx.special("%ctaid.x")
-        self.part, self.first = (block % c.parts, block // c.parts) if c.parts > 1 else (Int.of(0), block)
+        self.part: Int = block % c.parts if c.parts > 1 else Int.of(0)
+        self.first: Int = block // c.parts
         self.ring = ptx.shared_address(smem)
         self.sums = self.ring + plan.stages * plan.stage_bytes
         self.x = self.ring + (plan.data_bytes - plan.x_bytes)
@@ -264,7 +265,7 @@ def _multiply(plan: Plan, b: _Block, x, start, stage: Int, place: Int) -> list[i
     steps_per_flush = plan.flush_k // 16
     acc = [ptx.f32(0.0)] * (4 * plan.n_tiles)
     sums: dict[int, list[ir.Value]] = {}
-    zeros = None
+    zeros: tuple[Int, Int] | None = None
     words: list[Int] = []
     for step in range(plan.k_warp // 16):
         flush = step // steps_per_flush
@@ -274,7 +275,7 @@ def _multiply(plan: Plan, b: _Block, x, start, stage: Int, place: Int) -> list[i
             sums = {t: start.get((flush, t), [ptx.f32(0.0)] * 4) for t in range(plan.n_tiles)}
             if plan.has_zero:
                 pair = ptx.load_shared_u16(zero_at + (first_group + flush) * 16 + (b.lane // 4) * 2)
-                zeros = tuple(zero_pair(kind, plan.x_dtype, pair, high) for high in (False, True))
+                zeros = zero_pair(kind, plan.x_dtype, pair, False), zero_pair(kind, plan.x_dtype, pair, True)
         at = step % kind.steps * kind.words
         part = words[at : at + kind.words]
         a = raised_u4(plan.x_dtype, part) if c.lift else DEQUANT[kind.name](plan.x_dtype, part, zeros)

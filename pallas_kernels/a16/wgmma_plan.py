@@ -7,7 +7,6 @@ import dataclasses
 from pallas_kernels.a16.problem import SMEM_BYTES, Problem
 from pallas_kernels.a16.stored import BLOCK_BYTES, ROWS
 
-
 CHUNK = 256  # bytes: the widest box of single bytes that TMA copies
 
 

@@ -68,9 +68,9 @@ def produce(plan: Plan, ctx, b: Block, tile_count: Int, x_ref, w_ref, tables: Se
 
 def views(plan: Plan, x, weight):
     """x [M, K] and the packed weight [N/16, B] as the copies slice them: wide boxes have a third axis."""
-    if not plan.config.wide:
-        return x, weight
-    return x.reshape(plan.m, plan.k // 64, 64), weight.reshape(weight.shape[0], -1, CHUNK)
+    c = plan.config
+    x = x.reshape(plan.m, plan.k // 64, 64) if c.wide and c.share == 1 else x
+    return x, weight.reshape(weight.shape[0], -1, CHUNK) if c.wide else weight
 
 
 class _Copies:
@@ -102,19 +102,16 @@ class _Copies:
         c = self.plan.config
         parts = c.k_step // 64
         if c.wide and c.share == 1:
-            slices = (self._range(row, c.m_tile), self._range(k0 // 64, parts), mgpu.ds(0, 64))
+            box = (self._range(row, c.m_tile), self._range(k0 // 64, parts), mgpu.ds(0, 64))
             turned = mosaic_gpu.TransposeTransform((1, 0, 2))
             shape = (parts, c.m_tile, 64)
-            self._copy(x_ref, shape, self.element, at, slices, barrier, swizzle=128, gmem_transform=(turned,))
+            self._copy(x_ref, shape, self.element, at, box, barrier, swizzle=128, gmem_transform=(turned,))
             return
         both = gpu.Dimension.x if c.share > 1 else None
         for part in range(parts):
-            rows, target = self._range(row, c.m_tile), at + part * c.m_tile * 128
-            if c.wide:
-                slices, shape = (rows, self._range(k0 // 64 + part, 1), mgpu.ds(0, 64)), (c.m_tile, 1, 64)
-            else:
-                slices, shape = (rows, self._range(k0 + 64 * part, 64)), (c.m_tile, 64)
-            self._copy(x_ref, shape, self.element, target, slices, barrier, swizzle=128, collective=both)
+            slices = (self._range(row, c.m_tile), self._range(k0 + 64 * part, 64))
+            target = at + part * c.m_tile * 128
+            self._copy(x_ref, (c.m_tile, 64), self.element, target, slices, barrier, swizzle=128, collective=both)
 
     def weights(self, w_ref, at: Int, row: Int, column: Int, barrier: Int) -> Int:
         """[row_tiles] pieces from byte `column` of a row; returns the offset behind them."""
@@ -122,8 +119,8 @@ class _Copies:
         kind = ir.MemRefType(w_ref.type).element_type
         chunks = plan.piece // CHUNK
         if plan.config.wide:  # [row tile][piece]
-            slices = (self._range(row, plan.row_tiles), self._range(column // CHUNK, chunks), mgpu.ds(0, CHUNK))
-            self._copy(w_ref, (plan.row_tiles, chunks, CHUNK), kind, at, slices, barrier)
+            box = (self._range(row, plan.row_tiles), self._range(column // CHUNK, chunks), mgpu.ds(0, CHUNK))
+            self._copy(w_ref, (plan.row_tiles, chunks, CHUNK), kind, at, box, barrier)
             return at + plan.row_tiles * plan.piece
         for part in range(chunks):  # [chunk][row tile][256]
             slices = (self._range(row, plan.row_tiles), self._range(column + CHUNK * part, CHUNK))

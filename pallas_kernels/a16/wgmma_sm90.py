@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, memref
 
 from pallas_kernels.a16 import ptx
 from pallas_kernels.a16.dequant import DEQUANT, zero_pair
