@@ -25,7 +25,7 @@ from pallas_kernels.a16.decode_plan import WARPS, Plan
 from pallas_kernels.a16.decode_plan import Config as Config
 from pallas_kernels.a16.dequant import DEQUANT, zero_pair
 from pallas_kernels.a16.ptx import Int
-from pallas_kernels.a16.row_scale import load_row_scale
+from pallas_kernels.a16.row_scale import load_row_scale, row_pair
 from pallas_kernels.a16.stored import BLOCK_BYTES, ROWS
 
 
@@ -270,10 +270,10 @@ def _multiply(plan: Plan, b: _Block, x_lanes, stage: Int, unit: Int, acc: list[i
                 scales = None
             else:
                 group = _local_group(plan, k0, flush)
-                scales = _row_pair(plan, table + r * size, group, b.lane)
+                scales = row_pair(plan, table + r * size, group, b.lane)
             if plan.has_offset:
                 sizes = plan.table_bytes()
-                offsets = _row_pair(plan, table + r * size + sizes[0] + sizes[1], group, b.lane)
+                offsets = row_pair(plan, table + r * size + sizes[0] + sizes[1], group, b.lane)
             for t in range(plan.n_tiles):
                 for i in range(4):
                     j = (r * plan.n_tiles + t) * 4 + i
@@ -295,19 +295,6 @@ def _local_group(plan: Plan, k0: Int, flush: int) -> Int | int:
     if plan.group % plan.unit_k == 0:
         return 0
     return (k0 + flush * plan.flush_k) // plan.group - _first_group(plan, k0)
-
-
-def _row_pair(plan: Plan, table: Int, group: Int | int, lane: Int) -> tuple[ir.Value, ir.Value]:
-    """The float32 scales of rows g and g + 8 (g = lane / 4)."""
-    at = table + (lane // 4) * (plan.scale_record // 8)
-    at = at + group * plan.scale_record
-    if plan.scale_dtype == "f32":
-        low, high = ptx.load_shared(at, 2)
-        return ptx.bits_to_f32(low), ptx.bits_to_f32(high)
-    (word,) = ptx.load_shared(at, 1)
-    if plan.scale_dtype == "f16":
-        return ptx.half_to_f32(word, False), ptx.half_to_f32(word, True)
-    return ptx.bits_to_f32(word << 16), ptx.bits_to_f32(word & 0xFFFF0000)
 
 
 def _store_partials(plan: Plan, b: _Block, i: Int, acc: list[ir.Value]) -> None:

@@ -53,6 +53,18 @@ def u4(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]
     return out
 
 
+# What `raised_u4` adds to every value: the magic number and the implied zero point.
+LIFT = {"bf16": 136.0, "f16": 1032.0}
+
+
+def raised_u4(dtype: str, words: list[Int]) -> list[Int]:
+    """Values u + magic, one instruction less each; a kernel takes LIFT times sum x off the product of u - 8.
+
+    The sums are some 30 times larger meanwhile, so that float32 keeps 19 of its 24 bits; bf16 has 8.
+    """
+    return [lop3_and_or(words[0] >> (4 * i), both(15), both(MAGIC[dtype])) for i in range(4)]
+
+
 def s8(dtype: str, words: list[Int], zeros: tuple[Int, Int] | None) -> list[Int]:
     """int8 value, minus the zero of its row where there is one."""
     out = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf
 
 
 def i32_type() -> ir.Type:
@@ -364,6 +364,11 @@ def cluster_map(address: Int, rank: Int | int) -> Int:
 
 def syncthreads() -> None:
     asm("bar.sync 0;")
+
+
+def elect() -> ir.Value:
+    """True in one lane of a converged warp; ptxas knows that it is one, and uses uniform registers inside."""
+    return nvvm.elect_sync()
 
 
 def syncwarp() -> None:

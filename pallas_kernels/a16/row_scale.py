@@ -1,4 +1,4 @@
-"""Device code of both kernels' epilogues: the scale of one row, where scales multiply the finished sums."""
+"""Device code that loads scales in float32: of one row from global memory, of a group from a stage's table."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def load_row_scale(problem: Problem, s_ref: ir.Value, n: Int) -> ir.Value:
     address = ptx.offset(ptx.global_address(s_ref), (index * size).i64())
     value = llvm.load(types[problem.scale_dtype].get(), llvm.inttoptr(llvm.PointerType.get(1), address))
     return value if size == 4 else arith.extf(ir.F32Type.get(), value)
+
+
+def row_pair(problem: Problem, table: Int, group: Int | int, lane: Int) -> tuple[ir.Value, ir.Value]:
+    """The float32 scales of rows g and g + 8 (g = lane / 4)."""
+    at = table + (lane // 4) * (problem.scale_record // 8)
+    at = at + group * problem.scale_record
+    if problem.scale_dtype == "f32":
+        low, high = ptx.load_shared(at, 2)
+        return ptx.bits_to_f32(low), ptx.bits_to_f32(high)
+    (word,) = ptx.load_shared(at, 1)
+    if problem.scale_dtype == "f16":
+        return ptx.half_to_f32(word, False), ptx.half_to_f32(word, True)
+    return ptx.bits_to_f32(word << 16), ptx.bits_to_f32(word & 0xFFFF0000)

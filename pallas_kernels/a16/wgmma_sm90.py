@@ -20,17 +20,16 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref
+from jaxlib.mlir.dialects import arith, memref
 
 from pallas_kernels.a16 import ptx
 from pallas_kernels.a16.dequant import DEQUANT, zero_pair
 from pallas_kernels.a16.ptx import Int
 from pallas_kernels.a16.row_scale import load_row_scale
 from pallas_kernels.a16.stored import BLOCK_BYTES, ROWS
+from pallas_kernels.a16.wgmma_plan import CHUNK, Plan
 from pallas_kernels.a16.wgmma_plan import Config as Config
-from pallas_kernels.a16.wgmma_plan import Plan
-
-CHUNK = 256  # bytes: the widest box of single bytes that TMA copies
+from pallas_kernels.a16.wgmma_produce import Block, coordinates, next_stage, produce, views
 
 
 def matmul(
@@ -50,7 +49,7 @@ def matmul(
     tables = [a.reshape(a.shape[0], -1) for a in (scale, zero, offset) if a is not None]
     smem = 1024 + plan.data_bytes
     smem = -(-smem // 1024) * 1024
-    c = plan.config
+    c, x_dtype = plan.config, x.dtype
 
     def body(*args):
         refs = (plgpu.RefType(),) * len(args)
@@ -58,11 +57,11 @@ def matmul(
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((c.parts * plan.m, plan.n), x.dtype if c.parts == 1 else jnp.float32),
+        out_type=jax.ShapeDtypeStruct((c.parts * plan.m, plan.n), x_dtype if c.parts == 1 else jnp.float32),
         grid=(plan.clusters,),
         grid_names=("tile",),
-        cluster=(c.split,) if c.split > 1 else (),
-        cluster_names=("split",) if c.split > 1 else (),
+        cluster=(c.cluster,) if c.cluster > 1 else (),
+        cluster_names=("block",) if c.cluster > 1 else (),
         num_threads=c.warpgroups + 1,
         thread_name="wg",
         scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
@@ -70,42 +69,24 @@ def matmul(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
         ),
     )
+    x, weight = views(plan, x, weight)
     y = kernel(x, weight, *tables, *([] if after is None else [after]))
-    return y if c.parts == 1 else y.reshape(c.parts, plan.m, plan.n).sum(axis=0).astype(x.dtype)
-
-
-class _Block:
-    """Thread coordinates and the addresses in shared memory: stages (1024-aligned), outputs, barriers."""
-
-    def __init__(self, plan: Plan, smem: ir.Value):
-        c = plan.config
-        self.tid = ptx.special("%tid.x")
-        self.warp = Int(mgpu.warp_idx(sync=True))
-        self.lane = self.tid & 31
-        self.leader = self.lane.eq(0)
-        self.rank = ptx.special("%cluster_ctarank") if c.split > 1 else Int.of(0)  # along K
-        self.cluster = ptx.special("%ctaid.x") // c.split
-        self.smem = smem
-        self.stages = ptx.shared_address(smem)
-        self.out = self.stages + (0 if plan.one_round else plan.stages * plan.stage_bytes)
-        self.full = self.stages + -(-plan.data_bytes // 16) * 16
-        self.empty = self.full + 8 * plan.stages
-        self.ready = self.empty + 8 * plan.stages  # all blocks' sums are written
+    return y if c.parts == 1 else y.reshape(c.parts, plan.m, plan.n).sum(axis=0).astype(x_dtype)
 
 
 def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     c = plan.config
     *optional, y_ref, smem = rest
     optional = optional[: plan.has_zero + plan.has_offset]
-    b = _Block(plan, smem)
+    b = Block(plan, smem)
     warps = 4 * c.warpgroups
     with ptx.when(b.tid.eq(0)):
         for stage in range(plan.stages):
             ptx.mbarrier_init(b.full + 8 * stage, 1)
-            ptx.mbarrier_init(b.empty + 8 * stage, warps)
+            ptx.mbarrier_init(b.empty + 8 * stage, warps * c.share)
         ptx.mbarrier_init(b.ready, warps * c.split)
         ptx.fence_mbarrier_init()
-    if c.split > 1:
+    if c.cluster > 1:
         ptx.cluster_sync()
     else:
         ptx.syncthreads()
@@ -115,94 +96,17 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     with ptx.when(op):
         ptx.set_registers(plan.producer_registers, increase=False)
         with ptx.when(b.warp.eq(warps)):
-            _produce(plan, ctx, b, tile_count, x_ref, w_ref, [*([] if plan.scales_in_epilogue else [s_ref]), *optional])
+            produce(plan, ctx, b, tile_count, x_ref, w_ref, [*([] if plan.scales_in_epilogue else [s_ref]), *optional])
     with ptx.when(producer):
         ptx.set_registers(plan.consumer_registers, increase=True)
         _consume(plan, ctx, b, tile_count, s_ref, y_ref)
     if c.split > 1:  # the other blocks may still read this one's sums
         ptx.cluster_leave()
+    if c.share > 1:  # the other block may still send x here or free a stage of this one
+        ptx.cluster_sync()
 
 
-def _coordinates(plan: Plan, b: _Block, i: Int) -> tuple[Int, Int, Int]:
-    """(row tile of W, row tile of x, part of K) of the i'th tile: neighbours share the weights."""
-    tile = b.cluster + i * plan.clusters
-    part = tile % plan.config.parts if plan.config.parts > 1 else b.rank
-    tile = tile // plan.config.parts
-    return tile // plan.m_tiles, tile % plan.m_tiles, part
-
-
-def _next(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
-    wrap = (stage + 1).eq(stages)
-    return ptx.select(wrap, 0, stage + 1), ptx.select(wrap, phase ^ 1, phase)
-
-
-def _produce(plan: Plan, ctx, b: _Block, tile_count: Int, x_ref, w_ref, tables) -> None:
-    c = plan.config
-    i32, index = ptx.i32_type(), ir.IndexType.get()
-    element = ir.BF16Type.get() if plan.x_dtype == "bf16" else ir.F16Type.get()
-    x_type = ir.MemRefType.get((c.m_tile, 64), element, memory_space=mgpu.smem())
-    smem_pointer = ir.Type.parse("!llvm.ptr<3>")
-
-    def copy(ref, at: Int, row: Int, column: Int, width: int, barrier: Int) -> None:
-        """[row_tiles, width] elements from (row, column) of a 2D array to offset `at` of shared memory."""
-        kind = ir.MemRefType(ref.type).element_type
-        target = ir.MemRefType.get((plan.row_tiles, width), kind, memory_space=mgpu.smem())
-        ctx.async_copy(
-            src_ref=ref,
-            dst_ref=memref.view(target, b.smem, arith.index_cast(index, at.value), []),
-            gmem_slice=(
-                mgpu.ds(arith.index_cast(index, row.value), plan.row_tiles),
-                mgpu.ds(arith.index_cast(index, column.value), width),
-            ),
-            barrier=mgpu.BarrierRef(llvm.inttoptr(smem_pointer, barrier.value), mgpu.c(0, i32), None, 1),
-            arrive=False,
-            predicate=b.leader,
-        )
-
-    def tile_body(i: Int, carry):
-        n_tile, m_tile, k_part = _coordinates(plan, b, i)
-
-        def step_body(step: Int, carry):
-            stage, phase = Int(carry[0]), Int(carry[1])
-            ptx.mbarrier_wait(b.empty + stage * 8, phase ^ 1)
-            barrier = b.full + stage * 8
-            k0 = k_part * plan.k_block + step * c.k_step
-            with ptx.when(b.leader):
-                ptx.mbarrier_expect(barrier, plan.copied_bytes)
-            ptx.syncwarp()
-            for part in range(c.k_step // 64):
-                at = arith.index_cast(index, (stage * plan.stage_bytes + part * c.m_tile * 128).value)
-                ctx.async_copy(
-                    src_ref=x_ref,
-                    dst_ref=memref.view(x_type, b.smem, at, []),
-                    gmem_slice=(
-                        mgpu.ds(arith.index_cast(index, (m_tile * c.m_tile).value), c.m_tile),
-                        mgpu.ds(arith.index_cast(index, (k0 + 64 * part).value), 64),
-                    ),
-                    barrier=mgpu.BarrierRef(llvm.inttoptr(smem_pointer, barrier.value), mgpu.c(0, i32), None, 1),
-                    swizzle=128,
-                    arrive=False,
-                    predicate=b.leader,
-                )
-            # Weights in columns of 256 bytes (half a block: 16 lanes), then the tables, each as [row tile][bytes].
-            at = stage * plan.stage_bytes + plan.x_bytes
-            column = k0 // plan.kind.block_k * BLOCK_BYTES
-            for part in range(plan.piece // CHUNK):
-                copy(w_ref, at, n_tile * plan.row_tiles, column + CHUNK * part, CHUNK, barrier)
-                at = at + plan.row_tiles * CHUNK
-            for table, size in zip(tables, (s for s in plan.table_bytes() if s), strict=True):
-                entries = ROWS * plan.step_groups
-                copy(table, at, n_tile * plan.row_tiles, k0 // plan.group * ROWS, entries, barrier)
-                at = at + plan.row_tiles * size
-            stage, phase = _next(stage, phase, plan.stages)
-            return [stage.value, phase.value]
-
-        return ptx.loop(plan.steps, carry, step_body)
-
-    ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)
-
-
-def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
+def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
     c = plan.config
     count = c.m_tile // 2
     y_base = ptx.global_address(y_ref)
@@ -210,7 +114,7 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
     held = 4 * plan.batch  # registers of a batch's operand A
 
     def tile_body(i: Int, carry):
-        n_tile, m_tile, part = _coordinates(plan, b, i)
+        n_tile, m_tile, part = coordinates(plan, b, i)
 
         def step_body(step: Int, carry):
             stage, phase, last = (Int(v) for v in carry[:3])
@@ -219,7 +123,7 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
                 if batch == 0:
                     if sub:
                         last = stage
-                        stage, phase = _next(stage, phase, plan.stages)
+                        stage, phase = next_stage(stage, phase, plan.stages)
                     ptx.mbarrier_wait(b.full + stage * 8, phase)
                     base = b.stages + stage * plan.stage_bytes
                 first = batch * plan.batch
@@ -242,7 +146,7 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
                     acc = ptx.wgmma_rs(plan.x_dtype, c.m_tile, acc, a, ptx.b_descriptor(at))
                 ptx.wgmma_commit()
                 previous = [r for a in fragments for r in a]
-            after, phase = _next(stage, phase, plan.stages)
+            after, phase = next_stage(stage, phase, plan.stages)
             return [after.value, phase.value, stage.value, *(r.value for r in previous), *acc]
 
         start = [*carry, ptx.const(0), *[ptx.const(0)] * held, *[ptx.f32(0.0)] * count]
@@ -264,20 +168,28 @@ def _consume(plan: Plan, ctx, b: _Block, tile_count: Int, s_ref, y_ref) -> None:
             ptx.bulk_store_read()
 
 
-def _free(plan: Plan, b: _Block, stage: Int) -> None:
-    """This warp has read `stage`: word to the producer."""
-    with ptx.when(b.leader):
-        ptx.mbarrier_arrive(b.empty + stage * 8)
+def _free(plan: Plan, b: Block, stage: Int) -> None:
+    """This warp has read `stage`: word to the producer, or to both that write into it."""
+    barrier = b.empty + stage * 8
+    if plan.config.share == 1:
+        with ptx.when(b.leader):
+            ptx.mbarrier_arrive(barrier)
+    else:
+        with ptx.when(b.lane.lt(plan.config.share)):
+            ptx.mbarrier_arrive_remote(ptx.cluster_map(barrier, b.lane))
 
 
-def _words(plan: Plan, b: _Block, base: Int, block: int) -> list[Int]:
+def _words(plan: Plan, b: Block, base: Int, block: int) -> list[Int]:
     """This lane's 16 bytes of a block."""
+    if plan.config.wide:
+        at = base + plan.x_bytes + b.warp * plan.piece + b.lane * 16
+        return ptx.load_shared(at + block * BLOCK_BYTES, 4)
     column = plan.row_tiles * CHUNK
     at = base + plan.x_bytes + b.warp * CHUNK + (b.lane // 16) * column + (b.lane % 16) * 16
     return ptx.load_shared(at + block * (BLOCK_BYTES // CHUNK) * column, 4)
 
 
-def _fragments(plan: Plan, b: _Block, base: Int, words: list[Int], first: int) -> list[list[Int]]:
+def _fragments(plan: Plan, b: Block, base: Int, words: list[Int], first: int) -> list[list[Int]]:
     """Operand A of the steps first .. first + batch of a stage, scales applied; `words` are their block's."""
     kind, dtype = plan.kind, plan.x_dtype
     sizes = plan.table_bytes()
@@ -323,21 +235,21 @@ def _pair16(plan: Plan, table: Int, lane: Int) -> tuple[Int, Int]:
     return ptx.pack16(plan.x_dtype, low, low), ptx.pack16(plan.x_dtype, high, high)
 
 
-def _row_scales(plan: Plan, b: _Block, n_tile: Int, s_ref) -> tuple[ir.Value, ir.Value]:
+def _row_scales(plan: Plan, b: Block, n_tile: Int, s_ref) -> tuple[ir.Value, ir.Value]:
     """The float32 scales of this lane's two rows, from the [N, 1] or [1, 1] array."""
     row = n_tile * plan.config.rows + b.warp * ROWS + b.lane // 4
     first = load_row_scale(plan, s_ref, row)
     return first, first if plan.one_scale else load_row_scale(plan, s_ref, row + 8)
 
 
-def _scaled(plan: Plan, b: _Block, n_tile: Int, acc, s_ref):
+def _scaled(plan: Plan, b: Block, n_tile: Int, acc, s_ref):
     if not plan.scales_in_epilogue:
         return acc
     pair = _row_scales(plan, b, n_tile, s_ref)
     return [arith.mulf(v, pair[i // 2 % 2]) for i, v in enumerate(acc)]
 
 
-def _write(plan: Plan, ctx, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_ref) -> None:
+def _write(plan: Plan, ctx, b: Block, n_tile: Int, m_tile: Int, acc, s_ref, y_ref) -> None:
     """Sums -> shared memory as [x row][64 rows of W], transposed, in the 128-byte swizzle -> y by TMA.
 
     Each warpgroup writes its own box, and the copy goes on while the next tile is multiplied.
@@ -375,7 +287,7 @@ def _write(plan: Plan, ctx, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_r
     )
 
 
-def _write_part(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, part: Int, acc, s_ref, y_base) -> None:
+def _write_part(plan: Plan, b: Block, n_tile: Int, m_tile: Int, part: Int, acc, s_ref, y_base) -> None:
     """Float32 sums of a part of K to rows part * M .. of the output; eight lanes write 32 bytes of a row."""
     c = plan.config
     acc = _scaled(plan, b, n_tile, acc, s_ref)
@@ -390,7 +302,7 @@ def _write_part(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, part: Int, acc,
                 ptx.store_global_f32(address, acc[4 * t + 2 + j], (8 * t + j) * plan.n * 4 + 32)
 
 
-def _meet(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
+def _meet(plan: Plan, b: Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -> None:
     """Adds the sums of the cluster's blocks; each block writes its share of the rows of W."""
     c = plan.config
     acc = _scaled(plan, b, n_tile, acc, s_ref)
@@ -428,7 +340,7 @@ def _meet(plan: Plan, b: _Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) -
     ptx.loop(-(-c.m_tile * quads // threads), [], sum_body)
 
 
-def _arrive_everywhere(plan: Plan, b: _Block, barrier: Int) -> None:
+def _arrive_everywhere(plan: Plan, b: Block, barrier: Int) -> None:
     """This warp arrives at `barrier` in every block of the cluster."""
     ptx.syncwarp()
     with ptx.when(b.lane.lt(plan.config.split)):
