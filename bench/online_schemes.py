@@ -4,7 +4,9 @@
 
 valid.bin holds uint16 token ids; tasks are JSON lines {prompt, answer}, judged as `jqserve eval` does. Everything runs
 through the layers that serve, in float32 unless --dtype says otherwise; awq and gptq are calibrated on the built-in
-text. The file is written anew after every scheme.
+text. Of the tasks it is noted how many the scheme loses that the base has right and the other way round, for the two
+rates alone do not say what is chance. Windows are the first ones of the text, as in bench/quantize.py. The file is
+written anew after every scheme.
 """
 
 from __future__ import annotations
@@ -31,10 +33,8 @@ BATCH, PAD = 64, 16
 
 
 def windows(path: Path, count: int, size: int) -> np.ndarray:
-    """int32 [count, size], evenly spaced."""
-    ids = np.fromfile(path, np.uint16).astype(np.int32)
-    starts = np.linspace(0, len(ids) - size, count).astype(int)
-    return np.stack([ids[start : start + size] for start in starts])
+    """int32 [count, size]"""
+    return np.fromfile(path, np.uint16)[: count * size].astype(np.int32).reshape(count, size)
 
 
 def log_probabilities(model: library.Model, params: Any, tokens: np.ndarray) -> np.ndarray:
@@ -105,7 +105,7 @@ def main() -> None:
     add("--text", type=Path, required=True)
     add("--tasks", type=Path, required=True)
     add("--schemes", nargs="+", default=list(SCHEMES))
-    add("--windows", type=int, default=16)
+    add("--windows", type=int, default=64)
     add("--window", type=int, default=512)
     add("--limit", type=int, default=1000, help="tasks; 0: only the text")
     add("--dtype", default="float32")
@@ -117,6 +117,7 @@ def main() -> None:
     tokenizer = load_tokenizer(str(args.model_path))
     rows: list[dict[str, Any]] = []
     base: list[np.ndarray] | None = None
+    of_base: tuple[bool, ...] = ()
     for scheme in dict.fromkeys(("none", *args.schemes)):
         model, params = library.load(args.model_path, dtype=args.dtype, quantization=scheme)
         measured = quality(model, params, text, base)
@@ -125,8 +126,12 @@ def main() -> None:
         row = {"scheme": scheme, **measured}
         if tasks:
             generate = generator(model, params, tokenizer)
-            row["task_accuracy"] = score(model, params, tokenizer, tasks, generate).accuracy
-            row["task_recovery"] = row["task_accuracy"] / rows[0]["task_accuracy"] if rows else 1.0
+            scores = score(model, params, tokenizer, tasks, generate)
+            of_base = of_base or scores.right
+            row["task_accuracy"] = scores.accuracy
+            row["task_recovery"] = scores.accuracy / (rows[0]["task_accuracy"] if rows else scores.accuracy)
+            row["tasks_lost"] = sum(was and not now for was, now in zip(of_base, scores.right))
+            row["tasks_won"] = sum(now and not was for was, now in zip(of_base, scores.right))
         rows.append(row | {"weight_bytes": sum(r.bytes for r in model.plan.rows)})
         print(json.dumps(rows[-1]), flush=True)
         record.write(args.name, rows, args.out, windows=args.windows, window=args.window, tasks=len(tasks))

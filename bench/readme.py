@@ -291,14 +291,22 @@ def online_schemes() -> str:
     result = load("online_schemes")
     if result is None:
         return "Not measured yet."
-    header = ["`--quantization`", "perplexity", "KL to bf16", "same first choice", "tasks", "of the base's", "MiB"]
-    rows = []
+    header = ["`--quantization`", "perplexity", "KL to bf16", "same first choice", "tasks", "of the base's"]
+    header += ["lost, won", "MiB"]
+    names: dict[tuple[str, ...], list[str]] = {}  # two names of one scheme share a line
     for row in result["rows"]:
-        name = row["scheme"].replace("torchao:", "`--torchao-config` ")
         cells = [f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1_agree']:.1%}"]
-        cells += [f"{row['task_accuracy']:.1%}", f"{row['task_recovery']:.1%}"] if "task_accuracy" in row else ["", ""]
-        rows.append([name, *cells, f"{row['weight_bytes'] / 2**20:.1f}"])
-    return table(header, rows) + f"\n\n{result['tasks']:,} tasks. " + source(result, "online_schemes")
+        if "task_accuracy" in row:
+            cells += [f"{row['task_accuracy']:.1%}", f"{row['task_recovery']:.1%}"]
+            cells.append(f"{row['tasks_lost']}, {row['tasks_won']}")
+        else:
+            cells += ["", "", ""]
+        cells.append(f"{row['weight_bytes'] / 2**20:.1f}")
+        name = row["scheme"].replace("torchao:", "`--torchao-config` ")
+        names.setdefault(tuple(cells), []).append(name)
+    rows = [[", ".join(which), *cells] for cells, which in names.items()]
+    tasks = f"{result['tasks']:,} tasks; lost: right unquantized and wrong here, won: the other way round."
+    return f"{table(header, rows)}\n\n{tasks} {source(result, 'online_schemes')}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

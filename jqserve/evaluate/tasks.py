@@ -54,9 +54,12 @@ def read_tasks(path: Path, limit: int | None = None) -> list[Task]:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """right, by kind in order of appearance: {"add": (93, 100), ...}"""
+    """by_kind  right and all, by kind in order of appearance: {"add": (93, 100), ...}
+    right    whether each task is, in their order
+    """
 
     by_kind: dict[str, tuple[int, int]]
+    right: tuple[bool, ...]
 
     @property
     def accuracy(self) -> float:
@@ -99,7 +102,7 @@ def score(
     for task, good in zip(tasks, right):
         got, of = by_kind.get(task.kind, (0, 0))
         by_kind[task.kind] = (got + int(good), of + 1)
-    return Scores(by_kind)
+    return Scores(by_kind, tuple(right.tolist()))
 
 
 def ask(tokenizer: Any, prompt: str) -> list[int]:
