@@ -56,7 +56,7 @@ from pallas_kernels.a16.problem import Problem
 from pallas_kernels.a16.stored import KINDS
 
 SHAPES = {"8b": LLAMA_8B, "quick": {"small": (1024, 1024)}}
-CHECKS = ("held", "wide", "share")
+CHECKS = ("held", "held2", "wide", "share")
 RESTARTS = 3
 
 
@@ -82,7 +82,9 @@ def held_configs(problem: Problem) -> list[Any]:
     plans = [p for p in plans if legal(p) and p.stages > p.config.pieces and p.stage_bytes <= 40 << 10]
     fewest = min((p.config.parts for p in plans), default=1)
     plans = [p for p in plans if p.config.parts in (fewest, 2 * fewest)]
-    return [c.config for c in sorted(plans, key=lambda p: (p.config.parts, p.config.pieces, -p.config.warps))][:10]
+    ranked = [c.config for c in sorted(plans, key=lambda p: (p.config.parts, p.config.pieces, -p.config.warps))][:10]
+    together = [dataclasses.replace(c, cluster=size) for size in (2, 4) for c in ranked[:4]] if problem.m > 1 else []
+    return ranked + [c for c in together if legal(held_sm90.Plan(**vars(problem), config=c))]
 
 
 def variants(weights: str, m: int, n: int, k: int) -> list[tuple[Any, Any]]:
@@ -130,10 +132,11 @@ def key_of(weights: str, shape: str, m: int, module: Any, plan: Any) -> str:
 
 def variant_of(what: str, problem: Problem) -> tuple[Any, Any]:
     """(module, plan) of a small case. Raises NotImplementedError where the variant does not take it."""
-    if what == "held":
+    if what in ("held", "held2"):
         for config in held_configs(problem):
-            return held_sm90, held_sm90.Plan(**vars(problem), config=config)
-        raise NotImplementedError("no held config")
+            if config.cluster == (2 if what == "held2" else 1):
+                return held_sm90, held_sm90.Plan(**vars(problem), config=config)
+        raise NotImplementedError(f"no {what} config")
     plan = wgmma_sm90.Plan(**vars(problem), config=wgmma_sm90.Config())
     for config in wgmma_config.search_space(plan):
         config = dataclasses.replace(config, wide=True, share=2 if what == "share" else 1)
@@ -164,7 +167,7 @@ def compiled_case(what: str, case: Any, as_xla: bool) -> tuple[Any, Callable[[],
 
 
 def check(log: Log, what: str, done: set[str], ready: Callable[[], None], as_xla: bool) -> None:
-    cases = [c for c in CASES if f"check {what} {c}" not in done and c.m and (what != "held" or c.m <= 16)]
+    cases = [c for c in CASES if f"check {what} {c}" not in done and c.m and (not what.startswith("held") or c.m <= 16)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(compiled_case, what, case, as_xla) for case in cases]
         concurrent.futures.wait(futures)

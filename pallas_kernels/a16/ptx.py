@@ -346,8 +346,19 @@ def bulk_load(destination: Int, source: ir.Value, size: int, barrier: Int) -> No
     )
 
 
-def bulk_load_keep(destination: Int, source: ir.Value, size: int, barrier: Int) -> None:
-    """The same for data that other blocks read too."""
+def bulk_load_keep(destination: Int, source: ir.Value, size: int, barrier: Int, blocks: int = 1) -> None:
+    """The same for data that other blocks read too; to the same place in all `blocks` of the cluster."""
+    if blocks > 1:
+        asm(
+            "{ .reg .b16 mask; cvt.u16.u32 mask, $4; cp.async.bulk.shared::cluster.global"
+            ".mbarrier::complete_tx::bytes.multicast::cluster [$0], [$1], $2, [$3], mask; }",
+            destination,
+            source,
+            const(size),
+            barrier,
+            const((1 << blocks) - 1),
+        )
+        return
     asm(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
         destination,

@@ -9,6 +9,7 @@ while it is read, or a wait that never ends (Deadlock) show here. Not modelled: 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -50,6 +51,8 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
         self.everyone = threading.Barrier(warps)
+        self.cluster = [self]
+        self.meeting = self.everyone
         self.failed: BaseException | None = None
 
     def wait(self, barrier: int, parity: int) -> None:
@@ -157,9 +160,9 @@ def mma_m16n8k16(dtype: str, acc: Sequence[np.ndarray], a: Sequence[Int], b: Seq
         return [(acc[i] + product[g + 8 * (i // 2), 2 * t + i % 2]).astype(np.float32) for i in range(4)]
 
 
-def copy(destination: Int, source: np.ndarray, size: int, barrier: Int) -> None:
-    block = warp.block
-    for lane in active():
+def copy(destination: Int, source: np.ndarray, size: int, barrier: Int, blocks: int = 1) -> None:
+    assert blocks in (1, len(warp.block.cluster))
+    for block, lane in itertools.product(warp.block.cluster if blocks > 1 else [warp.block], active()):
         array, start = divmod(int(source[lane]), 1 << 32)
         at = int(destination.value[lane])
         assert size % 16 == 0 and at % 16 == 0 and start % 16 == 0
@@ -216,7 +219,8 @@ def load_global(dtype: str, address: np.ndarray) -> np.ndarray:
 
 
 def special(name: str) -> Int:
-    return Int(u32({"%tid.x": warp.number * 32 + LANE, "%ctaid.x": warp.block.index}[name]))
+    rank = warp.block.cluster.index(warp.block)
+    return Int(u32({"%tid.x": warp.number * 32 + LANE, "%ctaid.x": warp.block.index, "%cluster_ctarank": rank}[name]))
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -298,6 +302,7 @@ PTX = {
     "mbarrier_arrive": arrive,
     "mbarrier_wait": wait,
     "syncthreads": lambda: warp.block.everyone.wait(PATIENCE),
+    "cluster_sync": lambda: warp.block.meeting.wait(PATIENCE),
     "elect": lambda: LANE == 0,
     "when": when,
     "loop": loop,
@@ -309,8 +314,11 @@ PTX = {
 }
 
 
-def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], block: Block) -> None:
-    """emit(*refs) on every warp of `block`; refs are the arrays' numbers. `modules` use MLIR beside `ptx`."""
+def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], *cluster: Block) -> None:
+    """emit(*refs) on every warp of a cluster; refs are the arrays' numbers. `modules` use MLIR beside `ptx`."""
+    meeting = threading.Barrier(sum(block.warps for block in cluster))
+    for block in cluster:
+        block.cluster, block.meeting = list(cluster), meeting
     for name, value in PTX.items():
         monkeypatch.setattr(ptx, name, value)
     for module in modules:
@@ -321,22 +329,24 @@ def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], blo
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, PTX[name])
 
-    def work(number: int) -> None:
+    def work(block: Block, number: int) -> None:
         warp.block, warp.number, warp.mask = block, number, np.ones(32, bool)
         try:
             emit(*range(len(block.arrays)))
         except BaseException as error:
-            with block.changed:
-                block.failed = block.failed or error
-                block.changed.notify_all()
-            block.everyone.abort()
+            for one in cluster:
+                with one.changed:
+                    one.failed = one.failed or error
+                    one.changed.notify_all()
+                one.everyone.abort()
+            meeting.abort()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(block.warps)]
+    threads = [threading.Thread(target=work, args=(block, i)) for block in cluster for i in range(block.warps)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if block.failed:
-        raise block.failed
-    for address, barrier in block.barriers.items():
+    if cluster[0].failed:
+        raise cluster[0].failed
+    for address, barrier in itertools.chain(*(block.barriers.items() for block in cluster)):
         assert barrier.bytes == 0, f"a copy to the barrier at {address} was never expected, or not made"
