@@ -133,6 +133,7 @@ def key_of(weights: str, shape: str, m: int, module: Any, plan: Any) -> str:
 def variant_of(what: str, problem: Problem) -> tuple[Any, Any]:
     """(module, plan) of a small case. Raises NotImplementedError where the variant does not take it."""
     if what in ("held", "held2"):
+        problem = dataclasses.replace(problem, sms=6)  # several tiles a block
         for config in held_configs(problem):
             if config.cluster == (2 if what == "held2" else 1):
                 return held_sm90, held_sm90.Plan(**vars(problem), config=config)
