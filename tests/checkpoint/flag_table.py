@@ -6,15 +6,19 @@ python -m tests.checkpoint.flag_table        writes the table anew; tests/checkp
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jqserve.checkpoint.asked import FORMATS, describe
 from jqserve.checkpoint.online import ONLINE, TORCHAO
 from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import open_model
+from jqserve.checkpoint.readers.gguf import DECODERS
 from jqserve.engine.cache import KV_DTYPES, cache_shape, kv_dtype, kv_source
 from jqserve.engine.calibrated import open_asked
 from jqserve.errors import UnsupportedError
@@ -29,13 +33,20 @@ BLOCK_WEIGHTS = {**c.weights(8, "float", "block"), "block_structure": [128, 128]
 BLOCK_INPUTS = {**c.inputs("float"), "strategy": "group", "group_size": 128}
 CHECKPOINTS: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
     "unquantized": (tiny.dense, None),
+    "unquantized fp16": (functools.partial(tiny.dense, dtype=np.float16), None),
+    "unquantized fp32": (functools.partial(tiny.dense, dtype=np.float32), None),
     "AWQ": (tiny.awq(128), c.awq(128)),
     "GPTQ 4-bit": (tiny.gptq(), c.gptq()),
     "GPTQ 4-bit, groups of 32, act-order": (tiny.gptq(4, 32, desc_act=True), c.gptq(4, 32, desc_act=True)),
+    "GPTQ 4-bit, zero points": (tiny.gptq(4, 128, False), c.gptq(4, 128, False)),
     "GPTQ 8-bit": (tiny.gptq(8), c.gptq(8)),
     "GPTQ 4-bit, `dynamic` overrides to 8": (tiny.gptq(8), c.gptq(dynamic={r"+:.*_proj": {"bits": 8}})),
     "GPTQ in Marlin's layout": (m.marlin(128), c.gptq(checkpoint_format="marlin", format="marlin")),
     "compressed-tensors W4A16": (tiny.packed(), c.compressed("pack-quantized", c.weights(4, "int", "group", 128))),
+    "compressed-tensors W4A16, zero points": (
+        tiny.packed(4, 128, sym=False),
+        c.compressed("pack-quantized", c.weights(4, "int", "group", 128, sym=False)),
+    ),
     "compressed-tensors W8A16": (
         tiny.packed(8, None),
         c.compressed("pack-quantized", c.weights(8, "int", "channel")),
@@ -55,8 +66,14 @@ CHECKPOINTS: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
         c.compressed("int-quantized", I8, c.inputs("int", static=True)),
     ),
     "fp8 per tensor": (tiny.eight(shape="scalar"), c.fp8()),
+    "fp8 per tensor, static": (tiny.eight(shape="scalar", static=True), c.fp8("static")),
     "fp8 in blocks (DeepSeek)": (m.blocks(), c.fp8(weight_block_size=[128, 128])),
     "bitsandbytes nf4": (m.bnb4(), m.bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+    "bitsandbytes nf4, double quantization": (
+        m.bnb4("nf4", True),
+        m.bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    ),
+    "bitsandbytes fp4": (m.bnb4("fp4"), m.bnb(load_in_4bit=True, bnb_4bit_quant_type="fp4")),
     "bitsandbytes fp4, double quantization": (
         m.bnb4("fp4", True),
         m.bnb(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True),
@@ -66,9 +83,16 @@ CHECKPOINTS: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
     "torchao int8dq": (m.torchao8(), m.torchao("Int8DynamicActivationInt8WeightConfig")),
     "torchao fp8wo": (m.torchao8("fp8"), m.torchao("Float8WeightOnlyConfig")),
     "torchao fp8dq-per_row": (m.torchao8("fp8"), m.torchao("Float8DynamicActivationFloat8WeightConfig")),
-    "torchao int4wo-64": (m.torchao4(64), m.torchao("Int4WeightOnlyConfig", group_size=64)),
+    "torchao fp8dq-per_tensor": (
+        m.torchao8("fp8", True),
+        m.torchao("Float8DynamicActivationFloat8WeightConfig", granularity={"_type": "PerTensor", "_data": {}}),
+    ),
+    **{
+        f"torchao int4wo-{group}": (m.torchao4(group), m.torchao("Int4WeightOnlyConfig", group_size=group))
+        for group in (32, 64, 128, 256)
+    },
 }
-GGUF = ("Q4_0", "Q5_1", "Q6_K")
+GGUF = tuple(DECODERS)
 KV_FLAGS = ("auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 CONFIG = ModelConfig("LlamaForCausalLM", "llama", 64, 64, 64, 1, 4, 2, 16, 1e-5, RopeConfig(), 512, False)
 NAMES = list(dict.fromkeys(("auto", *ONLINE, *FORMATS, "w4afp8")))
