@@ -268,6 +268,7 @@ def one(fn: Any, x: Any, ws: list[Any], scale: Any, want: Any, m: int) -> dict[s
 def dry(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compiles every variant for an H200. A row says registers and spills, or what failed."""
     from tests.pallas_kernels.aot import compile_for_h200
+    from tests.pallas_kernels.test_a16 import overwritten_operands
 
     rows = []
     for weights, shape, m, module, plan in every(args):
@@ -276,7 +277,9 @@ def dry(args: argparse.Namespace) -> list[dict[str, Any]]:
             c = compile_for_h200(lambda *a, module=module, plan=plan: module.matmul(plan, *a), *shapes_of(plan))
             row |= {"registers": c.registers, "spills": c.spill_bytes}
             if "serialized" in c.report:
-                row["serialized"] = True
+                row["failed"] = "ptxas serialized the products"
+            if bad := overwritten_operands(c.sass):
+                row["failed"] = f"writes what a product may still read: {bad[:2]}"
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
         rows.append(row)
