@@ -1,4 +1,5 @@
-"""Checkpoint directories whose safetensors files hold headers alone: an 8B model's plan, timed without 16 GB."""
+"""Checkpoint directories whose safetensors files hold headers alone, and read as zeros: an 8B model's plan and load
+without 16 GB on the disk."""
 
 from __future__ import annotations
 

@@ -19,46 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
+from bench.header_checkpoint import write_headers
+
 #: The two largest modules of a layer-wise load: gate and up together, and the embedding or the head.
 SLACK = 64 << 20
-
-
-def checkpoint(folder: Path, layers: int) -> None:
-    """A sparse bf16 checkpoint of CONFIG's shapes."""
-    from jqserve.checkpoint.model_config import model_config
-    from jqserve.checkpoint.names import Vector, modules
-
-    config = {**CONFIG, "num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(config))
-    header: dict[str, Any] = {}
-    offset = 0
-    for module in modules(model_config(config)):
-        if isinstance(module, Vector):
-            named = {module.name: list(module.shape)}
-        else:
-            named = {f"{slot.name}.weight": [slot.n, slot.k] for _, slot in module.parts}
-        for name, shape in named.items():
-            size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-            offset += size
-    text = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
 
 
 def measure(folder: str, scheme: str) -> dict[str, Any]:
@@ -107,7 +71,7 @@ def main() -> None:
         environment["XLA_CLIENT_MEM_FRACTION"] = str(args.mem_fraction)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint(Path(folder), args.layers)
+        write_headers(Path(folder), "bf16", shards=1, num_hidden_layers=args.layers)
         for scheme in args.schemes:
             command = [sys.executable, "-m", "bench.load_peak", "--one", folder, scheme]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -94,13 +94,12 @@ class Scheduler:
         prompts_only = not self.mixed and self._prompts_wait(candidates, only)
         decodes = [] if prompts_only else self._decode_rows(candidates, steps)
         chunks: list[Chunk] = []
+        prompts = [s for s in candidates if not s.on_device and s.slot is not None]
         tiles = self.tiles
         if decodes:
-            tiles = self.fill(len(decodes), self._tiles_wanted(candidates, self.decode_tiles, only is None))
-        for sequence in candidates:
-            if not tiles:
-                break
-            if not sequence.on_device and sequence.slot is not None and sequence.remaining > 0:
+            tiles = self.fill(len(decodes), self._tiles_wanted(prompts, self.decode_tiles, only is None))
+        for sequence in prompts:
+            if tiles and sequence.slot is not None and sequence.remaining > 0:
                 tiles -= self._add_chunk(sequence, tiles, chunks)
         # Who was preempted just now is not admitted again at once: those pages are wanted.
         while only is None and tiles and self.preemptions == preemptions and self._admissible():
@@ -115,17 +114,13 @@ class Scheduler:
         kept = tuple(one for one in adopted if one.sequence.slot is not None)
         return self._advance(Plan(rows, tuple(chunks), tuple(admitted), kept, steps))
 
-    def _tiles_wanted(self, candidates: list[Sequence], most: int, waiting: bool) -> int:
+    def _tiles_wanted(self, prompts: list[Sequence], most: int, waiting: bool) -> int:
         """How many tiles the prompts are worth that could be computed now, up to `most`; of those in the prefix cache
-        more than will be taken."""
-        wanted, size = 0, self.tile_size
-        for sequence in candidates:
-            if not sequence.on_device and sequence.slot is not None:
-                wanted += -(-sequence.remaining // size)
+        more than will be taken. waiting: those without a slot count, too."""
+        tokens = [sequence.remaining for sequence in prompts]
         if waiting:
-            for sequence in self.waiting[: min(most, len(self.free_slots))]:
-                wanted += -(-sequence.length // size)
-        return min(most, wanted)
+            tokens += [sequence.length for sequence in self.waiting[: min(most, len(self.free_slots))]]
+        return min(most, sum(-(-count // self.tile_size) for count in tokens))
 
     def _prompts_wait(self, candidates: list[Sequence], only: Sequence | None) -> bool:
         return any(s.remaining > 0 and not s.decodes for s in candidates) or (only is None and self._admissible())
@@ -160,7 +155,7 @@ class Scheduler:
     def _decode_rows(self, candidates: list[Sequence], steps: int) -> list[DecodeRow]:
         rows, size = [], self.page_size
         for sequence in candidates:
-            # `decodes` and `at_limit`, spelled out: this loop runs for every row of every step.
+            # `Sequence.decodes`, spelled out: this loop runs for every row of every step.
             if not sequence.on_device or sequence.slot is None:
                 continue
             first, length = sequence.computed, len(sequence.tokens) + sequence.pending

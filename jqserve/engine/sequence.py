@@ -82,11 +82,6 @@ class Sequence:
         return self.length - self.computed
 
     @property
-    def at_limit(self) -> bool:
-        """The tokens that exist, or are on their way, are all that it may have."""
-        return self.length >= self.limit
-
-    @property
     def decodes(self) -> bool:
         """Its next step is one decode row whose token is on the device."""
         return self.on_device and self.remaining == 1

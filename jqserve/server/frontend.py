@@ -326,14 +326,10 @@ class Frontend:
 
 
 def copy_sampling(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Copy `index` of a request: its own seed, and the prompt's logprobs only once."""
+    """Copy `index` of a request: copy 0 is as the request says; the others have well-spread 31-bit seeds of their own,
+    and the prompt's logprobs are told once."""
     if index == 0:
         return sampling
-    seed = copy_seed(sampling, index)
-    return dataclasses.replace(sampling, seed=seed, prompt_logprobs=None)
-
-
-def copy_seed(sampling: SamplingParams, index: int) -> int:
-    """The seed of copy `index` of a request: its own for copy 0, well-spread 31-bit ones for the others."""
     assert sampling.seed is not None
-    return sampling.seed if index == 0 else random.Random(f"{sampling.seed}/{index}").getrandbits(31)
+    seed = random.Random(f"{sampling.seed}/{index}").getrandbits(31)
+    return dataclasses.replace(sampling, seed=seed, prompt_logprobs=None)

@@ -1,6 +1,6 @@
 """How often a stream's tokens are sent: several in a message, and more of them the more streams there are.
 
-A message costs the front end some 70 us of its one core, whatever it holds (measured, `bench/frontend_cpu.py`). At four
+A message costs the front end some 80 us of its one core, whatever it holds (measured, `bench/frontend_cpu.py`). At four
 tokens a message 25,000 tokens a second would take half of it, and who waits for that core then waits longer for the
 first token, and begins later with the next request.
 """

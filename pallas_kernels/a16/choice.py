@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 from pallas_kernels import tuning
 from pallas_kernels.a16 import decode_config, decode_plan, wgmma_config, wgmma_plan
 from pallas_kernels.a16 import layout as layouts
 from pallas_kernels.a16.problem import DTYPES, Problem
 from pallas_kernels.a16.stored import KIND_OF, KINDS, ROWS
-from pallas_kernels.dispatch import Operand, Shaped, current_device
+from pallas_kernels.dispatch import Candidate, Operand, Shaped, current_device, hopper_only
 
 X_DTYPES = ("bfloat16", "float16")
 _TRIED = 32  # candidates of a tuner, best estimates first
@@ -98,29 +102,35 @@ def decode(op: str, problem: Problem) -> decode_plan.Plan:
         other = wgmma_config.best_estimate(wgmma_plan.Plan(**vars(problem), config=wgmma_plan.Config()))
         if other < mine:
             raise NotImplementedError(f"decode kernel: some {mine:.0f} us expected, of the wgmma kernel {other:.0f} us")
-    config = tuning.choose(
-        op,
-        _key("decode", plan),
-        heuristic=lambda: decode_config.heuristic(plan),
-        space=lambda: decode_config.search_space(plan)[:_TRIED],
-    )
-    chosen = decode_plan.Plan(**vars(problem), config=config)
-    chosen.check()
-    return chosen
+    return _configured(op, "decode", plan, decode_config)
 
 
 def wgmma(op: str, problem: Problem) -> wgmma_plan.Plan:
     """Any M. Raises NotImplementedError for shapes it cannot take."""
-    plan = wgmma_plan.Plan(**vars(problem), config=wgmma_plan.Config())
+    return _configured(op, "wgmma", wgmma_plan.Plan(**vars(problem), config=wgmma_plan.Config()), wgmma_config)
+
+
+def _configured[Plan: (decode_plan.Plan, wgmma_plan.Plan)](op: str, kernel: str, plan: Plan, configs: Any) -> Plan:
+    """The plan with the config that was tuned for it, or else that of the kernel's heuristic (its module `configs`).
+    Raises NotImplementedError for shapes that it cannot take."""
     config = tuning.choose(
         op,
-        _key("wgmma", plan),
-        heuristic=lambda: wgmma_config.heuristic(plan),
-        space=lambda: wgmma_config.search_space(plan)[:_TRIED],
+        _key(kernel, plan),
+        heuristic=lambda: configs.heuristic(plan),
+        space=lambda: configs.search_space(plan)[:_TRIED],
     )
-    chosen = wgmma_plan.Plan(**vars(problem), config=config)
+    chosen = dataclasses.replace(plan, config=config)
     chosen.check()
     return chosen
+
+
+def candidates(op: str, problem: Callable[..., Problem]) -> tuple[Candidate, ...]:
+    """The ways of an op, first choice first. problem: from the op's own arguments."""
+    return (
+        Candidate("decode_sm90", hopper_only, lambda *args, **kwargs: decode(op, problem(*args, **kwargs))),
+        Candidate("wgmma_sm90", hopper_only, lambda *args, **kwargs: wgmma(op, problem(*args, **kwargs))),
+        Candidate("xla"),
+    )
 
 
 def _key(kernel: str, plan: Problem) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pallas_kernels.a16 import choice
 from pallas_kernels.a16 import layout as sm90
 from pallas_kernels.a16.problem import Problem
-from pallas_kernels.dispatch import Candidate, Device, Shaped, current_device, hopper_only
+from pallas_kernels.dispatch import Device, Shaped, current_device
 
 OP = "w4a16_matmul"
 
@@ -40,8 +40,4 @@ def problem(
     return choice.problem_of(OP, x, qweight, scale, zero, offset, group_size, layout, four_bit=True)
 
 
-CANDIDATES = (
-    Candidate("decode_sm90", hopper_only, lambda *args, **kwargs: choice.decode(OP, problem(*args, **kwargs))),
-    Candidate("wgmma_sm90", hopper_only, lambda *args, **kwargs: choice.wgmma(OP, problem(*args, **kwargs))),
-    Candidate("xla"),
-)
+CANDIDATES = choice.candidates(OP, problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pallas_kernels.a16 import choice
 from pallas_kernels.a16 import layout as sm90
 from pallas_kernels.a16.problem import Problem
-from pallas_kernels.dispatch import Candidate, Device, Shaped, current_device, hopper_only
+from pallas_kernels.dispatch import Device, Shaped, current_device
 
 OP = "w8a16_matmul"
 
@@ -39,8 +39,4 @@ def problem(
     return choice.problem_of(OP, x, qweight, scale, zero, None, group_size, layout, four_bit=False)
 
 
-CANDIDATES = (
-    Candidate("decode_sm90", hopper_only, lambda *args, **kwargs: choice.decode(OP, problem(*args, **kwargs))),
-    Candidate("wgmma_sm90", hopper_only, lambda *args, **kwargs: choice.wgmma(OP, problem(*args, **kwargs))),
-    Candidate("xla"),
-)
+CANDIDATES = choice.candidates(OP, problem)

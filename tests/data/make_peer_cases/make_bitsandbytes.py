@@ -8,20 +8,13 @@ logits are those of a plain fp32 transformers model over them. Rows are whole bl
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 
 import bitsandbytes
-import numpy as np
 import torch
-import transformers
 from bitsandbytes.functional import dequantize_4bit
-from plain_outputs import LENGTHS, outputs
-from tiny import CASES, QUANTIZED_SHAPE, VOCAB, WORK, make_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-KEPT = ("config.json", "generation_config.json", "model.safetensors")
+from plain_outputs import make_case
+from transformers import BitsAndBytesConfig
 
 
 def four(kind: str, double: bool) -> BitsAndBytesConfig:
@@ -52,48 +45,6 @@ def dequantized(module: torch.nn.Module) -> torch.Tensor:
     return weight.detach().float()
 
 
-def main() -> None:
-    for name in sys.argv[1:] or SCHEMES:
-        shape = QUANTIZED_SHAPE | {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
-        plain = make_model("llama", seed=11, **shape)
-        source, saved = WORK / "base" / name, WORK / "saved" / name
-        for folder in (source, saved):
-            shutil.rmtree(folder, ignore_errors=True)
-        plain.save_pretrained(source)
-        quantized = AutoModelForCausalLM.from_pretrained(
-            source, quantization_config=SCHEMES[name], dtype=torch.bfloat16, device_map="cpu"
-        )
-        quantized.save_pretrained(saved)
-        model = make_model("llama", torch.float32, seed=11, **shape)
-        model.config._attn_implementation = "eager"
-        state = {key: value.float() for key, value in plain.state_dict().items()}
-        kinds = set()
-        for path, module in quantized.named_modules():
-            if isinstance(module, torch.nn.Linear) and path != "lm_head":
-                state[f"{path}.weight"] = dequantized(module)
-                kinds.add(type(module).__name__)
-        model.load_state_dict(state)
-        model.tie_weights()
-        rng, found = np.random.default_rng(5), {}
-        for i, length in enumerate(LENGTHS):
-            prompt = rng.integers(3, VOCAB, length, dtype=np.int32)
-            logits, greedy, margin = outputs(model, prompt)
-            found |= {f"prompt_{i}": prompt, f"logits_wdq_{i}": logits.astype(np.float16)}
-            found |= {f"greedy_wdq_{i}": greedy, f"margin_wdq_{i}": margin}
-        case = CASES / name
-        shutil.rmtree(case, ignore_errors=True)
-        case.mkdir(parents=True)
-        for file in KEPT:
-            shutil.copyfile(saved / file, case / file)
-        np.savez_compressed(case / "ref.npz", **found)
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
-        }
-        (case / "meta.json").write_text(json.dumps({"tool": "bitsandbytes", "scheme": name, "versions": versions}))
-        print(name, sorted(kinds), sum(p.stat().st_size for p in case.iterdir()), "bytes")
-
-
 if __name__ == "__main__":
-    main()
+    for case in sys.argv[1:] or SCHEMES:
+        make_case(case, SCHEMES[case], 11, dequantized, bitsandbytes=bitsandbytes.__version__)
