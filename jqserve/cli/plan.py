@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """The totals in words."""
-    gib, device, kv = 2**30, facts["device"], facts["kv_cache"]
+    gib, device, kv, buckets = 2**30, facts["device"], facts["kv_cache"], facts["buckets"]
     found = [
         f"on {device['name']} ({device['memory_bytes'] / gib:.0f} GiB, {device['bytes_per_second'] / 1e12:.2f} TB/s)"
         + (f", tensor parallel {facts['tp']['size']}" if facts["tp"]["size"] > 1 else ""),
@@ -62,9 +62,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
         f"about {kv['tokens']:,} tokens fit beside the weights",
         f"bound              {facts['bound_tokens_per_second']:9.1f} tokens/s at batch 1: "
         f"{facts['read_bytes_per_step'] / gib:.3f} GiB of weights are read a step",
-        f"compile buckets    decode {', '.join(map(str, facts['buckets']['decode']))}"
-        f"{f', each of 1 and of {steps} steps' if (steps := facts['buckets']['steps']) > 1 else ''}; "
-        f"prefill {', '.join(facts['buckets']['mixed'])}",
+        f"compile buckets    decode {', '.join(map(str, buckets['decode']))}"
+        f"{f' (up to {buckets["steps_rows"]} also of {buckets["steps"]} steps)' if buckets['steps'] > 1 else ''}; "
+        f"prefill {', '.join(buckets['mixed'])}",
     ]
     if facts["tp"]["size"] > 1:
         found.append(f"per GPU            {facts['tp']['bytes_per_gpu'] / gib:9.3f} GiB of weights")

@@ -21,7 +21,7 @@ from jqserve.cli.server import ENGINE_FLAGS
 from jqserve.engine.buckets import make_buckets
 from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_source
 from jqserve.engine.calibrated import open_asked
-from jqserve.engine.config import EngineConfig, defaults_for
+from jqserve.engine.config import EngineConfig, decode_steps, defaults_for
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
@@ -62,15 +62,16 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     defaults = defaults_for(device.platform)
     running = asked.max_running_requests or defaults.max_running_requests
     chunk = asked.chunked_prefill_size or defaults.chunked_prefill_size
-    steps = asked.num_continuous_decode_steps or defaults.decode_steps
+    steps, steps_rows = decode_steps(asked.num_continuous_decode_steps, defaults)
     plan = with_kernels(found.plan, device, config.dtype, min(running, 16), chunk)
     tiles = -(-chunk // defaults.tile_size)
-    buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps)
+    buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
     facts = _totals(asked, args.device, args.tp, config, found)
     facts |= {
         "buckets": {
             "decode": list(buckets.decode),
             "steps": steps,
+            "steps_rows": buckets.decode[-1] if steps_rows is None else steps_rows,
             "mixed": [f"{b.decode_rows}+{b.tiles * defaults.tile_size}" for b in buckets.mixed],
         },
         "unquantized": _folded(found.unquantized),

@@ -108,7 +108,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-queued", type=count, metavar="N", help="sequences that may wait; more are refused")
     add("--mem-fraction-static", type=float, metavar="F", help="share of GPU memory for weights and KV pages")
     add("--chunked-prefill-size", type=positive, metavar="TOKENS", help="most prompt tokens in one step")
-    add("--num-continuous-decode-steps", type=positive, metavar="K", help="decode steps at once when nobody waits")
+    add(
+        "--num-continuous-decode-steps",
+        type=positive,
+        metavar="K",
+        help="decode steps at once when nobody waits (on a GPU 2 for up to 8 running requests, else 1)",
+    )
     add("--schedule-conservativeness", type=float, metavar="F", help="of the forecast of KV pages; 0: admit what fits")
     add(
         "--kv-cache-dtype",

@@ -16,7 +16,7 @@ from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.budget import decode_tiles
 from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
-from jqserve.engine.config import EngineConfig, defaults_for
+from jqserve.engine.config import EngineConfig, decode_steps, defaults_for
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.pages import PagePool
 from jqserve.engine.programs import Draw, Forward, Programs
@@ -57,8 +57,8 @@ def assemble(
     slots = config.max_running_requests or defaults.max_running_requests
     tile_size = config.tile_size or defaults.tile_size
     tiles = -(-(config.chunked_prefill_size or defaults.chunked_prefill_size) // tile_size)
-    steps = config.num_continuous_decode_steps or defaults.decode_steps
-    buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets, steps=steps)
+    steps, steps_rows = decode_steps(config.num_continuous_decode_steps, defaults)
+    buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
     page_size = config.page_size or defaults.page_size
     scaled = "k_scale" in params["layers"]["0"]["attn"]
     dtype = kv_dtype(config.kv_dtype, str(params["embed"]["weight"].dtype), scaled)
@@ -95,6 +95,7 @@ def assemble(
         tile_size=tile_size,
         tiles=tiles,
         steps=steps,
+        steps_rows=steps_rows,
         mixed=not config.disable_mixed_chunk,
         prefix_cache=not config.disable_radix_cache,
         conservativeness=config.schedule_conservativeness,

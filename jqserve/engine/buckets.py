@@ -35,6 +35,7 @@ class Buckets:
     decode   row counts of steps without prefill, ascending; the last is the greatest number of running requests
     mixed    shapes of steps with prefill; contains one that covers everything
     steps    decode steps of the programs for "nobody waits to prefill" (1: there are none)
+    steps_rows  those have at most so many rows; None: as many as there are
     coarse   row counts of decode steps that are not greedy (see `engine/programs`), ascending and ending as `decode`
              does; empty: the same as `decode`
     """
@@ -43,6 +44,7 @@ class Buckets:
     mixed: tuple[Bucket, ...]
     steps: int = 1
     coarse: tuple[int, ...] = ()
+    steps_rows: int | None = None
 
     def choose(self, decode_rows: int, tiles: int, tile_size: int, *, steps: int = 1, coarse: bool = False) -> Bucket:
         """The shape with the fewest rows that holds the step. Raises ValueError when none does."""
@@ -82,7 +84,12 @@ class Buckets:
 
     def only_decode(self, rows: Sequence[int]) -> list[Bucket]:
         """The shapes without tiles for these row counts."""
-        return [Bucket(n, 0, steps) for n in reversed(rows) for steps in sorted({1, self.steps})]
+        return [Bucket(n, 0, steps) for n in reversed(rows) for steps in self.steps_of(n)]
+
+    def steps_of(self, rows: int) -> tuple[int, ...]:
+        """The decode steps of the programs of so many rows, ascending."""
+        several = self.steps > 1 and (self.steps_rows is None or rows <= self.steps_rows)
+        return (1, self.steps) if several else (1,)
 
 
 def ladder(top: int, steps: Sequence[int]) -> tuple[int, ...]:
@@ -90,8 +97,9 @@ def ladder(top: int, steps: Sequence[int]) -> tuple[int, ...]:
     return (*(s for s in steps if s < top), top)
 
 
-def make_buckets(running: int, tiles: int, *, fine: bool, steps: int = 1) -> Buckets:
-    """The shapes for at most `running` requests, `tiles` prefill tiles a step, `steps` decode steps a dispatch.
+def make_buckets(running: int, tiles: int, *, fine: bool, steps: int = 1, steps_rows: int | None = None) -> Buckets:
+    """The shapes for at most `running` requests, `tiles` prefill tiles a step, `steps` decode steps a dispatch (of up to
+    `steps_rows` rows).
 
     `fine` (GPUs): powers of two from 8 on. Padding a decode step from 2 to 8 rows costs nothing, since the kernels'
     smallest tile has 8 columns, and from 9 to 16 next to nothing, for the weights are read once either way; a mixed
@@ -104,7 +112,7 @@ def make_buckets(running: int, tiles: int, *, fine: bool, steps: int = 1) -> Buc
         counts = ladder(tiles, (1, 2, 4, 8, 16, 64))
         mixed = {Bucket(b, n) for b in (0, running) for n in counts}
         mixed |= {Bucket(min(8, running), n) for n in ladder(tiles, (1, 4, 16, 64))}
-        return Buckets(rows, tuple(sorted(mixed)), steps, ladder(running, (8, 32, 64, 128, 256)))
+        return Buckets(rows, tuple(sorted(mixed)), steps, ladder(running, (8, 32, 64, 128, 256)), steps_rows)
     rows = ladder(running, (4, 16, 64, 256))
     mixed = {Bucket(running, tiles), Bucket(rows[0], 1)}
-    return Buckets(rows, tuple(sorted(mixed)), steps)
+    return Buckets(rows, tuple(sorted(mixed)), steps, steps_rows=steps_rows)

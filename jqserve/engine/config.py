@@ -22,7 +22,8 @@ class EngineConfig:
                            allocate (its own default is 0.75; `engine/process` sets more before jax is imported)
     chunked_prefill_size   most prompt tokens in one step, rounded up to whole tiles of `tile_size`. None: the device's
                            usual, and beside running answers what the measured step times allow (`engine/budget`)
-    num_continuous_decode_steps  decode steps of one dispatch when nobody waits to prefill; 1: always one
+    num_continuous_decode_steps  decode steps of one dispatch when nobody waits to prefill; 1: always one; None: the
+                           device's usual, for few rows
     schedule_conservativeness    of the forecast of KV pages by which requests are admitted; 0 admits as soon as a
                            prompt fits, and preempts when answers grow
     page_size, num_pages   tokens per KV page; pages of the pool
@@ -125,15 +126,24 @@ class DeviceDefaults:
     fine_buckets: bool
     variants: tuple[Variant, ...]  # those that have programs of their own
     cut_masked: bool  # decode steps with masks have their first layers in a program of their own (`engine/programs`)
-    decode_steps: int  # of a dispatch when nobody waits to prefill
+    decode_steps: int  # of a dispatch of at most `decode_steps_rows` rows when nobody waits to prefill
+    decode_steps_rows: int
     warmup_runs: int  # XLA captures a CUDA graph on a program's second or third run
 
 
 #: A CPU computes every padded row, and its users wait for every compilation (~5 s of processor time each); a dispatch
 #: costs it nothing beside a step.
 #: The GPU figures follow the attention kernels: pages of 64 tokens, tiles of 128 queries (prefill takes no others).
-CPU = DeviceDefaults(16, 128, 16, 32, False, (Variant.SCORED,), False, 1, 1)
-GPU = DeviceDefaults(256, 2048, 64, 128, True, ORDER, True, 1, 3)
+#: Handing a program over costs the host 2.3 ms on an H200, and a step of a few rows of an 8B model takes 2.1 (4 bits) to
+#: 4.4 ms: two steps a dispatch hide it (4-bit, batch 1, bench/results/decode.json: 411 tokens/s with one step, 477 with
+#: four); from 64 rows on a step is longer than its launch, and more of them would only make newcomers wait.
+CPU = DeviceDefaults(16, 128, 16, 32, False, (Variant.SCORED,), False, 1, 1, 1)
+GPU = DeviceDefaults(256, 2048, 64, 128, True, ORDER, True, 2, 8, 3)
+
+
+def decode_steps(asked: int | None, defaults: DeviceDefaults) -> tuple[int, int | None]:
+    """(decode steps of a dispatch, the rows up to which it has them): what was asked for holds for every batch."""
+    return (asked, None) if asked else (defaults.decode_steps, defaults.decode_steps_rows)
 
 
 def defaults_for(platform: str) -> DeviceDefaults:

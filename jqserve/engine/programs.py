@@ -178,8 +178,8 @@ class Programs:
 
     def _fused(self, variant: Variant) -> list[Bucket]:
         greedy = variant is Variant.GREEDY
-        steps = {self.buckets.steps} - {1} | ({1} if greedy else set())
-        return [Bucket(n, 0, k) for n in (self.buckets.decode if greedy else self._coarse()) for k in steps]
+        rows = self.buckets.decode if greedy else self._coarse()
+        return [Bucket(n, 0, k) for n in rows for k in self.buckets.steps_of(n) if greedy or k > 1]
 
     def _draws(self, forwards: Iterable[Forward]) -> list[tuple[int, Variant]]:
         kinds = {(f.asked, v) for f in forwards for v in self.variants if f.bucket.tiles or v is not Variant.GREEDY}

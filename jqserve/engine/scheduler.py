@@ -33,7 +33,7 @@ class Scheduler:
     slots         most sequences that run at once
     tile_size     tokens a tile; `tiles`: most tiles a step (the chunked-prefill budget)
     decode_tiles  most tiles of a step in which somebody decodes
-    steps         most decode steps of a dispatch
+    steps         most decode steps of a dispatch; `steps_rows`: where it has at most so many decode rows (None: always)
     mixed         whether a step may hold decode rows and chunks; else prompts go first, and answers wait
     prefix_cache  whether full pages are found again
     fill          of the tiles that could be taken beside so many decode rows, how many should be (`Buckets.fill`)
@@ -51,6 +51,7 @@ class Scheduler:
         tiles: int,
         decode_tiles: int | None = None,
         steps: int = 1,
+        steps_rows: int | None = None,
         mixed: bool = True,
         prefix_cache: bool = True,
         conservativeness: float = 0.0,
@@ -62,6 +63,7 @@ class Scheduler:
         self.tiles = tiles
         self.decode_tiles = tiles if decode_tiles is None else decode_tiles
         self.steps = steps
+        self.steps_rows = slots if steps_rows is None else steps_rows
         self.mixed = mixed
         self.prefix_cache = prefix_cache
         self.fill = fill
@@ -127,7 +129,7 @@ class Scheduler:
 
     def _steps(self, candidates: list[Sequence]) -> int:
         """Decode steps of this dispatch: 1 where somebody has, or waits to have, a prompt computed."""
-        if self.steps == 1 or self.waiting:
+        if self.steps == 1 or self.waiting or len(candidates) > self.steps_rows:
             return 1
         counts, missing = [0], 0
         for sequence in candidates:

@@ -156,6 +156,18 @@ def test_several_steps_only_when_nobody_waits_and_somebody_can_use_them() -> Non
     assert s.schedule().steps == 1  # somebody waits for a slot
 
 
+def test_several_steps_only_for_few_rows() -> None:
+    s = scheduler(slots=4, tiles=4, steps=2, steps_rows=2)
+    for rid in range(3):
+        s.add(sequence(rid, 3, new=4 if rid else 20))
+    seen = []
+    for _ in range(30):
+        plan = s.schedule()
+        seen.append((len(plan.decodes), plan.steps))
+        resolve(plan, s)
+    assert not s.running and {(3, 1), (1, 2)} <= set(seen) and (3, 2) not in seen
+
+
 def test_few_steps_left_or_few_pages_are_done_one_by_one() -> None:
     s = scheduler(pages=3, slots=1, steps=4)
     s.add(sequence(0, 3, new=4))
