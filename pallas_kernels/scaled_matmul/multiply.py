@@ -1,0 +1,116 @@
+"""The consumers' sums over K: wgmma on the stages as they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.scaled_matmul.walk import Walk
+
+WGMMA = plgpu.Layout.WGMMA
+
+
+class Consumer:
+    """One consumer warpgroup: which rows and columns of a tile are its own, and which K steps or tiles."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk, c = walk, walk.p.config
+        self.owner = lax.rem(walk.wg, jnp.int32(walk.p.owners))  # place in the output tile
+        group = lax.div(walk.wg, jnp.int32(walk.p.owners))
+        self.wg_k: Any = jnp.int32(0) if c.teams > 1 else group  # never both
+        self.team: Any = group if c.teams > 1 else jnp.int32(0)
+        self.wg_m = lax.div(self.owner, jnp.int32(c.wgs_n))
+        self.wg_n = lax.rem(self.owner, jnp.int32(c.wgs_n))
+        self.shape = (walk.p.wg_rows, c.wg_n)
+
+    @property
+    def row(self) -> Any:
+        """First row of its part of a tile."""
+        return self.wg_m * self.walk.p.wg_rows
+
+    @property
+    def column(self) -> Any:
+        return self.wg_n * self.walk.p.config.wg_n
+
+    def operands(self, slot: Any, k0: int, length: int) -> tuple[Any, Any]:
+        """`length` of K of its rows of x and of its columns of w, in a stage."""
+        k_slice = pl.ds(k0, length)
+        rows = self.walk.x_rows(slot, self.row, self.shape[0]).at[:, k_slice]
+        columns = self.walk.w_rows(slot, self.column, self.shape[1]).at[:, k_slice]
+        return rows, columns.transpose((1, 0))
+
+    def await_full(self, slot: Any) -> None:
+        plgpu.barrier_wait(self.walk.full(self.team, slot))
+
+    def release(self, slot: Any) -> None:
+        p = self.walk.p
+        if p.shares_w or p.shares_x:
+            # A few threads of a warpgroup arrive for all of it on a cluster's barrier (on a block's own every thread
+            # does): the other warps must be done with the slot too.
+            plgpu.commit_smem()
+        plgpu.barrier_arrive(self.walk.scratch["empty"].at[slot])
+
+    def partial_sums(self, slot: Any, parts: int, length: int) -> list[Any]:
+        """`parts` sums over `length` of K each, all issued before the first is awaited."""
+
+        def multiply(*accs):
+            for j, acc in enumerate(accs):
+                plgpu.wgmma(acc, *self.operands(slot, j * length, length))
+            return [plgpu.wgmma_accumulator_load(acc, wait_n=parts - 1 - j) for j, acc in enumerate(accs)]
+
+        return pl.run_scoped(multiply, *[plgpu.ACC(self.shape, self.walk.p.accumulator)] * parts)
+
+    def steps(self, body: Callable[[Any, Any, Any], Any], init: Any, slot: Any) -> tuple[Any, Any]:
+        """Folds `body(ki, slot, carry)` over the K steps of its group -> (carry, the next tile's slot)."""
+        p, c, advance = self.walk.p, self.walk.p.config, self.walk.advance
+        if c.wgs_k == 1:
+            return lax.fori_loop(0, p.k_steps, lambda ki, s: (body(ki, s[1], s[0]), advance(s[1], 1)), (init, slot))
+
+        def mine(j, state):
+            carry, slot = state
+            return body(j * c.wgs_k + self.wg_k, slot, carry), advance(slot, c.wgs_k)
+
+        count = lax.div(jnp.int32(p.k_steps - 1) - self.wg_k, jnp.int32(c.wgs_k)) + 1
+        carry, _ = lax.fori_loop(0, count, mine, (init, advance(slot, self.wg_k)))
+        return carry, advance(slot, p.k_steps % c.stages)
+
+
+def plain_sum(consumer: Consumer, slot: Any) -> tuple[Any, Any]:
+    """The sum in the tensor cores' accumulator from end to end -> (sum, the next tile's slot)."""
+
+    def scope(acc):
+        def step(ki, slot, previous):
+            consumer.await_full(slot)
+            plgpu.wgmma(acc, *consumer.operands(slot, 0, consumer.walk.p.config.tile_k))
+            plgpu.wgmma_wait(1)
+
+            @pl.when(previous >= 0)
+            def _():
+                consumer.release(previous)
+
+            return slot
+
+        last, slot_after = consumer.steps(step, jnp.int32(-1), slot)
+        total = acc[...]
+        consumer.release(last)
+        return total, slot_after
+
+    return pl.run_scoped(scope, plgpu.ACC(consumer.shape, consumer.walk.p.accumulator))
+
+
+def promoted_sum(consumer: Consumer, slot: Any) -> tuple[Any, Any]:
+    """Each K step's sum added to a float32 one in registers -> (sum, the next tile's slot)."""
+
+    def step(ki, slot, total):
+        consumer.await_full(slot)
+        [part] = consumer.partial_sums(slot, 1, consumer.walk.p.config.tile_k)
+        consumer.release(slot)
+        return total + part
+
+    zero = plgpu.layout_cast(jnp.zeros(consumer.shape, consumer.walk.p.accumulator), WGMMA)
+    return consumer.steps(step, zero, slot)
