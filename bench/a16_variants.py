@@ -362,7 +362,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     ended: list[dict[str, Any]] = []
     while running:
         for group, process in list(running.items()):
-            code = process.poll()
+            code: int | str | None = process.poll()
             if code is None and time.time() > args.start + args.budget + 10:
                 process.kill()
                 process.wait()
@@ -422,7 +422,7 @@ def main() -> None:
     bad = [r for r in rows if any(w in r for w in ("WRONG", "failed", "crash", "HUNG", "ended"))]
     for row in bad:
         print("BAD", json.dumps(row)[:400])
-    result = {"summary": summary(rows), "bad": len(bad), "rows": rows}
+    result: dict[str, Any] = {"summary": summary(rows), "bad": len(bad), "rows": rows}
     if not args.dry:
         from bench.record import frame
 

@@ -19,7 +19,10 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jqserve.engine.engine import EngineCore
 
 PERSON = {
     "type": "object",
@@ -88,7 +91,7 @@ def load(args: argparse.Namespace, folder: Path) -> Any:
     return engine
 
 
-def rounds(engine: Any, kind: str, batch: int, steps: int, first: int) -> dict[str, Any]:
+def rounds(engine: EngineCore, kind: str, batch: int, steps: int, first: int) -> dict[str, Any]:
     """`batch` new sequences of a kind, numbered from `first`: the mean of `steps` steps in which all of them decode."""
     from jqserve.engine.request import EngineRequest, SamplingParams
 
@@ -126,7 +129,7 @@ def rounds(engine: Any, kind: str, batch: int, steps: int, first: int) -> dict[s
     }
 
 
-def step(engine: Any) -> list[Any]:
+def step(engine: EngineCore) -> list[Any]:
     events = engine.step()
     if failed := [event for event in events if event.error]:
         raise RuntimeError(failed[0].error)
@@ -156,7 +159,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         engine = load(args, Path(folder))
     tell("ready")
-    first, windows = 0, []
+    first = 0
+    windows: list[dict[str, Any]] = []
     rounds(engine, "every row", args.batch, 2, first)  # grammars compiled
     until = time.perf_counter() + args.budget
     while not windows or time.perf_counter() < until:

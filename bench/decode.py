@@ -1,6 +1,6 @@
 """Decode steps of the engine, in process, in the shape of Llama-3.1-8B with random weights.
 
-    python -m bench.decode [--schemes bf16,fp8,w4a16] [--points 1x1024,64x1024,256x1024] [--decode-steps 1]
+    python -m bench.decode [--schemes bf16,fp8,w4a16] [--points 1x1024,64x1024,256x1024] [--decode-steps 1,2]
                            [--budget SECONDS] [--quick] [--command-buffers off] [--out DIR]
 
 One row per scheme, point (running sequences x context) and K, the decode steps of a dispatch:
@@ -26,7 +26,10 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jqserve.engine.engine import EngineCore
 
 VLLM = {
     ("bf16", 1, 1024): 205, ("fp8", 1, 1024): 286, ("w4a16", 1, 1024): 271,
@@ -88,7 +91,7 @@ def load(scheme: str, points: list[Point], decode_steps: list[int], room: int, a
     return engine, facts
 
 
-def pretend_cached(engine: Any, prompt: tuple[int, ...]) -> None:
+def pretend_cached(engine: EngineCore, prompt: tuple[int, ...]) -> None:
     """Names pages as if they held this prompt, and lets them go: admission will find them."""
     from jqserve.engine.prefix import extend
 
@@ -102,7 +105,7 @@ def pretend_cached(engine: Any, prompt: tuple[int, ...]) -> None:
     pool.release(pages)
 
 
-def begin(engine: Any, batch: int, context: int, room: int) -> None:
+def begin(engine: EngineCore, batch: int, context: int, room: int) -> None:
     """`batch` sequences of `context` tokens that decode; nothing else runs."""
     from jqserve.engine.request import EngineRequest, SamplingParams
 
@@ -118,14 +121,14 @@ def begin(engine: Any, batch: int, context: int, room: int) -> None:
         started |= {event.rid for event in step(engine)}
 
 
-def step(engine: Any) -> list[Any]:
+def step(engine: EngineCore) -> list[Any]:
     events = engine.step()
     if failed := [event for event in events if event.error]:
         raise RuntimeError(failed[0].error)
     return events
 
 
-def measure(engine: Any, scheme: str, batch: int, context: int, k: int, room: int, args: Any) -> dict[str, Any]:
+def measure(engine: EngineCore, scheme: str, batch: int, context: int, k: int, room: int, args: Any) -> dict[str, Any]:
     engine.scheduler.steps = k
     begin(engine, batch, context, room)
     for _ in range(4):
@@ -162,15 +165,15 @@ def measure(engine: Any, scheme: str, batch: int, context: int, k: int, room: in
     return row
 
 
-def kernels(engine: Any, k: int, seconds: float, top: int) -> dict[str, Any]:
+def kernels(engine: EngineCore, k: int, seconds: float, top: int) -> dict[str, Any]:
     """The same step's kernels alone, by CUPTI. Not overlapped, so that whole dispatches are counted."""
     from bench.kernel_times import by_kernel, kernel_times
 
     engine.overlap = False
     try:
-        while engine._in_flight is not None:  # the loop was overlapped until now
-            launched, engine._in_flight = engine._in_flight, None
-            engine._resolve(launched)
+        if (launched := engine._in_flight) is not None:  # the loop was overlapped until now
+            engine._in_flight = None
+            engine._emit(launched.plan, engine.runner.read(launched))
         step(engine)
         timings = kernel_times(lambda: [step(engine) for _ in range(3)])
     except Exception as error:
@@ -214,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", default="bf16,fp8,w4a16", help="keys of bench.llama8b.SCHEMES")
     parser.add_argument("--points", default="1x1024,64x1024,256x1024", help="sequences x context, several")
-    parser.add_argument("--decode-steps", default="1", help="K of a dispatch, several: each has its own programs")
+    parser.add_argument("--decode-steps", default="1,2", help="K of a dispatch, several: each has its own programs")
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--context-length", type=int, help="of the page tables; default: what the points need")
@@ -241,7 +244,8 @@ def main() -> None:
     from bench.bandwidth import read_bandwidth
     from bench.record import write
 
-    bandwidth, rows = read_bandwidth(), []
+    bandwidth = read_bandwidth()
+    rows: list[dict[str, Any]] = []
     for scheme in args.schemes.split(","):
         left = lambda: args.budget - (time.monotonic() - start)  # noqa: E731
         if left() < 20 and rows:

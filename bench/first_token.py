@@ -10,21 +10,24 @@ Rows for `bench.serve --first-token`, measured on the engine's own clock, median
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.load_inprocess import drive
 from bench.workload import random_items, shared_prefix_items
 
+if TYPE_CHECKING:
+    from jqserve.engine.engine import EngineCore
+
 REPEATS = 5
 
 
-def rows(engine: Any, short: int = 1000, long: int = 8192, share: float = 0.9) -> list[dict[str, Any]]:
+def rows(engine: EngineCore, short: int = 1000, long: int = 8192, share: float = 0.9) -> list[dict[str, Any]]:
     """`share`: of the long prompt that another has left in the cache. Lengths beyond the context are cut to it."""
     most = engine.limits.context_length - 4
     return [alone(engine, min(short, most)), hit(engine, min(long, most), share)]
 
 
-def ttft(engine: Any, items: Any) -> list[float]:
+def ttft(engine: EngineCore, items: Any) -> list[float]:
     """Seconds of each item, one after the other."""
     return [record.ttft for item in items for record in drive(engine, [item], **ONE)]
 
@@ -32,7 +35,7 @@ def ttft(engine: Any, items: Any) -> list[float]:
 ONE: dict[str, Any] = {"concurrency": 1, "rate": None}
 
 
-def alone(engine: Any, length: int) -> dict[str, Any]:
+def alone(engine: EngineCore, length: int) -> dict[str, Any]:
     vocabulary = engine.limits.vocab_size
     items = random_items(REPEATS + 1, length, 2, vocabulary=vocabulary, ratio=1.0, seed=71)
     measured = statistics.median(ttft(engine, items)[1:])
@@ -51,7 +54,7 @@ def alone(engine: Any, length: int) -> dict[str, Any]:
     }
 
 
-def hit(engine: Any, length: int, share: float) -> dict[str, Any]:
+def hit(engine: EngineCore, length: int, share: float) -> dict[str, Any]:
     vocabulary, prefix = engine.limits.vocab_size, int(length * share)
     without, within = [], []
     for i in range(REPEATS):

@@ -42,7 +42,7 @@ def make_engine(rows: int, context: int) -> Any:
     page, tile, tiles = GPU.page_size, GPU.tile_size, -(-GPU.chunked_prefill_size // GPU.tile_size)
     pages = rows * (1 + -(-context // page))
     model = ModelConfig(
-        "LlamaForCausalLM", "llama", VOCABULARY, 8, 8, 1, 1, 1, 8, 1e-5, RopeConfig(), context, True, (), "float32"
+        "LlamaForCausalLM", "llama", VOCABULARY, 8, 8, 1, 1, 1, 8, 1e-5, RopeConfig(), context, True, dtype="float32"
     )
     shape = StepShape(rows, page, -(-context // page), tile, 64)  # the slots' state would be large with the vocabulary
     cache = cache_shape(model, page_size=page, pages=1, dtype="float32")

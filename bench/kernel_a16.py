@@ -213,11 +213,11 @@ def candidates(weights: str, m: int, n: int, k: int, few: bool) -> list[tuple[An
         out += [(decode_sm90, dataclasses.replace(plan, config=c)) for c in picked]
     if m >= 16:
         plan = plan_of(wgmma_sm90, weights, m, n, k)
-        configs = wgmma_config.search_space(plan)
+        wide = wgmma_config.search_space(plan)
         limit = (2 if few else 4) if m == 16 else (5 if few else 10)
-        picked = distinct(configs, lambda c: (c.warpgroups, c.m_tile, c.split, c.parts), 1, limit)
-        picked = list(dict.fromkeys([*configs[:2], *picked]))[: limit + 1]
-        out += [(wgmma_sm90, dataclasses.replace(plan, config=c)) for c in picked]
+        chosen = distinct(wide, lambda c: (c.warpgroups, c.m_tile, c.split, c.parts), 1, limit)
+        chosen = list(dict.fromkeys([*wide[:2], *chosen]))[: limit + 1]
+        out += [(wgmma_sm90, dataclasses.replace(plan, config=c)) for c in chosen]
     return out
 
 
@@ -450,7 +450,7 @@ def main() -> None:
             processes.append(subprocess.Popen([*command, "--group", group], env=env, stdout=errors, stderr=errors))
     for group, process in zip(groups, processes):
         try:
-            code = process.wait(max(1.0, args.budget + 5 - (time.time() - args.start)))
+            code: int | str = process.wait(max(1.0, args.budget + 5 - (time.time() - args.start)))
         except subprocess.TimeoutExpired:
             process.kill()
             code = "killed: out of time"

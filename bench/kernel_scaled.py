@@ -354,8 +354,8 @@ def time_data(session: Session, shape: str, mode: str, pairs: Any, ws: Any, call
         row = {"op": "data", "shape": shape, "mode": mode, "m": 4096, "data": kind}
         try:
             other = (lambda s, i: jnp.zeros(s, x_.dtype)) if kind == "zeros" else bits
-            args = (other(x_.shape, 99), jnp.ones(xs_.shape), jnp.ones(wsc_.shape))
-            args += tuple(other((n, k), i) for i in range(calls_of(4096)))
+            weights = [other((n, k), i) for i in range(calls_of(4096))]
+            args = (other(x_.shape, 99), jnp.ones(xs_.shape), jnp.ones(wsc_.shape), *weights)
             row |= measure(fn, args, calls_of(4096), 0.02)
         except Exception as error:
             row["failed"] = repr(error)[:300]
@@ -500,10 +500,9 @@ def quant_worker(session: Session) -> None:
         return
     session.wait_for_others()
     built_jobs = [(job, b) for job, b in zip(jobs, built) if b is not None]
-    for rank, kind in enumerate(
-        (None, 1, 2)
-    ):  # None: the op's choice; a row in one block; in a cluster, which may hang
-        some = [(j, b) for j, b in built_jobs if (None if j[3] is None else min(2, j[3].blocks)) == kind]
+    blocks: tuple[int | None, ...] = (None, 1, 2)  # the op's choice; a row in one block; in a cluster, which may hang
+    for rank, count in enumerate(blocks):
+        some = [(j, b) for j, b in built_jobs if (None if j[3] is None else min(2, j[3].blocks)) == count]
         with session.gpu(1 + 2 * rank):
             time_quants(session, some, shapes_of)
 

@@ -30,7 +30,7 @@ def kernel_times(call: Callable[[], Any]) -> list[tuple[str, float]] | None:
 def by_kernel(timings: list[tuple[str, float]], calls: int) -> list[dict[str, Any]]:
     """One row a kernel, the costliest first: calls and microseconds per one of `calls` repetitions."""
     counts: collections.Counter[str] = collections.Counter()
-    total: collections.Counter[str] = collections.Counter()
+    total: collections.defaultdict[str, float] = collections.defaultdict(float)
     for name, microseconds in timings:
         counts[name] += 1
         total[name] += microseconds

@@ -8,14 +8,17 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bench.latency import Record
 from bench.workload import Item
 
+if TYPE_CHECKING:
+    from jqserve.engine.engine import EngineCore
+
 
 def drive(
-    engine: Any, items: Sequence[Item], *, concurrency: int | None, rate: float | None, seed: int = 0
+    engine: EngineCore, items: Sequence[Item], *, concurrency: int | None, rate: float | None, seed: int = 0
 ) -> list[Record]:
     """As `load_client.drive`, with an `EngineCore`."""
     from jqserve.engine.request import EngineRequest, SamplingParams

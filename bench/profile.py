@@ -45,7 +45,7 @@ def device_spans(folder: Path) -> list[Span]:
 def table(spans: list[Span], steps: int) -> list[dict[str, Any]]:
     """One row a kernel, the costliest first: launches and microseconds a step, and its share of all kernels' time."""
     count: collections.Counter[str] = collections.Counter()
-    time_by: collections.Counter[str] = collections.Counter()
+    time_by: collections.defaultdict[str, float] = collections.defaultdict(float)
     for _, duration, name in spans:
         count[name] += 1
         time_by[name] += duration

@@ -109,7 +109,7 @@ class Quality:
         for name, peer, flags in PAIRS:
             if only and only not in name:
                 continue
-            pair = []
+            pair: list[dict[str, Any]] = []
             if peer is not None:
                 pair.append(self.row(name, f"peer: {peer}", lambda peer=peer: self.dense(FIXTURES / peer)))
             pair.append(self.made(name, "jqserve", flags))
@@ -120,7 +120,7 @@ class Quality:
         return rows
 
     def internal(self) -> list[dict[str, Any]]:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for bits, symmetric, group in INTERNAL:
             name = f"{bits}-bit {'sym' if symmetric else 'asym'} {f'g{group}' if group else 'per channel'}"
             of_grid: list[dict[str, Any]] = []
@@ -207,7 +207,7 @@ class Quality:
         ends, going = set(self.model.config.eos_token_ids), np.ones(len(prompts), bool)
         for _ in range(max(limits)):
             best = np.asarray(self.jnp.argmax(self.model(params, self.jnp.asarray(ids)), axis=-1))
-            for row in np.flatnonzero(going):
+            for row in np.flatnonzero(going).tolist():
                 token = int(best[row, at[row] - 1])
                 going[row] = token not in ends and at[row] + 1 - len(prompts[row]) < limits[row]
                 if token not in ends:

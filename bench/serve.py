@@ -65,10 +65,10 @@ def items_of(workload: str, count: int, vocabulary: int, ratio: float, seed: int
         if kind == "shared":
             shape, lengths = rest.split(":")
             groups, questions = (int(n) for n in shape.split("x"))
-            inputs, output_len = lengths.split("/")
+            inputs, output = lengths.split("/")
             prefix, question = (int(n) for n in inputs.split("+"))
             return shared_prefix_items(
-                groups, questions, prefix, question, int(output_len), vocabulary=vocabulary, seed=seed
+                groups, questions, prefix, question, int(output), vocabulary=vocabulary, seed=seed
             )
     except ValueError:
         pass

@@ -19,7 +19,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jqserve.engine.engine import EngineCore
 
 DEMO = Path(__file__).parent.parent / "jqserve" / "demo" / "model"
 PAGES = 1088  # of 64 tokens on a GPU: 64 sequences of up to 1,024 tokens, 8.5 GiB of bf16 KV at the 8B shape
@@ -84,7 +87,7 @@ def measure(case: str, batches: list[int], prompt: int, new: int, quick: bool = 
     return row
 
 
-def generate(engine: Any, batch: int, prompt: int, new: int) -> tuple[float, float]:
+def generate(engine: EngineCore, batch: int, prompt: int, new: int) -> tuple[float, float]:
     """Seconds until every sequence has its first token, and from there to the end."""
     from jqserve.engine.request import EngineRequest, SamplingParams
 

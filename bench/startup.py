@@ -70,7 +70,8 @@ def write_checkpoint(folder: Path, scheme: str, quick: bool) -> int:
     vocabulary = config["vocab_size"]
     ends = {"model.embed_tokens.weight": dense(vocabulary, hidden), "lm_head.weight": dense(vocabulary, hidden)}
     ends["model.norm.weight"] = np.ones(hidden, ml_dtypes.bfloat16)
-    layers, per_file, where, total = config["num_hidden_layers"], 8, {}, 0
+    layers, per_file, total = config["num_hidden_layers"], 8, 0
+    where: dict[str, str] = {}
     groups: list[list[int]] = [list(range(i, min(i + per_file, layers))) for i in range(0, layers, per_file)]
     for number, group in enumerate([*groups, []]):
         tensors = ends if not group else {k: v for i in group for k, v in layer(i).items()}
@@ -155,7 +156,9 @@ def main() -> None:
     if args.one:
         print("ROW " + json.dumps(start(args.one[0], args.one[1], float(args.one[2]), flags)))
         return
-    began, rows, more = time.monotonic(), [], {}
+    began = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    more: dict[str, Any] = {}
     if args.quick:
         flags = ["--max-running-requests", "2", "--context-length", "64", "--chunked-prefill-size", "32", *flags]
     with tempfile.TemporaryDirectory() as scratch:

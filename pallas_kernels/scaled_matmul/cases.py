@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -69,7 +70,7 @@ LLAMA_70B = {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), 
 _OUTPUT_ERROR = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 1e-5}
 
 
-def make(case: Case, seed: int = 0) -> tuple[np.ndarray | None, ...]:
+def make(case: Case, seed: int = 0) -> tuple[Any, ...]:
     """(xq, wq, x_scale, w_scale, bias or None), random; scales over two decades, so that a misplaced one shows."""
     rng = np.random.default_rng(seed)
     dtype = ml_dtypes.float8_e4m3fn if case.qdtype == "float8_e4m3fn" else np.int8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,7 +110,9 @@ def run(name: str, out: Path, *flags: str) -> dict[str, Any]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads((out / f"{name}.json").read_text())
+    text = (out / f"{name}.json").read_text()
+    assert not re.search('failed": [^0]', text), text[:4000]  # benches go on past what fails, and note it
+    return json.loads(text)
 
 
 @pytest.mark.slow
