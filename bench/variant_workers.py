@@ -1,6 +1,6 @@
 """What `bench.kernel_scaled --variants` runs beside the matmuls: prefill's configs, torch's product, the GPU's clock.
 
-A `session` is `kernel_scaled.Session`; a worker logs its rows there.
+A `session` is `kernel_session.Session`; a worker logs its rows there.
 """
 
 from __future__ import annotations
