@@ -136,6 +136,39 @@ def test_messages_that_fill_the_memory_are_given_up() -> None:
     asyncio.run(run())
 
 
+def test_what_large_messages_leave_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, after the last of them; not what small ones leave."""
+    monkeypatch.setattr(receive, "SETTLED", 0.01)
+
+    async def run() -> None:
+        megabytes, given = [100], []
+        receiving = Receiving(2**20, 2**30, lambda: megabytes[0] * 2**20, lambda: given.append(megabytes[0]))
+        for size, wanted in ((10, []), (65, [100])):
+            calls = [Call() for _ in range(3)]
+            tasks = [await start(receiving, call) for call in calls]
+            megabytes[0] += size
+            await asyncio.sleep(3 * receive.LOOK)
+            for call in calls:
+                call.come.set()
+            await asyncio.gather(*tasks)
+            megabytes[0] = 100
+            await asyncio.sleep(3 * receive.LOOK + 0.1)
+            assert given == wanted
+
+    asyncio.run(run())
+
+
+def test_memory_is_really_given_back() -> None:
+    """Blocks too small for a mapping of their own, below one that stays: free, and the system's again."""
+    blocks = [bytearray(2**16) for _ in range(2048)]
+    kept = bytearray(2**16)
+    full = receive.resident()
+    del blocks
+    receive.give_back()
+    assert not full or full - receive.resident() > 2**26
+    assert kept is not None
+
+
 def test_large_messages_are_looked_through_and_small_ones_are_not() -> None:
     async def run() -> None:
         receiving, seen = Receiving(2**20), []
