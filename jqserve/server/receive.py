@@ -7,8 +7,8 @@ A sender who stalls keeps his place for `PATIENCE` seconds when others wait for 
 The core refuses a message larger than the limit only when it has all of it: 16 uploads of 64 MiB that stopped before
 their end took 1 GB under a limit of 4 MiB. So the process's memory is looked at while messages come in, and one during
 which it has grown by more than twice the budget is given up. Twice: messages of the right size, as bytes and parsed,
-have taken more than once. What the core frees then lies scattered over the C library's arenas, which keep it: three such
-attacks in a row left 570, 850 and 1,200 MB behind, so it is asked to give back what is free.
+have taken more than once. What the core frees then lies scattered over the C library's arenas, which keep it: three
+such attacks in a row left 570, 850 and 1,200 MB behind, so it is asked to give back what is free.
 
 A large message is parsed and looked through (`sizes`) before the next one is: before this was so, 48 messages of 16 MiB
 took the front end from 87 MB to 12 GB, for their parts, as Python objects, are ten times as large.
