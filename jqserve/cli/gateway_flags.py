@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 
 from jqserve.cli import server
+from jqserve.cli.foreign_flags import hint
 from jqserve.errors import UnsupportedError
 
 OURS = ("model_path", "host", "port", "ready_file")  # what `jqserve gateway` sets itself
@@ -28,7 +29,8 @@ def check_worker_flags(text: str) -> None:
     except (ValueError, argparse.ArgumentError) as error:
         raise UnsupportedError(f"--worker-args: {error}") from None
     if unknown:
-        raise UnsupportedError(f"--worker-args: jqserve-server has no {unknown[0]} (jqserve-server --help)")
+        told = hint(unknown[0].partition("=")[0]) or "see jqserve-server --help"
+        raise UnsupportedError(f"--worker-args: jqserve-server has no {unknown[0]}: {told}")
     for name in OURS:
         if getattr(known, name) is not None:
             raise UnsupportedError(f"--worker-args: {flag(name)} is set by jqserve gateway; leave it out")

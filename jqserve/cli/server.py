@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jqserve.cli.defaults_shown import DefaultsShown
+from jqserve.cli.foreign_flags import Parser
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 from jqserve.credentials import read_by_others, read_tokens, usable_token
 from jqserve.errors import JqserveError, UnsupportedError
@@ -78,7 +79,7 @@ GIVEN_FLAGS = ("max_queued", "random_seed", "schedule_conservativeness", "self_t
 
 def parser() -> argparse.ArgumentParser:
     """SGLang's names where SGLang has the flag."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jqserve-server",
         description="Serve a Hugging Face checkpoint (AWQ, GPTQ, compressed-tensors, FP8 or unquantized) over gRPC.",
         formatter_class=DefaultsShown,
