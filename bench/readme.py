@@ -114,6 +114,23 @@ def _attention(rows: list[dict[str, Any]]) -> str:
     return table(["paged attention, 32/8 heads of 128", "ours", "best peer"], lines)
 
 
+def summary() -> str:
+    """Decode at the first glance: a line per scheme, a column per batch, one step a dispatch."""
+    result = load("decode")
+    if result is None:
+        return "Not measured yet."
+    rows = {(r["scheme"], r["batch"]): r for r in result["rows"] if "step_ms" in r and r["decode_steps"] == 1}
+    batches = sorted({batch for _, batch in rows})
+    labels = {"bf16": "bf16", "fp8": "FP8 weights and activations", "w4a16": "4-bit weights, group 128"}
+    lines = []
+    for scheme, label in labels.items():
+        found = [rows.get((scheme, batch)) for batch in batches]
+        cells = [f"**{row['tokens_per_second']:,.0f}** ({row['vllm']:,})" if row else "-" for row in found]
+        lines.append([label, *cells])
+    header = [f"tokens/s, {result['device']} (vLLM 0.25.1)", *(f"batch {batch}" for batch in batches)]
+    return table(header, lines)
+
+
 DECODE_RESULTS = ("decode",)
 
 
@@ -310,6 +327,7 @@ def online_schemes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "quantize_quality": quantize_quality,
     "online_schemes": online_schemes,
     "host": host,
