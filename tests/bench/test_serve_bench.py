@@ -16,6 +16,7 @@ import pytest
 from bench.latency import Record, percentile, spread, summarize
 from bench.profile import idle, table
 from bench.serve import items_of, picture, with_costs
+from bench.step_gaps import gaps
 from bench.svg import ticks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +106,26 @@ def test_kernel_table_and_gaps() -> None:
     assert idle(spans) == {"span_us": 10.0, "idle_us": 1.0, "idle_share": 0.1}
 
 
+def test_gaps_between_dispatches() -> None:
+    """Two kernels that each step runs twice, one that marks it; 5 us between steps, 1 before each other kernel."""
+    spans, now = [], 0.0
+    for name in ["b", "a", "mark"] + ["a", "b", "a", "b", "mark"] * 4 + ["a", "b"]:
+        now += 5.0 if spans and spans[-1][2] == "mark" else 1.0
+        spans.append((now, 2.0, name))
+        now += 2.0
+    found = gaps(spans, 4)
+    assert found == {
+        "dispatch_us": 19.0,
+        "between_us": 5.0,
+        "between_share": 0.2632,
+        "within_us": 4.0,
+        "kernels": 5,
+        "counted": 4,
+    }
+    with pytest.raises(ValueError, match="runs once in each of 40"):
+        gaps(spans, 40)
+
+
 def run(name: str, out: Path, *flags: str) -> dict[str, Any]:
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--out", str(out), *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -120,6 +141,12 @@ def test_decode_bench(tmp_path: Path) -> None:
     rows = run("decode", tmp_path, "--schemes", "fp8", "--points", "2x40", "--decode-steps", "4")["rows"]
     assert len(rows) == 1 and rows[0]["decode_steps"] == 4 and rows[0]["compilations_while_serving"] == 0
     assert rows[0]["step_ms"] > 0 and set(rows[0]["host_ms"]) == {"schedule", "launch", "wait", "emit"}
+
+
+@pytest.mark.slow
+def test_step_gaps_bench(tmp_path: Path) -> None:
+    rows = run("step_gaps", tmp_path, "--dispatches", "6")["rows"]
+    assert [row["decode_steps"] for row in rows] == [1, 2] and all(row["kernels"] > 1 for row in rows)
 
 
 @pytest.mark.slow
