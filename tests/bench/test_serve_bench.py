@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.latency import Record, percentile, spread, summarize
+from bench.launch_cost import told
 from bench.profile import idle, table
 from bench.serve import items_of, picture, with_costs
 from bench.step_gaps import gaps
@@ -124,6 +125,21 @@ def test_gaps_between_dispatches() -> None:
     }
     with pytest.raises(ValueError, match="runs once in each of 40"):
         gaps(spans, 40)
+
+
+def test_what_xla_says_of_its_updates() -> None:
+    log = (
+        "I0000 command_buffer_thunk.cc:241] Update command buffer on device #0 by recoding command buffer cmd sequence "
+        "after 1 executions since last update; num_commands=303; updated_allocs=3\n"
+        "I0000 command_executor.cc:500] Updated 303 commands in 2100 \u03bcs (skipped 12 command updates)\n"
+        + 2
+        * "I0000 traced_command_buffer.cc:90] Command buffer trace cache hit for command CustomCall\n"
+    )
+    assert told(log) == {
+        "updates": [("303", "3")],
+        "commands_us_skipped": [("303", "2100", "12")],
+        "traces": {"hit": 2},
+    }
 
 
 def run(name: str, out: Path, *flags: str) -> dict[str, Any]:
