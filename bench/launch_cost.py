@@ -14,6 +14,7 @@ program, so that all of them are updated when BFC gives that another address. A 
     separate color  temporary buffers come from an allocator of their own, at the same address each time
     skip temp       temporary buffers are mapped to fixed addresses (takes XLA's VMM allocator)
     skip profiled   the same, and whatever else had a stable address in the first launches
+    exclusive lock  nobody else may launch meanwhile, by which XLA spares itself some bookkeeping
     trace cache     64 captures are kept for each Mosaic call, where 16 are usual
     off             no command buffers
 
@@ -45,6 +46,7 @@ VARIANTS = {
     "separate color": "--xla_gpu_temp_buffer_use_separate_color=true",
     "skip temp": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
     "skip profiled": "--xla_gpu_command_buffer_update_mode=SKIP_PROFILED",
+    "exclusive lock": "--xla_gpu_require_exclusive_lock=true",
     "trace cache": "--xla_cmd_buffer_trace_cache_size=64",
     "off": "--xla_gpu_enable_command_buffer=",
 }
