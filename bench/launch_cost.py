@@ -6,7 +6,10 @@
 A captured step of some 300 kernels takes 2.2 to 2.8 ms of a core to launch where 0.3 to 0.9 would do (KERNELS.md's
 proxies). XLA updates a command buffer before a launch wherever a buffer's address has changed since the last one, and a
 Mosaic call's update captures it anew, or exchanges a child graph. Every call uses the one temporary buffer of its
-program, so that all of them are updated when BFC gives that another address. A process per variant:
+program, so that all of them are updated when BFC gives that another address. The other suspect: XLA calls the FFI
+handlers "prepare" and "initialize" of each Mosaic call on each execution, captured or not, and they have something to
+do for collectives only; what the log has for its updates tells the two apart. Steps in a loop of one program (K) share
+either cost. A process per variant:
 
     as is           the engine as it is served
     log             the same with XLA's own account of a few launches: what was updated, what was skipped, how long
