@@ -127,6 +127,20 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
 }
 
 
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_a_file_of_floats_is_quantized_while_loading(kind: str, tmp_path: Path) -> None:
+    """It is not "quantized already"; what it is says the plan, and a calibrated scheme wants a directory."""
+    path = g.write(tmp_path / "model.gguf", kind)
+    plain, quantized = (load(path, device_put=keep_on_host, quantization=q) for q in (None, "int8"))
+    for group in ("qkv", "o"):
+        weight = plain.params["layers"]["0"]["attn"][group]["weight"]
+        found = quantized.params["layers"]["0"]["attn"][group]["weight"]
+        assert isinstance(found, QuantizedTensor) and not isinstance(weight, QuantizedTensor)
+        np.testing.assert_allclose(dequantize(found), weight.astype(np.float32), atol=np.abs(weight).max() / 127)
+    with pytest.raises(UnsupportedError, match="not quantized; awq is calibrated on the weights of a Hugging Face"):
+        load(path, device_put=keep_on_host, quantization="awq")
+
+
 def test_a_file_without_a_tokenizer_takes_the_ends_of_the_one_beside(tmp_path: Path) -> None:
     """Without them no answer would end; and a converted model keeps that tokenizer."""
     g.write(tmp_path / "model.gguf", "Q4_0")
