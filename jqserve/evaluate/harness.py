@@ -26,6 +26,8 @@ from jqserve.library import load
 
 #: Logits on the device at a time: tokens x vocabulary.
 LOGITS = 1 << 26
+#: What lm_eval passes to every model; here memory and the engine decide.
+IGNORED = {"batch_size", "max_batch_size", "device"}
 
 
 @register_model("jqserve")
@@ -40,9 +42,14 @@ class JqserveLM(LM):
         activations: Any = "config",
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        **_: Any,
+        **others: Any,
     ) -> None:
         super().__init__()
+        if unknown := sorted(set(others) - IGNORED):
+            raise RequestError(
+                "model_args",
+                f"{', '.join(unknown)} not known; there are pretrained, dtype, activations, max_length, max_gen_toks",
+            )
         self.model, self.params = load(pretrained, dtype=dtype, activations=activations)
         self.tokenizer = tokenizer_of(str(resolve(pretrained)))
         self.max_length = int(max_length or min(self.model.config.max_position, 4096))
