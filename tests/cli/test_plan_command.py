@@ -166,9 +166,19 @@ def test_unquantized_checkpoints_take_one_line(tmp_path: Path, capsys: pytest.Ca
         "model.embed_tokens": "the embedding is looked up",
         "every Linear": "the checkpoint is not quantized",
     }
-    uneven = planned(capsys, made, "--torchao-config", "int4wo-256")["unquantized"]
+    found = planned(capsys, made, "--torchao-config", "int4wo-256")
+    uneven, reason = found["unquantized"], "not quantized: 384 in features are no multiple of the group of 256"
     assert uneven["lm_head"] == "the head is never quantized while loading"
-    assert uneven["model.layers.{0-2}.mlp.down_proj"] == "256 x 384 does not fit the scheme"
+    assert uneven["model.layers.{0-2}.mlp.down_proj"] == reason
+    assert f"down: {reason}" in found["warnings"]
+    rows = [(row["path"], row["scheme"], row["note"]) for row in found["rows"]]
+    assert ("layers.0.mlp.down", "dense", reason) in rows
+    asked, converted = {"quantization": "torchao:int4wo-256", "device_put": keep_on_host}, tmp_path / "store"
+    store.convert(made, converted)
+    for loaded in (load(made, **asked), dummy.load(made, **asked), load(converted, **asked)):  # as the server tells it
+        assert [(row.path, row.scheme, row.note) for row in loaded.plan.rows] == rows
+    found = planned(capsys, converted, "--torchao-config", "int4wo-256")
+    assert [(row["path"], row["scheme"], row["note"]) for row in found["rows"]] == rows
 
 
 def test_it_takes_the_servers_flags(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
