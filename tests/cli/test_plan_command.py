@@ -158,6 +158,13 @@ def test_kv_scales_are_told_of(tmp_path: Path, fixtures_dir: Path, capsys: pytes
     assert not any("kv_cache_scheme" in note for note in planned(capsys, made, "--activations", "none")["notes"])
 
 
+def test_on_a_cpu_it_is_computed_in_float32(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the engine does, which prints the same table."""
+    for flags, dtype in (((), "float32"), (("--dtype", "bfloat16"), "bfloat16")):
+        found = planned(capsys, demo_dir, "--device", "cpu", *flags)
+        assert (found["model"]["dtype"], found["kv_cache"]["dtype"], found["rows"][0]["dtype"]) == (dtype,) * 3
+
+
 def test_unquantized_checkpoints_take_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = tiny.make(
         tmp_path, num_hidden_layers=3, hidden_size=256, intermediate_size=384, tie_word_embeddings=False
