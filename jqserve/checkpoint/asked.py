@@ -108,6 +108,8 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
         return _on_dense(flag, name, online, path)
     found = list(dict.fromkeys((s.shape, s) for s in specs if s is not None))
     kinds = list(dict.fromkeys(describe(method, spec) for _, spec in found))
+    if method == "gguf" and not found and FORMATS.get(name) != method:  # a file of F16 or BF16 alone
+        return _on_dense(flag, name, online, path)
     if name in FORMATS:
         if FORMATS[name] == method:
             return Answer(note=_alias(flag, name, method))

@@ -21,7 +21,7 @@ from jqserve.checkpoint.matrix_row import matrix_row
 from jqserve.checkpoint.names import LinearGroup, Vector, modules
 from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.opening import read_plan
-from jqserve.checkpoint.plan import LoadPlan, PlanRow, source_text
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, joined_notes, source_text
 from jqserve.checkpoint.quant_config import QuantPlan
 from jqserve.checkpoint.scheme import Scheme
 from jqserve.quant import QuantizedTensor, QuantSpec
@@ -92,7 +92,8 @@ def _group(
         weight = (
             _dense(part, shape, dtype) if spec is None else _quantized(part, spec, _perm(schemes[i], seed, shape[1]))
         )
-        rows.append(matrix_row(path, source_text([s.name for s in own]), schemes[i].method, weight, note))
+        told = joined_notes(note, schemes[i].misfit(own[0].n, own[0].k))
+        rows.append(matrix_row(path, source_text([s.name for s in own]), schemes[i].method, weight, told))
         set_path(params, f"{path}.weight", place(weight))
         if own[0].bias:
             set_path(params, f"{path}.bias", place(jnp.zeros(shape[0], dtype)))

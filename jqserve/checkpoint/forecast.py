@@ -13,7 +13,7 @@ from jqserve.checkpoint.fusing import fused_spec
 from jqserve.checkpoint.names import Vector, module_and_suffix
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.opening import OpenModel
-from jqserve.checkpoint.plan import LoadPlan, PlanRow, activation_text, scheme_text, source_text
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, activation_text, joined_notes, scheme_text, source_text
 from jqserve.quant import QuantSpec
 
 
@@ -59,7 +59,7 @@ def forecast(opened: OpenModel) -> Forecast:
         rows += _rows(checkpoint, module, opened.config.dtype)
         for part in module.parts:
             if part.scheme.spec(part.slot.n, part.slot.k) is None:
-                unquantized[part.slot.name] = part.why_dense or f"{part.slot.n} x {part.slot.k} does not fit the scheme"
+                unquantized[part.slot.name] = part.why_dense or part.scheme.misfit(part.slot.n, part.slot.k)
     largest = sum(sorted(sizes)[-2:])
     kv = opened.audited.kv is not None
     return Forecast(opened.plan(rows), vectors, largest, unquantized, kv, opened.kv_missing, checkpoint.working_bytes)
@@ -99,15 +99,16 @@ def _row(
     n, k = sum(part.slot.n for part in parts), parts[0].slot.k
     source, method = source_text([part.slot.name for part in parts]), parts[0].scheme.method
     if spec is None:
-        return dense_row(path, source, (n, k), method, dtype, note)
+        note = joined_notes(note, parts[0].scheme.misfit(parts[0].slot.n, k))
+        return dense_row(path, source, (n, k), dtype, note)
     names = {module_and_suffix(name)[1] for part in parts for name in part.tensors.values()}
     ordered = bool({"g_idx", "weight_g_idx"} & names) and _act_order(parts[0])
     return quantized_row(path, source, method, spec, _scale_dtype(checkpoint, parts[0]), ordered, note)
 
 
-def dense_row(path: str, source: str, shape: tuple[int, int], method: str, dtype: str, note: str = "") -> PlanRow:
+def dense_row(path: str, source: str, shape: tuple[int, int], dtype: str, note: str = "") -> PlanRow:
     width = np.dtype(dtype).itemsize
-    return PlanRow(path, source, shape, method, 8 * width, None, "none", dtype, math.prod(shape) * width, note)
+    return PlanRow(path, source, shape, "dense", 8 * width, None, "none", dtype, math.prod(shape) * width, note)
 
 
 def quantized_row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ import numpy as np
 
 from jqserve.checkpoint.gguf_config import ROPE_FACTORS, config_json, hf_name
 from jqserve.checkpoint.gguf_file import GgufFile
-from jqserve.checkpoint.gguf_tokenizer import write_tokenizer
+from jqserve.checkpoint.gguf_tokenizer import has_tokenizer, special_ids_beside, write_tokenizer
 from jqserve.checkpoint.readers.gguf import FLOATS, GgufPlan, dequantized
 from jqserve.checkpoint.safetensors_file import TensorEntry
 from jqserve.errors import CheckpointError
@@ -54,7 +55,8 @@ class GgufCheckpoint:
                 raise CheckpointError(f"{self.path}: {ROPE_FACTORS} is not F32")
             factors = self._file.read(ROPE_FACTORS).view(np.float32)
         rows, tied = self.shape(EMBEDDING)[0], "lm_head.weight" not in self._names
-        return config_json(str(self.path), self._file.fields, rows, tied, factors)
+        config = config_json(str(self.path), self._file.fields, rows, tied, factors)
+        return config if has_tokenizer(self._file) else {**config, **special_ids_beside(self.path)}
 
     def __enter__(self) -> GgufCheckpoint:
         return self
@@ -130,9 +132,12 @@ class GgufCheckpoint:
         return found
 
     def copy_side_files(self, out: Path) -> None:
-        """config.json and the tokenizer's files, made from the fields."""
+        """config.json and the tokenizer's files, made from the fields, or those beside where the file has none."""
         (out / "config.json").write_text(json.dumps(self.config, indent=1), encoding="utf-8")
-        write_tokenizer(self._file, out)
+        if not write_tokenizer(self._file, out):
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if (self.path.parent / name).is_file():
+                    shutil.copyfile(self.path.parent / name, out / name)
 
 
 def _paired_to_halves(rows: np.ndarray, heads: int) -> np.ndarray:

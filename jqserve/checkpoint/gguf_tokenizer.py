@@ -60,6 +60,24 @@ def tokenizer_folder(path: Path) -> str:
     )
 
 
+def special_ids_beside(path: Path) -> dict[str, int]:
+    """{"bos_token_id": ..., "eos_token_id": ...} of the tokenizer beside the .gguf file `path`, as far as its files
+    name them: without an eos, no answer would ever end."""
+    try:
+        names = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+        added = json.loads((path.parent / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        ids = {token["content"]: int(token["id"]) for token in added}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    found: dict[str, int] = {}
+    for kind in ("bos", "eos"):
+        token = names.get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in ids:
+            found[f"{kind}_token_id"] = ids[token]
+    return found
+
+
 def write_tokenizer(file: GgufFile, out: Path) -> bool:
     """Writes both files into the directory `out`; False when the GGUF has no tokenizer.
 

@@ -11,11 +11,12 @@ from jqserve.quant import QuantizedTensor
 
 
 def matrix_row(path: str, source: str, method: str, weight: Any, note: str = "") -> PlanRow:
-    """The row of a Linear or of the embedding table: `weight` is an array or a QuantizedTensor, host or device."""
+    """The row of a Linear or of the embedding table: `weight` is an array or a QuantizedTensor, host or device.
+    method: of a QuantizedTensor."""
     if not isinstance(weight, QuantizedTensor):
         shape, dtype = (int(weight.shape[0]), int(weight.shape[1])), np.dtype(weight.dtype)
         bits = dtype.itemsize * 8
-        return PlanRow(path, source, shape, method, bits, None, "none", dtype.name, int(weight.nbytes), note)
+        return PlanRow(path, source, shape, "dense", bits, None, "none", dtype.name, int(weight.nbytes), note)
     spec = weight.spec
     group = spec.group_size if spec.group_size < spec.shape[1] else None
     text = scheme_text(method, spec, weight.perm is not None)

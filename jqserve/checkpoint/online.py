@@ -26,6 +26,7 @@ from jqserve.checkpoint.scheme import (
     Prepared,
     Scheme,
     namespace,
+    ungrouped,
 )
 from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantSpec
 from jqserve.quant.spec import QType
@@ -49,14 +50,16 @@ class Online(Scheme):
     def method(self) -> str:
         return "online"
 
-    def _fits(self, n: int, k: int) -> bool:
+    def misfit(self, n: int, k: int) -> str:
         """torchao leaves a Linear as it is when its group does not divide K, or fp8's 16 not both sides."""
-        if self.rule == "int4 tinygemm" or self.rule in ("nf4", "fp4"):
-            return k % self.group == 0
-        return not (self.name.startswith("torchao:fp8") and (n % 16 or k % 16))
+        if self.rule in ("int4 tinygemm", "nf4", "fp4") and k % self.group:
+            return ungrouped(k, self.group)
+        if self.name.startswith("torchao:fp8") and (n % 16 or k % 16):
+            return f"not quantized: torchao's fp8 takes multiples of 16, not {n} x {k}"
+        return ""
 
     def spec(self, n: int, k: int) -> QuantSpec | None:
-        if not self._fits(n, k):
+        if self.misfit(n, k):
             return None
         fp8: QType = "float8_e4m3fn"
         shape = (n, k)
@@ -87,7 +90,7 @@ class Online(Scheme):
 
     def decode(self, arrays: Arrays, n: int, k: int) -> Quantized:
         weight = arrays["weight"]
-        if not self._fits(n, k):
+        if self.misfit(n, k):
             return weight, None, None
         match self.rule:
             case "fp8 channel":

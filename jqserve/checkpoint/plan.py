@@ -149,6 +149,10 @@ def scheme_text(method: str, spec: QuantSpec | None, perm: bool = False) -> str:
     return f"{method}: {spec.qtype}, {group}{zero}{', act-order' if perm else ''}"
 
 
+def joined_notes(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
 def source_text(names: list[str]) -> str:
     """["a.b.q_proj", "a.b.k_proj"] -> "a.b.{q_proj,k_proj}"."""
     if len(names) == 1:

@@ -64,6 +64,10 @@ class Scheme:
         """What the module becomes; None for a dense one."""
         raise NotImplementedError
 
+    def misfit(self, n: int, k: int) -> str:
+        """Why a module of this shape stays unquantized all the same, for the plan; "" where it does not."""
+        return ""
+
     def check(self, where: str, n: int, k: int) -> None:
         """Raises CheckpointError for a shape that the format cannot hold."""
 
@@ -107,6 +111,11 @@ def transposed(array: Any) -> Any:
 
 def group_count(k: int, group: int) -> int:
     return -(-k // group)
+
+
+def ungrouped(k: int, group: int) -> str:
+    """The `misfit` of a K that groups do not divide."""
+    return f"not quantized: {k} in features are no multiple of the group of {group}"
 
 
 def finite(where: str, name: str, array: np.ndarray) -> np.ndarray:

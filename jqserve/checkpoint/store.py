@@ -24,7 +24,7 @@ from jqserve.checkpoint.matrix_row import matrix_row
 from jqserve.checkpoint.open import AnyCheckpoint, open_checkpoint
 from jqserve.checkpoint.open import is_store as is_store
 from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
-from jqserve.checkpoint.plan import LoadPlan, PlanRow
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, joined_notes
 from jqserve.checkpoint.scheme import cast
 from jqserve.checkpoint.store_check import described, section_of
 from jqserve.checkpoint.stream import Stream
@@ -137,7 +137,9 @@ def restore(
         if row := stored.get(name.removesuffix(".weight")):
             online = asked.online is not None and isinstance(leaf, QuantizedTensor)
             method = "online" if online else row.scheme.partition(":")[0]
-            rows.append(matrix_row(row.path, row.source, method, leaf, row.note))
+            quantizes = asked.online if row.path.startswith("layers.") and row.spec is None else None
+            note = joined_notes(row.note, quantizes.misfit(*row.shape) if quantizes else "")
+            rows.append(matrix_row(row.path, row.source, method, leaf, note))
         set_path(params, name, device_put(leaf))
         if progress:
             progress(done, total, name)

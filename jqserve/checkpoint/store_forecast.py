@@ -13,7 +13,7 @@ from jqserve.checkpoint.forecast import Forecast, dense_row, quantized_row
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.opening import HEAD_STAYS, SAFETENSORS_DTYPE, check_dtype
-from jqserve.checkpoint.plan import PlanRow
+from jqserve.checkpoint.plan import PlanRow, joined_notes
 from jqserve.checkpoint.quant_config import NOT_QUANTIZED
 from jqserve.checkpoint.store_check import described
 from jqserve.models.config import ModelConfig
@@ -53,7 +53,8 @@ def _row(row: PlanRow, facts: LeafFacts, dtype: str, activations: Activations, a
             online = dataclasses.replace(online, activation=NO_ACTIVATION)
         new = None if online is None else online.spec(*row.shape)
         if online is None or new is None:
-            return dense_row(row.path, row.source, row.shape, method, dtype, row.note)
+            note = joined_notes(row.note, online.misfit(*row.shape) if online else "")
+            return dense_row(row.path, row.source, row.shape, dtype, note)
         words = {name: word for word, name in SAFETENSORS_DTYPE.items()}
         scale = online.scale_dtype({"weight": words.get(facts.arrays[""].dtype, "F32")})
         return quantized_row(row.path, row.source, "online", new, scale, False, row.note)
@@ -69,7 +70,7 @@ def _reason(row: PlanRow, method: str, asked: Answer, tied: bool) -> str:
     if row.path == "embed":
         return f"the embedding is looked up{' and serves as head' if tied else ''}"
     if asked.online is not None:
-        return HEAD_STAYS if row.path == "lm_head" else f"{row.shape[0]} x {row.shape[1]} does not fit the scheme"
+        return HEAD_STAYS if row.path == "lm_head" else asked.online.misfit(*row.shape)
     return NOT_QUANTIZED if method == "none" else "`jqserve convert` found it unquantized"
 
 

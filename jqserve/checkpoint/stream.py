@@ -21,7 +21,7 @@ from jqserve.checkpoint.names import Vector
 from jqserve.checkpoint.online import Online
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.opening import OpenModel
-from jqserve.checkpoint.plan import PlanRow, source_text
+from jqserve.checkpoint.plan import PlanRow, joined_notes, source_text
 from jqserve.checkpoint.recipe import Linear, Recipe, why_apart
 from jqserve.checkpoint.scheme import Arrays, Prepared, cast
 from jqserve.errors import CheckpointError
@@ -127,6 +127,7 @@ class Stream:
             parts = source.parts if apart is None else (source.parts[i],)
             path = group.path if apart is None else f"{group.parent}.{parts[0].key}"
             note = "" if apart is None else f"kept apart: {apart}"
+            note = joined_notes(note, parts[0].scheme.misfit(parts[0].slot.n, parts[0].slot.k))
             origin = source_text([p.slot.name for p in parts])
             rows.append(matrix_row(path, origin, parts[0].scheme.method, linear["weight"], note))
             leaves += [(f"{path}.{name}", self._place(leaf)) for name, leaf in linear.items()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,17 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from jqserve.errors import RequestError
     from jqserve.evaluate.page import page
     from jqserve.evaluate.run import Question, evaluate
-    from jqserve.evaluate.summary import rows
+    from jqserve.evaluate.summary import as_json, rows
     from jqserve.evaluate.verdict import FAILED
 
+    if not 0 <= args.min_recovery <= 1:
+        raise RequestError("--min-recovery", f"is a share from 0 to 1 (0.98 for 98 %), found {args.min_recovery:g}")
+    for flag, target in (("--json", args.json), ("--html", args.html)):
+        if target and target != "-" and not Path(target).resolve().parent.is_dir():
+            raise RequestError(flag, f"{target}: its directory does not exist")
     question = Question(
         model=args.model_path,
         base=args.base,
@@ -55,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     with _Bar() as bar:
         result: dict[str, Any] = evaluate(question, bar.show)
     if args.json == "-":
-        print(json.dumps(result, indent=1))
+        print(as_json(result))
     else:
         table = Table(title=f"{args.model_path} against {args.base}" if args.base else args.model_path)
         for name in ("", "model", "base"):
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         Console().print(table)
         print(result["verdict"]["line"])
     if args.json and args.json != "-":
-        _write(Path(args.json), json.dumps(result, indent=1) + "\n")
+        _write(Path(args.json), as_json(result) + "\n")
     if args.html:
         _write(Path(args.html), page(result))
     return 0 if result["verdict"]["passed"] else FAILED

@@ -51,6 +51,8 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
         raise UnsupportedError(f"--tp {args.tp}: must be at least 1")
     asked = engine_config(args)
     dtype = None if asked.dtype == "auto" else asked.dtype
+    if dtype is None and args.device == "cpu":
+        dtype = "float32"  # as the engine computes there
     real = asked.load_format != "dummy"
     with planned(args.model or args.model_path, args.revision, weights=real) as directory:
         source, quantization = open_asked(directory, quantization_of(args), asked.calibration, headers_alone=True)

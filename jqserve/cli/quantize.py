@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     signs.add_argument("--asym", dest="symmetric", action="store_false", help="with zero points")
     add("--act-order", action="store_true", help="gptq: columns with large inputs first")
     add("--static-groups", action="store_true", help="with --act-order: groups keep their columns, fast to serve")
-    add("--damp", type=float, default=0.01, help="gptq: share of the Hessian's mean added to its diagonal (0.01)")
+    add("--damp", type=float, help="gptq: share of the Hessian's mean added to its diagonal (0.01)")
     add("--gptq", action="store_true", help="w8a8-int8: GPTQ instead of rounding to nearest")
     add("--smoothquant", type=float, nargs="?", const=0.5, metavar="ALPHA", help="w8a8-int8: SmoothQuant (0.5)")
     add("--no-clip", action="store_true", help="awq: without the search for clipped ranges")
-    add("--search-tokens", type=int, default=65536, help="awq: tokens by which a scale is judged (65536)")
+    add("--search-tokens", type=int, help="awq: tokens by which a scale is judged (65536)")
     add("--kv-cache", choices=("none", "fp8"), default="none", help="fp8: also calibrate scales of the KV cache")
     add(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of calibration activations"
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line a layer, then what came out."""
+    from jqserve.errors import RequestError
     from jqserve.quantize.options import Options
 
     options = Options(
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
         symmetric=args.symmetric,
         act_order=args.act_order,
         static_groups=args.static_groups,
-        damp=args.damp,
+        damp=Options.damp if args.damp is None else args.damp,
         gptq=args.gptq,
         smoothquant=args.smoothquant,
-        search_tokens=args.search_tokens,
+        search_tokens=Options.search_tokens if args.search_tokens is None else args.search_tokens,
         clip=not args.no_clip,
         kv_cache=args.kv_cache,
         ignore=tuple(args.ignore),
@@ -71,7 +72,19 @@ def run(args: argparse.Namespace) -> int:
     from jqserve.quantize.job import quantize
 
     source = resolve(args.model_path, args.revision)
-    samples = _samples(args, source) if options.calibrated and args.calibration else None
+    for flag, given, algorithm in (
+        ("--damp", args.damp is not None, "gptq"),
+        ("--no-clip", args.no_clip, "awq"),
+        ("--search-tokens", args.search_tokens is not None, "awq"),
+    ):
+        if given and options.algorithm != algorithm:
+            raise RequestError(flag, f"belongs to {algorithm.upper()}, which --scheme {args.scheme} does not run here")
+    if args.calibration and not options.calibrated:
+        raise RequestError("--calibration", f"--scheme {args.scheme} as asked for here takes no data; leave it out")
+    samples = _samples(args, source) if args.calibration else None
+    if samples is not None:
+        fewer = f" (--samples asks for {args.samples}; there is no more text)" if len(samples) < args.samples else ""
+        print(f"calibrating on {len(samples)} rows of {samples.shape[1]} tokens{fewer}", flush=True)
     with _Screen() as screen:
         rows = quantize(
             source,

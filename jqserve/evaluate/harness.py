@@ -19,12 +19,15 @@ import numpy as np
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from jqserve.evaluate.engines import Generator
+from jqserve.checkpoint.hub import resolve
+from jqserve.errors import RequestError
+from jqserve.evaluate.engines import Generator, tokenizer_of
 from jqserve.library import load
-from jqserve.server.tokenizer import load_tokenizer
 
 #: Logits on the device at a time: tokens x vocabulary.
 LOGITS = 1 << 26
+#: What lm_eval passes to every model; here memory and the engine decide.
+IGNORED = {"batch_size", "max_batch_size", "device"}
 
 
 @register_model("jqserve")
@@ -39,14 +42,19 @@ class JqserveLM(LM):
         activations: Any = "config",
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        **_: Any,
+        **others: Any,
     ) -> None:
         super().__init__()
+        if unknown := sorted(set(others) - IGNORED):
+            raise RequestError(
+                "model_args",
+                f"{', '.join(unknown)} not known; there are pretrained, dtype, activations, max_length, max_gen_toks",
+            )
         self.model, self.params = load(pretrained, dtype=dtype, activations=activations)
-        self.tokenizer = load_tokenizer(pretrained)
+        self.tokenizer = tokenizer_of(str(resolve(pretrained)))
         self.max_length = int(max_length or min(self.model.config.max_position, 4096))
         self.max_gen_toks = int(max_gen_toks)
-        self._generator = Generator(pretrained, dtype, self.max_length)
+        self._generator = Generator(pretrained, dtype, self.max_length, activations)
         self._name = pretrained
 
     @property
@@ -99,6 +107,10 @@ class JqserveLM(LM):
             context, options = request.args
             until = options.get("until") or []
             limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.max_gen_toks)
+            if limit >= self.max_length:
+                raise RequestError(
+                    "max_gen_toks", f"{limit} leave no room for a prompt in max_length {self.max_length}; raise that"
+                )
             ids = self.tokenizer.encode(context, add_special_tokens=False) or [self.prefix]
             prompts.append(ids[-(self.max_length - limit) :])
             temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
@@ -126,6 +138,11 @@ class JqserveLM(LM):
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        for _, after in pairs:
+            if len(after) > self.max_length:
+                raise RequestError(
+                    "max_length", f"a continuation has {len(after)} tokens, more than max_length {self.max_length}"
+                )
         cut = [[*before, *after][-(self.max_length + 1) :] for before, after in pairs]
         order = sorted(range(len(pairs)), key=lambda i: len(cut[i]))
         while order:

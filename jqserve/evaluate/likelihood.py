@@ -36,15 +36,20 @@ class Prediction:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(float(self.nll.mean()))
+        return _exp(float(self.nll.mean()))
 
     @property
     def base_perplexity(self) -> float | None:
-        return None if self.base_nll is None else math.exp(float(self.base_nll.mean()))
+        return None if self.base_nll is None else _exp(float(self.base_nll.mean()))
 
     @property
     def mean_kl(self) -> float | None:
         return None if self.kl is None else float(self.kl.mean())
+
+
+def _exp(value: float) -> float:
+    """A broken model's loss may be beyond what a float's exponential holds."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def predict(

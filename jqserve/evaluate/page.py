@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-import json
+import math
 from typing import Any
 
-from jqserve.evaluate.summary import rows
+from jqserve.evaluate.summary import as_json, rows
 from jqserve.evaluate.svg import COLOURS, Axes, legend
 
 STYLE = """
@@ -45,7 +45,7 @@ def page(result: dict[str, Any]) -> str:
         f"<p class='small'>jqserve {made['jqserve']}, jax {made['jax']}, {html.escape(made['device'])}, "
         f"{made['date']}</p>"
     )
-    data = json.dumps(result).replace("<", "\\u003c")
+    data = as_json(result, None).replace("<", "\\u003c")
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width,initial-scale=1'>"
@@ -91,7 +91,7 @@ def _linears(result: dict[str, Any]) -> str:
 
 def _positions(result: dict[str, Any]) -> str:
     kl = (result["text"] or {}).get("kl_by_position")
-    if not kl:
+    if not kl or not all(map(math.isfinite, kl)):
         return ""
     width = max(1, len(kl) // 64)
     means = [sum(kl[i : i + width]) / len(kl[i : i + width]) for i in range(0, len(kl), width)]
@@ -118,7 +118,7 @@ def _tasks(result: dict[str, Any]) -> str:
 
 def _chart(result: dict[str, Any]) -> str:
     size, text = result["size"], result["text"]
-    if not size["base"] or not text or text["kl"] is None:
+    if not size["base"] or not text or text["kl"] is None or not math.isfinite(text["kl"]):
         return ""
     speed = result["speed"] or {}
     fastest = max([value for value in speed.values() if value] or [1.0])

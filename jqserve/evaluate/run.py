@@ -11,9 +11,11 @@ from typing import Any
 import jax
 
 import jqserve
+from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.open import is_store
 from jqserve.errors import RequestError
-from jqserve.evaluate.engines import Generator, tokens_per_second
+from jqserve.evaluate.engines import Generator, tokenizer_of, tokens_per_second
 from jqserve.evaluate.layers import layer_errors
 from jqserve.evaluate.likelihood import predict
 from jqserve.evaluate.tasks import read_tasks, score
@@ -73,7 +75,7 @@ def evaluate(question: Question, progress: Progress | None = None) -> dict[str, 
     result["text"] = result["layers"] = result["tasks"] = None
     if question.text is not None:
         vocab = model.config.vocab_size
-        windows = read_windows(question.text, question.windows, question.seqlen, vocab, lambda: _tokenizer(path))
+        windows = read_windows(question.text, question.windows, question.seqlen, vocab, lambda: tokenizer_of(path))
         result["text"] = _text(predict(model, params, windows, base, told("text")), question, len(windows))
         if base is not None and question.layers:
             errors = layer_errors(model, params, base, windows[:LAYER_WINDOWS])
@@ -124,11 +126,13 @@ def _tasks(
     told: Callable[[str], Any],
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"file": str(question.tasks), "count": len(tasks), "base_accuracy": None}
-    for prefix, own, where in (("", model, path), ("base_", base, base_path)):
+    sides = (("", model, path, question.activations), ("base_", base, base_path, "config"))
+    for prefix, own, where, activations in sides:
         if own is None or where is None:
             continue
-        generate = Generator(where, question.dtype)
-        scores = score(*own, _tokenizer(where), tasks, generate, told(f"{prefix}tasks".replace("_", " ")))
+        context = min(1024, own[0].config.max_position)
+        generate = Generator(where, question.dtype, context, activations)
+        scores = score(*own, tokenizer_of(where), tasks, generate, told(f"{prefix}tasks".replace("_", " ")))
         generate.close()
         found[f"{prefix}accuracy"] = scores.accuracy
         found[f"{prefix}by_kind"] = {kind: list(pair) for kind, pair in scores.by_kind.items()}
@@ -143,12 +147,6 @@ def _speed(question: Question, path: str, base_path: str | None, model: Model) -
     return {"model": own, "base": None if base_path is None else tokens_per_second(base_path, question.dtype, vocab)}
 
 
-def _tokenizer(path: str) -> Any:
-    from jqserve.server.tokenizer import load_tokenizer
-
-    return load_tokenizer(path)
-
-
 def _scheme(model: Model) -> str:
     """The scheme of most of the weights, as the load plan has it."""
     shares: dict[str, int] = {}
@@ -159,4 +157,7 @@ def _scheme(model: Model) -> str:
 
 
 def _bytes(path: str) -> int:
-    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+    """On disk: of a GGUF file, of all that `jqserve convert` wrote, or of a directory's safetensors."""
+    gguf = gguf_of(path)
+    files = [gguf] if gguf else Path(path).rglob("*") if is_store(path) else Path(path).glob("*.safetensors")
+    return sum(file.stat().st_size for file in files if file.is_file())

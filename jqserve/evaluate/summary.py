@@ -1,7 +1,9 @@
-"""The rows of an evaluation's table: (what, the model's, the base's), for the terminal and for the page."""
+"""An evaluation for its readers: the rows of its table (what, the model's, the base's), and JSON."""
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 
@@ -27,6 +29,19 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         speed = result["speed"]
         found.append(("tokens a second", _number(speed["model"], ",.0f"), _number(speed["base"], ",.0f")))
     return found
+
+
+def as_json(result: dict[str, Any], indent: int | None = 1) -> str:
+    """JSON has no NaN and no infinity, which a broken model's numbers may be: null."""
+    return json.dumps(_finite(result), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float | None, form: str) -> str:

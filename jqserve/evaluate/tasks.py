@@ -23,6 +23,8 @@ from jqserve.library import Model, Params
 FLAG = "--tasks"
 #: Sequences in one forward pass.
 BATCH = 64
+#: Logits on the device at a time: tokens x vocabulary.
+LOGITS = 1 << 27
 #: Tokens beyond the answer's own that a generated answer may take.
 SLACK = 16
 
@@ -36,10 +38,16 @@ class Task:
 
 def read_tasks(path: Path, limit: int | None = None) -> list[Task]:
     """Raises RequestError naming the line."""
+    if limit is not None and limit < 1:
+        raise RequestError("--limit", f"must be at least 1, found {limit}")
     if not path.is_file():
         raise RequestError(FLAG, f"no such file: {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(FLAG, f"{path}: cannot be read as text: {error}") from None
     tasks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
         if not line.strip():
             continue
         try:
@@ -78,21 +86,32 @@ def score(
     generate: Generate,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """tokenizer: jqserve.server.tokenizer.Tokenizer of the model."""
+    """tokenizer: jqserve.server.tokenizer.Tokenizer of the model. Raises RequestError for a task that the model has no
+    positions for."""
     prompts, answers = [], []
     ends = model.config.eos_token_ids
     for task in tasks:
         ids = ask(tokenizer, task.prompt)
         prompts.append(ids)
         answers.append([*tokenizer.encode(task.answer, add_special_tokens=False), *ends[:1]])
+        needed = len(ids) + len(answers[-1]) + SLACK
+        if needed > model.config.max_position:
+            raise RequestError(
+                FLAG,
+                f"task {len(prompts)} takes {needed} tokens with its answer, more than the model's "
+                f"{model.config.max_position} positions: shorten it or leave it out",
+            )
     right = np.zeros(len(tasks), bool)
     order = sorted(range(len(tasks)), key=lambda i: len(prompts[i]) + len(answers[i]))  # little padding
-    if ends:
-        for begin in range(0, len(order), BATCH):
-            chosen = order[begin : begin + BATCH]
-            right[chosen] = _forced(model, params, [prompts[i] for i in chosen], [answers[i] for i in chosen])
-            if progress:
-                progress(begin + len(chosen), len(tasks))
+    waiting = order if ends else []
+    while waiting:  # the longest first: what fits their width fits all
+        width = -(-(len(prompts[waiting[-1]]) + len(answers[waiting[-1]])) // 32) * 32  # few programs
+        size = max(1, min(BATCH, LOGITS // (width * model.config.vocab_size)))
+        waiting, chosen = waiting[:-size], waiting[-size:]
+        shape = size, width
+        right[chosen] = _forced(model, params, [prompts[i] for i in chosen], [answers[i] for i in chosen], shape)
+        if progress:
+            progress(len(tasks) - len(waiting), len(tasks))
     left = [i for i in range(len(tasks)) if not right[i]]
     if left:
         texts = generate([prompts[i] for i in left], [len(answers[i]) + SLACK for i in left])
@@ -113,11 +132,11 @@ def ask(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _forced(model: Model, params: Params, prompts: list[list[int]], answers: list[list[int]]) -> np.ndarray:
-    """bool [B]: whether each token of the answer is the most likely one after those before it."""
-    longest = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    width = -(-longest // 32) * 32  # few programs
-    ids = np.zeros((BATCH, width), np.int32)
+def _forced(
+    model: Model, params: Params, prompts: list[list[int]], answers: list[list[int]], shape: tuple[int, int]
+) -> np.ndarray:
+    """bool [B]: whether each token of the answer is the most likely one after those before it. shape: of the ids."""
+    ids = np.zeros(shape, np.int32)
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
         ids[row, : len(prompt) + len(answer)] = [*prompt, *answer]
     best = np.asarray(jnp.argmax(model(params, jnp.asarray(ids)), axis=-1))

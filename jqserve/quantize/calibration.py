@@ -107,7 +107,7 @@ def _ids(file: Path) -> Iterator[np.ndarray]:
 
 
 def _jsonl(file: Path, text: str, tokenizer: Encoder) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
         if not line.strip():
             continue
         try:
@@ -117,6 +117,9 @@ def _jsonl(file: Path, text: str, tokenizer: Encoder) -> Iterator[str]:
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             yield row["text"]
         elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            yield tokenizer.need_chat().render(row["messages"], add_generation_prompt=False)
+            try:
+                yield tokenizer.need_chat().render(row["messages"], add_generation_prompt=False)
+            except RequestError as error:
+                raise RequestError(FLAG, f"{file}, line {number}: {error}") from None
         else:
             raise RequestError(FLAG, f'{file}, line {number}: expected {{"text": ...}} or {{"messages": [...]}}')

@@ -57,7 +57,7 @@ def quantize(
     try:
         if dtype is None:
             dtype = "float32" if jax.default_backend() == "cpu" else source.config.dtype
-        run = _Job(source, Path(out), options, samples if options.calibrated else None, dtype, chunk_tokens)
+        run = _Job(source, Path(out).resolve(), options, samples if options.calibrated else None, dtype, chunk_tokens)
         return run.run(restart, progress)
     finally:
         source.close()

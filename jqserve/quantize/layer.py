@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jqserve.errors import CheckpointError
+from jqserve.errors import CheckpointError, UnsupportedError
 from jqserve.models.config import ModelConfig
 from jqserve.quantize import awq, block, compensate, moments
 from jqserve.quantize.activations import Activations
@@ -253,6 +253,7 @@ class _Run:
         coded, note = self._codes(group, parts, weight, rows, live, hessian)
         pieces = [weight[a:b] for a, b in rows]
         for i in live:
+            self._held(parts[i].slot.name, coded[i])
             left = coded[i].on_device()
             self.rows.append(linear_report(parts[i].slot, pieces[i], left, hessian, self.grid.bits, note))
             for suffix, array in self.owner.options.writer().tensors(coded[i], inputs).items():
@@ -298,6 +299,15 @@ class _Run:
                 own = awq.clipped(self.grid, own.astype(jnp.float32), fetch(hessian))
             coded[i] = round_to_nearest(own, self.grid)
         return coded, ""
+
+    def _held(self, name: str, codes: Codes) -> None:
+        """Raises UnsupportedError where the format's dtype cannot hold a scale: no reader would take the file."""
+        if not np.isfinite(codes.scale.astype(np.float32)).all():
+            raise UnsupportedError(
+                f"{name}: its weights are so large that a scale is beyond {self.grid.scale_dtype}, which --format "
+                f"{self.options.written} stores scales in; use --format compressed-tensors where the scheme has it, or "
+                f"--ignore {name}"
+            )
 
     def _inputs(self, found: Moments | None) -> Inputs:
         kind = self.options.row.inputs

@@ -78,6 +78,13 @@ class Options:
             raise RequestError("--act-order", f"belongs to GPTQ, not to {self.scheme}")
         if self.static_groups and not self.act_order:
             raise RequestError("--static-groups", "only matters with --act-order")
+        moved = self.act_order and not self.static_groups and row.grouped and self.group_size != -1
+        if moved and self.written == "compressed-tensors":
+            raise RequestError(
+                "--act-order",
+                "moves columns between groups, and compressed-tensors (0.20) does not read such files any more; add "
+                "--static-groups, or use --format gptq",
+            )
         if not 0 < self.damp < 1:
             raise RequestError("--damp", f"must be between 0 and 1, found {self.damp}")
         if self.search_tokens < 1:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from jqserve.checkpoint.finite import all_finite
+from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.names import LinearGroup, LinearSlot, Vector, modules
+from jqserve.checkpoint.open import is_store
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.readers.patterns import regex_matches
 from jqserve.errors import CheckpointError, RequestError, UnsupportedError
@@ -46,6 +48,9 @@ class Source:
     --ignore that names nothing."""
 
     def __init__(self, path: str | Path, ignore: tuple[str, ...] = ()) -> None:
+        if is_store(path) or gguf_of(path) is not None:
+            what = "was written by `jqserve convert`" if is_store(path) else "is a GGUF file"
+            raise UnsupportedError(f"{path}: {what}; give the unquantized Hugging Face directory that it was made from")
         self.checkpoint = Checkpoint(path)
         opened = open_model(self.checkpoint, None, "config", None)
         if opened.method != "none":

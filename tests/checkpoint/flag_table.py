@@ -92,7 +92,7 @@ CHECKPOINTS: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
         for group in (32, 64, 128, 256)
     },
 }
-GGUF = tuple(DECODERS)
+GGUF = ("F16", "BF16", *DECODERS)
 KV_FLAGS = ("auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
 CONFIG = ModelConfig("LlamaForCausalLM", "llama", 64, 64, 64, 1, 4, 2, 16, 1e-5, RopeConfig(), 512, False)
 NAMES = list(dict.fromkeys(("auto", *ONLINE, *FORMATS, "w4afp8")))

@@ -6,11 +6,21 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 NUMBERS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8}
-NUMBERS |= {"Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
-SIZES = {"F32": (1, 4), "F16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24)}
+NUMBERS |= {"BF16": 30, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+FLOATS: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SIZES = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+}
 SIZES |= {"Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176)}
 SIZES |= {"Q6_K": (256, 210)}
 Tensor = tuple[str, tuple[int, ...], bytes]  # type, [N, K], data
@@ -63,18 +73,21 @@ FIELDS: dict[str, Any] = {
 
 
 def floats(rng: np.random.Generator, *shape: int, kind: str = "F32") -> Tensor:
-    dtype = np.float32 if kind == "F32" else np.float16
+    dtype = FLOATS[kind]
     return kind, shape, rng.normal(0, 0.1, shape).astype(dtype).tobytes()
 
 
 def model(kind: str, seed: int = 0) -> dict[str, Tensor]:
-    """One layer whose matrices are random blocks of `kind`, repeated from tests/data/gguf_blocks."""
+    """One layer whose matrices are floats, or random blocks of `kind`, repeated from tests/data/gguf_blocks."""
     rng = np.random.default_rng(seed)
-    raw = np.load(Path(__file__).parents[1] / "data" / "gguf_blocks" / "blocks.npz")[f"{kind}/raw"]
-    block, width = SIZES[kind]
-    blocks = raw.reshape(-1, width)
+    if kind not in FLOATS:
+        raw = np.load(Path(__file__).parents[1] / "data" / "gguf_blocks" / "blocks.npz")[f"{kind}/raw"]
+        block, width = SIZES[kind]
+        blocks = raw.reshape(-1, width)
 
     def matrix(n: int, k: int) -> Tensor:
+        if kind in FLOATS:
+            return floats(rng, n, k, kind=kind)
         chosen = blocks[rng.integers(0, len(blocks), n * k // block)]
         return kind, (n, k), chosen.tobytes()
 

@@ -18,6 +18,7 @@ from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.gguf_file import GgufFile, gguf_of
 from jqserve.checkpoint.gguf_tokenizer import write_tokenizer
+from jqserve.checkpoint.open import open_checkpoint
 from jqserve.checkpoint.readers.gguf import DECODERS, Gguf, dequantized
 from jqserve.errors import CheckpointError, JqserveError, UnsupportedError
 from jqserve.quant import QuantizedTensor, dequantize
@@ -124,6 +125,36 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
     ),
     "half a head": ({"llama.rope.dimension_count": 32}, {}, UnsupportedError, "dimension_count"),
 }
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_a_file_of_floats_is_quantized_while_loading(kind: str, tmp_path: Path) -> None:
+    """It is not "quantized already"; what it is says the plan, and a calibrated scheme wants a directory."""
+    path = g.write(tmp_path / "model.gguf", kind)
+    plain, quantized = (load(path, device_put=keep_on_host, quantization=q) for q in (None, "int8"))
+    for group in ("qkv", "o"):
+        weight = plain.params["layers"]["0"]["attn"][group]["weight"]
+        found = quantized.params["layers"]["0"]["attn"][group]["weight"]
+        assert isinstance(found, QuantizedTensor) and not isinstance(weight, QuantizedTensor)
+        np.testing.assert_allclose(dequantize(found), weight.astype(np.float32), atol=np.abs(weight).max() / 127)
+    with pytest.raises(UnsupportedError, match="not quantized; awq is calibrated on the weights of a Hugging Face"):
+        load(path, device_put=keep_on_host, quantization="awq")
+
+
+def test_a_file_without_a_tokenizer_takes_the_ends_of_the_one_beside(tmp_path: Path) -> None:
+    """Without them no answer would end; and a converted model keeps that tokenizer."""
+    g.write(tmp_path / "model.gguf", "Q4_0")
+    assert load(tmp_path / "model.gguf", device_put=keep_on_host).config.eos_token_ids == ()
+    added = [{"id": 1, "content": "<|bos|>"}, {"id": 2, "content": "<|end|>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    named = {"bos_token": {"content": "<|bos|>"}, "eos_token": "<|end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    config = load(tmp_path / "model.gguf", device_put=keep_on_host).config
+    assert config.eos_token_ids == (2,) and config.bos_token_id == 1
+    with open_checkpoint(tmp_path / "model.gguf") as checkpoint:
+        (tmp_path / "out").mkdir()
+        checkpoint.copy_side_files(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"added_tokens": added}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -144,6 +144,16 @@ REFUSED: dict[str, tuple[Any, type[JqserveError], tuple[str, ...]]] = {
     ),
     "torchao as text": ({"quant_method": "torchao", "quant_type": "int8wo"}, CheckpointError, ("quant_type", "object")),
     "torchao unknown": (m.torchao("UIntXWeightOnlyConfig"), UnsupportedError, ("UIntX", "Int4WeightOnlyConfig")),
+    "a cache in int8": (
+        c.compressed("float-quantized", c.weights(8, "float", "channel"), kv_cache_scheme={"type": "int"}),
+        UnsupportedError,
+        ("kv_cache_scheme", "'int'", "'float'"),
+    ),
+    "a cache in 4 bits": (
+        c.compressed("float-quantized", c.weights(8, "float", "channel"), kv_cache_scheme={"num_bits": 4}),
+        UnsupportedError,
+        ("kv_cache_scheme", "num_bits: 4", "8"),
+    ),
     "torchao tiles": (
         m.torchao("Int4WeightOnlyConfig", int4_packing_format={"_data": "TILE_PACKED_TO_4D"}),
         UnsupportedError,

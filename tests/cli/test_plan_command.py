@@ -158,6 +158,13 @@ def test_kv_scales_are_told_of(tmp_path: Path, fixtures_dir: Path, capsys: pytes
     assert not any("kv_cache_scheme" in note for note in planned(capsys, made, "--activations", "none")["notes"])
 
 
+def test_on_a_cpu_it_is_computed_in_float32(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the engine does, which prints the same table."""
+    for flags, dtype in (((), "float32"), (("--dtype", "bfloat16"), "bfloat16")):
+        found = planned(capsys, demo_dir, "--device", "cpu", *flags)
+        assert (found["model"]["dtype"], found["kv_cache"]["dtype"], found["rows"][0]["dtype"]) == (dtype,) * 3
+
+
 def test_unquantized_checkpoints_take_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = tiny.make(
         tmp_path, num_hidden_layers=3, hidden_size=256, intermediate_size=384, tie_word_embeddings=False
@@ -166,9 +173,19 @@ def test_unquantized_checkpoints_take_one_line(tmp_path: Path, capsys: pytest.Ca
         "model.embed_tokens": "the embedding is looked up",
         "every Linear": "the checkpoint is not quantized",
     }
-    uneven = planned(capsys, made, "--torchao-config", "int4wo-256")["unquantized"]
+    found = planned(capsys, made, "--torchao-config", "int4wo-256")
+    uneven, reason = found["unquantized"], "not quantized: 384 in features are no multiple of the group of 256"
     assert uneven["lm_head"] == "the head is never quantized while loading"
-    assert uneven["model.layers.{0-2}.mlp.down_proj"] == "256 x 384 does not fit the scheme"
+    assert uneven["model.layers.{0-2}.mlp.down_proj"] == reason
+    assert f"down: {reason}" in found["warnings"]
+    rows = [(row["path"], row["scheme"], row["note"]) for row in found["rows"]]
+    assert ("layers.0.mlp.down", "dense", reason) in rows
+    asked, converted = {"quantization": "torchao:int4wo-256", "device_put": keep_on_host}, tmp_path / "store"
+    store.convert(made, converted)
+    for loaded in (load(made, **asked), dummy.load(made, **asked), load(converted, **asked)):  # as the server tells it
+        assert [(row.path, row.scheme, row.note) for row in loaded.plan.rows] == rows
+    found = planned(capsys, converted, "--torchao-config", "int4wo-256")
+    assert [(row["path"], row["scheme"], row["note"]) for row in found["rows"]] == rows
 
 
 def test_it_takes_the_servers_flags(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,7 @@ def main() -> None:
     from lm_eval.tasks import TaskManager
 
     import jqserve.evaluate.harness as harness
+    from jqserve.errors import JqserveError
 
     found = lm_eval.simple_evaluate(
         model="jqserve",
@@ -64,7 +65,12 @@ def main() -> None:
         bootstrap_iters=0,
         log_samples=True,
     )
-    assert harness.JqserveLM
+    try:
+        harness.JqserveLM(folder, quantization="int4", batch_size=1)
+    except JqserveError as error:
+        assert "quantization not known; there are pretrained" in str(error)
+    else:
+        raise AssertionError("an argument that does nothing was taken")
     rolling = [float(sample["filtered_resps"][0]) for sample in found["samples"]["local_rolling"]]
     choice = []  # what was really asked, and the answer
     for sample in found["samples"]["local_choice"]:

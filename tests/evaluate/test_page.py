@@ -5,7 +5,9 @@ from __future__ import annotations
 import html.parser
 import itertools
 import json
+import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from jqserve.cli.main import main
 from jqserve.evaluate import run
 from jqserve.evaluate.page import page
-from jqserve.evaluate.summary import rows
+from jqserve.evaluate.summary import as_json, rows
 from jqserve.evaluate.svg import Axes, ticks
 from jqserve.evaluate.verdict import FAILED, judge
 
@@ -125,6 +127,46 @@ def test_the_exit_status(
     monkeypatch.setattr(run, "evaluate", evaluate)
     assert main(["eval", "--model-path", "m", "--base", "b", "--text", "t", "--min-recovery", threshold]) == status
     assert capsys.readouterr().out.strip().endswith(f"threshold {float(threshold):.1%}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--min-recovery", "98"], "--min-recovery: is a share from 0 to 1 (0.98 for 98 %), found 98"),
+        (["--html", "/no/such/place/r.html"], "--html: /no/such/place/r.html: its directory does not exist"),
+        (["--json", "/no/such/place/r.json"], "--json: /no/such/place/r.json: its directory does not exist"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    monkeypatch.setattr(run, "evaluate", None)
+    assert main(["eval", "--model-path", "m", "--text", "t", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_of_a_broken_model() -> None:
+    """They fail it, also beside tasks that are right; JSON has no word for them."""
+    text = {"perplexity": math.nan, "base_perplexity": 10.0, "kl": math.nan, "top1_agreement": 0.0}
+    found = result(text={**text, "kl_by_position": [math.nan] * 9})
+    assert judge(found, 0.5).recovery == 0.0 and not judge(found, 0.5).passed
+    assert json.loads(as_json(found))["text"]["perplexity"] is None
+    assert "nan" not in page(found).replace(">nan<", "") and page(found).count("<svg") == 3
+
+
+def test_a_base_that_solves_nothing_passes_nothing() -> None:
+    verdict = judge(result(text=None, tasks={"accuracy": 0.0, "base_accuracy": 0.0, "by_kind": {}}), 0.98)
+    assert verdict.status == FAILED and "the base solves none of the tasks" in verdict.line()
+
+
+def test_size_on_disk(tmp_path: Path) -> None:
+    for name, size in (("hf/a.safetensors", 3), ("hf/x.json", 9), ("gguf/m.gguf", 5), ("store/jqserve.json", 2)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "store" / "params").mkdir()
+    (tmp_path / "store" / "params" / "data").write_bytes(b"x" * 20)
+    found = [run._bytes(str(tmp_path / name)) for name in ("hf", "gguf/m.gguf", "gguf", "store")]
+    assert found == [3, 5, 5, 22]
 
 
 def test_the_verdict() -> None:

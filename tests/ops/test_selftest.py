@@ -48,6 +48,13 @@ def test_nan_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         list(selftest.self_test([("a", weight("uint4"))], "float32", (4,)))
 
 
+def test_a_module_of_zeros_passes() -> None:
+    """Pruned layers exist; a share of nothing is no number, and refused to serve them."""
+    zeros = weight("uint4")
+    zeros = zeros.replace(scale=jnp.zeros_like(zeros.scale))
+    assert list(selftest.self_test([("a", zeros)], "float32", (4,))) == ["a: within 0.0e+00 of the largest output"]
+
+
 def test_one_weight_of_each_spec_is_tested() -> None:
     several = [(f"layers.{i}", weight("uint4")) for i in range(3)] + [("head", weight("nf4"))]
     assert [line.partition(":")[0] for line in selftest.self_test(several, "float32", (4,))] == ["layers.0", "head"]

@@ -14,7 +14,7 @@ import pytest
 from bench.llama8b import LLAMA_3_1_8B
 from jqserve.checkpoint.model_config import model_config
 from jqserve.errors import RequestError
-from jqserve.quantize import block, moments
+from jqserve.quantize import block, calibration, moments
 from jqserve.quantize.activations import Activations
 from jqserve.quantize.calibration import read_calibration
 
@@ -59,6 +59,24 @@ def test_which_rows(tmp_path: Path) -> None:
     drawn = read(path, 5, seed=3)
     assert np.array_equal(drawn, read(path, 5, seed=3)) and not np.array_equal(drawn, read(path, 5, seed=4))
     assert len(set(drawn[:, 0].tolist())) == 5
+
+
+def test_a_line_ends_with_a_newline_alone(tmp_path: Path) -> None:
+    """json.dumps(..., ensure_ascii=False) leaves U+2028 and U+0085 as they are inside strings."""
+    row = {"text": "a\x85b\x0cc\u2028d"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    documents = list(calibration._read(tmp_path / "b.jsonl", Letters))
+    assert [list(map(chr, ids)) for ids in documents] == [list(row["text"])]
+
+
+def test_a_chat_that_cannot_be_rendered_is_named(tmp_path: Path) -> None:
+    class Strict(Letters):
+        def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            raise RequestError("chat", "roles must alternate")
+
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"messages": []}')
+    with pytest.raises(RequestError, match=r"b\.jsonl, line 2: chat: roles must alternate"):
+        read_calibration(tmp_path / "b.jsonl", 9, 4, 128, Strict, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import jqserve
+from jqserve.cli.main import main
 from jqserve.quantize import files
 from jqserve.quantize.job import Progress, quantize
 from jqserve.quantize.options import Options
@@ -204,11 +206,68 @@ def test_weights_that_are_all_zero(base: Path, tmp_path: Path) -> None:
 def test_activations_that_overflow(tmp_path: Path) -> None:
     made = tiny.make(tmp_path / "large")
     made.tensors["model.layers.0.mlp.down_proj.weight"] = (
-        made.tensors["model.layers.0.mlp.down_proj.weight"].astype(np.float32) * 1e38
+        made.tensors["model.layers.0.mlp.down_proj.weight"].astype(np.float32) * 1e6
     ).astype(made.tensors["model.norm.weight"].dtype)
     made.save()
     with pytest.raises(jqserve.JqserveError, match=r"model\.layers\.\d: the input of \w+ is not finite"):
-        quantize(tmp_path / "large", tmp_path / "out", GPTQ, SAMPLES)
+        quantize(
+            tmp_path / "large",
+            tmp_path / "out",
+            dataclasses.replace(GPTQ, format="compressed-tensors"),
+            SAMPLES,
+            dtype="float16",
+        )
+
+
+@pytest.mark.parametrize("options", [Options("w4a16", format="gptq"), AWQ, GPTQ], ids=["rtn", "awq", "gptq"])
+def test_a_scale_that_float16_cannot_hold(tmp_path: Path, options: Options) -> None:
+    """It was written as infinity, in a file that nothing loads, or a layer later the weights were called damaged."""
+    made = tiny.make(tmp_path / "base")
+    made.tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = 3e6
+    with pytest.raises(jqserve.JqserveError, match=r"^model\.layers\.0\.mlp\.down_proj: .* beyond float16"):
+        quantize(made.save().path, tmp_path / "out", options, SAMPLES)
+    quantize(made.path, tmp_path / "ct", Options("w4a16"))
+    assert loadable(tmp_path / "ct")
+
+
+def test_the_working_directory_as_output(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    quantize(base, ".", Options("w4a16"))
+    assert loadable(tmp_path / "here") and [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_what_is_no_hugging_face_directory(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "jqserve.json").write_text("{}")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name, what in (("store", "was written by `jqserve convert`"), ("model.gguf", "is a GGUF file")):
+        with pytest.raises(jqserve.JqserveError, match=f"{what}; give the unquantized Hugging Face directory"):
+            quantize(tmp_path / name, tmp_path / "out", Options("w4a16"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--scheme", "w4a16", "--damp", "0.1"], "--damp: belongs to GPTQ, which --scheme w4a16"),
+        (["--scheme", "awq", "--damp", "0.1"], "--damp: belongs to GPTQ, which --scheme awq"),
+        (["--scheme", "gptq", "--no-clip"], "--no-clip: belongs to AWQ"),
+        (["--scheme", "gptq", "--search-tokens", "64"], "--search-tokens: belongs to AWQ"),
+        (["--scheme", "w4a16", "--calibration", "x.txt"], "--calibration: --scheme w4a16 as asked for here takes no"),
+    ],
+)
+def test_flags_that_would_do_nothing(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert main(["quantize", "--model-path", str(base), "--out", str(tmp_path / "out"), *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_fewer_rows_than_asked_for_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "ids.npy", SAMPLES)
+    flags = ["--scheme", "fp8-static", "--calibration", str(tmp_path / "ids.npy"), "--seqlen", "32"]
+    assert main(["quantize", "--model-path", str(base), "--out", str(tmp_path / "out"), *flags]) == 0
+    assert "calibrating on 6 rows of 32 tokens (--samples asks for 512" in capsys.readouterr().out
 
 
 def test_a_quantized_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "ct fp8": ("transformers", {"scheme": "fp8-dynamic", "kv_cache": "fp8"}, 1e-2),
     "ct fp8 static": ("transformers", {"scheme": "fp8-static"}, 1e-2),
     "ct int8": ("transformers", {"scheme": "w8a8-int8", "smoothquant": 0.5}, 1e-2),
+    "ct gptq act-order": (
+        "transformers",
+        {"scheme": "gptq", "format": "compressed-tensors", "act_order": True, "group_size": -1},
+        1e-2,
+    ),
     "fp8 block": ("transformers", {"scheme": "fp8-block", "format": "fp8"}, 1e-2),
 }
 

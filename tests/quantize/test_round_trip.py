@@ -17,6 +17,7 @@ from tests.checkpoint import decoders, tiny
 
 SAMPLES = np.random.default_rng(0).integers(0, tiny.CONFIG["vocab_size"], (8, 32)).astype(np.int32)
 O_PROJ = "re:.*o_proj"
+CT = "compressed-tensors"
 #: name -> (options, least signal to error in dB of any Linear: 6.02 a bit, less where groups are long)
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "w4a16 ct": ({"scheme": "w4a16"}, 18),
@@ -30,7 +31,8 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "int8 smoothquant gptq": ({"scheme": "w8a8-int8", "smoothquant": 0.5, "gptq": True}, 33),
     "gptq v1 asym": ({"scheme": "gptq", "format": "gptq", "symmetric": False, "group_size": 64}, 10),
     "gptq v2 act-order": ({"scheme": "gptq", "format": "gptq_v2", "act_order": True, "group_size": 64}, 10),
-    "gptq ct act-order": ({"scheme": "gptq", "format": "compressed-tensors", "act_order": True, "group_size": 32}, 10),
+    "gptq ct act-order": ({"scheme": "gptq", "format": CT, "act_order": True, "static_groups": True}, 10),
+    "gptq ct act-order channel": ({"scheme": "gptq", "format": CT, "act_order": True, "group_size": -1}, 10),
     # Rounding to the nearest of 8 bits in groups of 128 gives some 44 dB; GPTQ moves weights up to a step further away.
     "gptq 8 bit static": ({"scheme": "gptq", "bits": 8, "act_order": True, "static_groups": True}, 36),
     "awq": ({"scheme": "awq", "ignore": (O_PROJ,), "group_size": 64}, 14),
@@ -125,6 +127,7 @@ def test_what_cannot_be_is_said(base: tiny.Tiny, tmp_path: Path, scheme: Options
         ({"scheme": "awq", "symmetric": True}, "--sym"),
         ({"scheme": "w4a16", "act_order": True}, "--act-order"),
         ({"scheme": "gptq", "static_groups": True}, "--static-groups"),
+        ({"scheme": "gptq", "act_order": True, "format": CT}, "--act-order"),
         ({"scheme": "gptq", "damp": 0.0}, "--damp"),
         ({"scheme": "fp8-dynamic", "gptq": True}, "--gptq"),
         ({"scheme": "gptq", "smoothquant": 0.5}, "--smoothquant"),

@@ -34,7 +34,11 @@ class CompressedTensorsPlan:
             extra = config.child(key)
             if extra and extra.data and extra.data.get("format", "?") not in (None, "dense"):
                 raise config.unsupported(key, "none (sparse and transformed weights are not read)")
-        self.kv_cache_scheme = config.child("kv_cache_scheme") is not None
+        cache = config.child("kv_cache_scheme")
+        if cache is not None:  # its scales would be taken for fp8's
+            cache.one_of("type", ("float",), "float")
+            cache.one_of("num_bits", (8,), 8)
+        self.kv_cache_scheme = cache is not None
         groups = config.child("config_groups")
         if groups is None or not groups.data:
             raise config.error("config_groups", "at least one group")

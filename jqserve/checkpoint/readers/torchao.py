@@ -23,6 +23,7 @@ from jqserve.checkpoint.scheme import (
     finite,
     grid_f32,
     transposed,
+    ungrouped,
 )
 from jqserve.errors import CheckpointError
 from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantSpec
@@ -77,7 +78,10 @@ class TorchaoInt4(Scheme):
         return "torchao"
 
     def spec(self, n: int, k: int) -> QuantSpec | None:
-        return QuantSpec("uint4", (n, k), (1, self.group_size), "offset") if k % self.group_size == 0 else None
+        return None if self.misfit(n, k) else QuantSpec("uint4", (n, k), (1, self.group_size), "offset")
+
+    def misfit(self, n: int, k: int) -> str:
+        return ungrouped(k, self.group_size) if k % self.group_size else ""
 
     def needs(self, n: int, k: int) -> dict[str, Need]:
         if k % self.group_size:  # torchao leaves such a Linear as it is

@@ -26,6 +26,7 @@ class CompressedTensors:
     def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
         grid, (n, k) = codes.grid, codes.shape
         scale = codes.scale.reshape(1) if grid.group == (0, 0) else codes.scale
+        assert codes.group_index is None  # Options refuses groups in the order of work
         if _format(grid, inputs.kind) == "pack-quantized":
             found: Tensors = {
                 "weight_packed": pack_last(codes.values, grid.bits),
@@ -34,8 +35,6 @@ class CompressedTensors:
             }
             if codes.zero is not None:
                 found["weight_zero_point"] = pack_first(codes.zero, grid.bits)
-            if codes.group_index is not None:
-                found["weight_g_idx"] = codes.group_index
             return found
         values = codes.values
         if grid.kind == "int":  # u - 128 as int8: the top bit of two's complement, flipped
@@ -47,9 +46,7 @@ class CompressedTensors:
 
     def config(self, facts: Facts) -> dict[str, Any]:
         grid, form = facts.grid, _format(facts.grid, facts.inputs)
-        order = None
-        if facts.act_order:
-            order = "static" if facts.static_groups else "group"
+        order = ("static" if facts.static_groups else "weight") if facts.act_order else None
         weights = _arguments(grid.bits, grid.kind, **_strategy(grid), symmetric=grid.symmetric, actorder=order)
         group = {
             "targets": ["Linear"],
