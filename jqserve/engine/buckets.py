@@ -98,8 +98,8 @@ def ladder(top: int, steps: Sequence[int]) -> tuple[int, ...]:
 
 
 def make_buckets(running: int, tiles: int, *, fine: bool, steps: int = 1, steps_rows: int | None = None) -> Buckets:
-    """The shapes for at most `running` requests, `tiles` prefill tiles a step, `steps` decode steps a dispatch (of up to
-    `steps_rows` rows).
+    """The shapes for at most `running` requests, `tiles` prefill tiles a step, `steps` decode steps a dispatch (of up
+    to `steps_rows` rows).
 
     `fine` (GPUs): powers of two from 8 on. Padding a decode step from 2 to 8 rows costs nothing, since the kernels'
     smallest tile has 8 columns, and from 9 to 16 next to nothing, for the weights are read once either way; a mixed

@@ -134,9 +134,9 @@ class DeviceDefaults:
 #: A CPU computes every padded row, and its users wait for every compilation (~5 s of processor time each); a dispatch
 #: costs it nothing beside a step.
 #: The GPU figures follow the attention kernels: pages of 64 tokens, tiles of 128 queries (prefill takes no others).
-#: Handing a program over costs the host 2.3 ms on an H200, and a step of a few rows of an 8B model takes 2.1 (4 bits) to
-#: 4.4 ms: two steps a dispatch hide it (4-bit, batch 1, bench/results/decode.json: 411 tokens/s with one step, 477 with
-#: four); from 64 rows on a step is longer than its launch, and more of them would only make newcomers wait.
+#: Handing a program over costs the host 2.3 ms on an H200, and a step of a few rows of an 8B model takes 2.1 (4 bits)
+#: to 4.4 ms: two steps a dispatch hide it (4-bit, batch 1, bench/results/decode.json: 411 tokens/s with one step, 477
+#: with four); from 64 rows on a step is longer than its launch, and more of them would only make newcomers wait.
 CPU = DeviceDefaults(16, 128, 16, 32, False, (Variant.SCORED,), False, 1, 1, 1)
 GPU = DeviceDefaults(256, 2048, 64, 128, True, ORDER, True, 2, 8, 3)
 
