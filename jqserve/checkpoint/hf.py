@@ -18,6 +18,8 @@ from jqserve.errors import CheckpointError, UnsupportedError
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 SINGLE = "model.safetensors"
+#: The manifest of a directory that `jqserve convert` wrote.
+MANIFEST = "jqserve.json"
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 #: config.json and the like are small; a larger one is not what it says.
 MAX_JSON_BYTES = 256 << 20
@@ -137,7 +139,7 @@ class Checkpoint:
         """Configuration, tokenizer and templates, to the directory `out`."""
         for pattern in SIDE_FILES:
             for file in sorted(self.path.glob(pattern)):
-                if file.name not in (INDEX, "jqserve.json"):
+                if file.name not in (INDEX, MANIFEST):
                     shutil.copyfile(file, out / file.name)
 
     def _open_shards(self) -> None:
@@ -205,6 +207,10 @@ class Checkpoint:
             raise UnsupportedError(
                 f"{self.path}: {pickles[0]} is a pickle, which may run code when it is read; only .safetensors is "
                 "read: save the model with safetensors"
+            )
+        if (self.path / MANIFEST).is_file():
+            raise UnsupportedError(
+                f"{self.path}: `jqserve convert` wrote it, for serving; this needs the checkpoint that it was made from"
             )
         raise CheckpointError(
             f"{self.path}: has no .safetensors file; for random weights in config.json's scheme use --load-format dummy"

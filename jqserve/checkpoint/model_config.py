@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jqserve.checkpoint.fields import Fields
@@ -16,6 +17,9 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 DTYPES = ("bfloat16", "float16", "float32")
+#: What transformers' configuration classes take where the key is absent; null means none.
+ABSENT_WINDOW = 4096  # Mistral, Qwen2, Qwen3
+ABSENT_HEAD_DIM = {"qwen3": 128}  # the others: hidden_size / num_attention_heads
 
 
 def model_config(
@@ -34,9 +38,10 @@ def model_config(
     kv_heads = config.integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of num_attention_heads {heads}")
-    if config.data.get("head_dim") is None and hidden % heads:
+    usual = ABSENT_HEAD_DIM.get(model_type)
+    if config.data.get("head_dim") is None and usual is None and hidden % heads:
         raise config.error("hidden_size", f"a multiple of num_attention_heads {heads} (or a head_dim)")
-    head_dim = config.integer("head_dim", hidden // heads)
+    head_dim = config.integer("head_dim", usual or hidden // heads)
     if head_dim % 2:
         raise config.error("head_dim", "an even number (rotary embedding turns pairs)")
     max_position = config.integer("max_position_embeddings")
@@ -45,7 +50,10 @@ def model_config(
     if not 0 < eps < 1:
         raise config.error("rms_norm_eps", "a small positive number")
     config.one_of("hidden_act", ("silu",), "silu")
-    special = Fields({**config_json, **{k: v for k, v in (generation_config or {}).items() if v is not None}}, where)
+    generation = Fields(generation_config or {}, str(Path(where).with_name("generation_config.json")))
+    bos, eos, pad = (
+        _special_tokens(generation, config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    )
     return ModelConfig(
         architecture=architecture,
         model_type=model_type,
@@ -66,9 +74,9 @@ def model_config(
         qk_norm=model_type == "qwen3",
         sliding_windows=_sliding_windows(config, model_type, layers),
         dtype=_dtype(config),
-        bos_token_id=_token_ids(special, "bos_token_id")[0],
-        eos_token_ids=tuple(i for i in _token_ids(special, "eos_token_id") if i is not None),
-        pad_token_id=_token_ids(special, "pad_token_id")[0],
+        bos_token_id=bos[0],
+        eos_token_ids=tuple(i for i in eos if i is not None),
+        pad_token_id=pad[0],
     )
 
 
@@ -95,7 +103,7 @@ def _sliding_windows(config: Fields, model_type: str, layers: int) -> tuple[int 
     """
     if model_type == "llama":
         return (None,) * layers
-    window = config.integer("sliding_window", None)
+    window = config.integer("sliding_window", None if "sliding_window" in config.data else ABSENT_WINDOW)
     if model_type != "mistral" and not config.flag("use_sliding_window"):
         window = None
     kinds = config.texts("layer_types")
@@ -116,6 +124,11 @@ def _dtype(config: Fields) -> str:
     if name and name not in DTYPES:
         raise config.unsupported(key, ", ".join(DTYPES))
     return name
+
+
+def _special_tokens(generation: Fields, config: Fields, key: str) -> tuple[int | None, ...]:
+    """generation_config.json has the last word."""
+    return _token_ids(config if generation.data.get(key) is None else generation, key)
 
 
 def _token_ids(config: Fields, key: str) -> tuple[int | None, ...]:

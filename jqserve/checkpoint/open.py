@@ -9,11 +9,9 @@ from pathlib import Path
 
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.gguf_file import gguf_of
-from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.hf import MANIFEST, Checkpoint
 
 AnyCheckpoint = Checkpoint | GgufCheckpoint
-#: The manifest of a directory that `jqserve convert` wrote.
-MANIFEST = "jqserve.json"
 
 
 def open_checkpoint(path: Path | str | AnyCheckpoint, *, weights: bool = True) -> AnyCheckpoint:

@@ -16,6 +16,9 @@ def rope_config(config: Fields, max_position: int) -> RopeConfig:
     scaling = config.child("rope_scaling")
     if parameters is not None and any(isinstance(v, dict) for v in parameters.data.values()):
         raise config.unsupported("rope_parameters", "one set of parameters for all layers")
+    if parameters is not None and scaling is not None and _scaling(parameters) != _scaling(scaling):
+        # transformers would take the scaling, and 10000 as theta unless that stands in it or at the top
+        raise config.error("rope_scaling", "none beside rope_parameters that say something else: put it into them")
     source = parameters or scaling
     for fields in (config, source or config):
         if fields.number("partial_rotary_factor", 1.0) != 1.0:
@@ -51,6 +54,12 @@ def rope_config(config: Fields, max_position: int) -> RopeConfig:
         if source.data.get("truncate") is not None:
             extra += (("truncate", float(source.flag("truncate"))),)
     return RopeConfig(theta=theta, kind=kind, factor=factor, original_max_position=original, extra=extra)
+
+
+def _scaling(fields: Fields) -> dict[str, object]:
+    """All but theta, in one dialect, to compare."""
+    facts = {k: v for k, v in fields.data.items() if v is not None and k not in ("rope_theta", "type", "rope_type")}
+    return facts | {"kind": fields.data.get("rope_type") or fields.data.get("type") or "default"}
 
 
 def _positive(source: Fields, key: str, theta: float) -> float:

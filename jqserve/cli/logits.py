@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise RequestError("--out", f"{out.parent} is not a directory")
+    if out.is_dir():
+        raise RequestError("--out", f"{out} is a directory; give the file to write in it")
 
     from jqserve import library  # imports jax: after the cheap checks
 

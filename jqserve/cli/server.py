@@ -37,7 +37,6 @@ ENGINE_FLAGS = (
     "max_running_requests",
     "max_queued",
     "context_length",
-    "mem_fraction_static",
     "chunked_prefill_size",
     "page_size",
     "num_pages",
@@ -74,7 +73,7 @@ SERVING_FLAGS = (
 )
 
 #: the same, but their zero means something
-GIVEN_FLAGS = ("max_queued", "random_seed", "schedule_conservativeness", "self_test")
+GIVEN_FLAGS = ("max_queued", "random_seed", "schedule_conservativeness", "self_test", "mem_fraction_static")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,7 +156,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--frontend", choices=("process", "inline"), default="process", help="inline: one process (tests)"
     )
     serving.add_argument(
-        "--drain-timeout", type=float, default=300.0, metavar="S", help="for running requests at SIGTERM"
+        "--drain-timeout", type=seconds, default=300.0, metavar="S", help="for running requests at SIGTERM"
     )
     serving.add_argument("--ready-file", metavar="FILE", help="written when ready: JSON {host, port, pid, engine_pid}")
     serving.add_argument(
@@ -218,7 +217,7 @@ def add_observability(parser: argparse.ArgumentParser) -> None:
 def seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds (0: no limit)")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
     return value
 
 
@@ -265,6 +264,10 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
     from jqserve.server.config import ServerConfig
     from jqserve.server.tokenizer import has_tokenizer
 
+    if args.model_path == "":  # a variable of the shell that is not set
+        raise UnsupportedError(
+            "--model-path is empty; give a directory or a Hub id, or leave it out for the demo model"
+        )
     model_path = args.model_path or str(DEMO_MODEL)
     looks_local = model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
     folder = Path(model_path).expanduser()

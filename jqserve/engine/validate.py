@@ -12,6 +12,9 @@ MAX_LOGIT_BIAS = 300  # as OpenAI
 MAX_STOP_TOKEN_IDS = 16  # with the EOS ids they fit, beside 300 biases, into a slot's table
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_STRINGS = 32
+#: below it a logit divided by it may overflow float32; a draw at this temperature is greedy, but for ties
+LEAST_TEMPERATURE = 1e-6
+LEAST_REPETITION = 1e-6  # for the same reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     _integer("top_k", s.top_k, 0, 2**31 - 1)
     _number("top_p", s.top_p, 0, 1, above=True)
     _number("min_p", s.min_p, 0, 1)
-    _number("repetition_penalty", s.repetition_penalty, 0, 10, above=True)
+    _number("repetition_penalty", s.repetition_penalty, LEAST_REPETITION, 10)
     _number("presence_penalty", s.presence_penalty, -2, 2)
     _number("frequency_penalty", s.frequency_penalty, -2, 2)
     _integer("seed", s.seed, -(2**63), 2**64 - 1, optional=True)
@@ -61,7 +64,8 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
 
 
 def check_request(request: EngineRequest, limits: Limits) -> EngineRequest:
-    """The request with max_new_tokens cut to what the context leaves, and a seed. Raises RequestError."""
+    """The request with max_new_tokens and min_new_tokens cut to what the context leaves, a temperature that can be
+    divided by, and a seed. Raises RequestError."""
     prompt = request.prompt
     if not prompt:
         raise RequestError("prompt", "it is empty; at least one token is needed")
@@ -76,10 +80,12 @@ def check_request(request: EngineRequest, limits: Limits) -> EngineRequest:
             _token("prompt", token, limits)
     check_sampling(request.sampling, limits)
     room = limits.context_length - len(prompt)
-    asked = request.sampling.max_new_tokens
+    asked, temperature = request.sampling.max_new_tokens, request.sampling.temperature
     sampling = dataclasses.replace(
         request.sampling,
         max_new_tokens=room if asked is None else min(asked, room),
+        min_new_tokens=min(request.sampling.min_new_tokens, room),
+        temperature=0.0 if temperature < LEAST_TEMPERATURE else temperature,
         seed=0 if request.sampling.seed is None else request.sampling.seed,
     )
     return dataclasses.replace(request, sampling=sampling)

@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jqserve.engine import wire
-from jqserve.errors import EngineUnavailableError, JqserveError, UnsupportedError
+from jqserve.errors import CheckpointError, EngineUnavailableError, JqserveError, UnsupportedError
 from jqserve.server import admin
 from jqserve.server.admin import AdminServicer
 from jqserve.server.compat import sglang, vllm
@@ -50,6 +50,7 @@ OPTIONS = (
 )
 LINGER = 0.5  # seconds more of answering UNAVAILABLE: a call that meets the closing itself would read CANCELLED
 PROGRESS_SECONDS = 1.0  # at most one line of progress in this time
+VERDICT = 30.0  # seconds that the engine has to say what is wrong with a checkpoint whose tokenizer does not load
 LAST_WORDS = 2.0  # seconds that statuses have to reach their callers before the sockets close
 
 
@@ -73,6 +74,7 @@ class Server:
         self._announce, self._on_ready = announce, on_ready
         self._drain = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._opened = asyncio.Event()  # the engine has read the checkpoint's configs and headers
         self._told = 0.0
 
     def drain(self) -> None:
@@ -84,6 +86,7 @@ class Server:
     async def run(self, *, handle_signals: bool = True) -> int:
         """Returns the exit status: 0 after a drain, 1 when the engine died, 2 when the user has to change something."""
         try:
+            self._check_ready_file()
             self.frontend = Frontend(self.config)
             if endpoint := self.config.otlp_traces_endpoint:
                 self.frontend.tracer = Tracer("jqserve", endpoint)
@@ -197,7 +200,12 @@ class Server:
         if not config.ids_only:
             source = config.tokenizer_path or config.model_path
             revision = None if config.tokenizer_path else config.revision
-            frontend.tokenizer = await asyncio.to_thread(load_tokenizer, source, revision, config.chat_template)
+            try:
+                frontend.tokenizer = await asyncio.to_thread(load_tokenizer, source, revision, config.chat_template)
+            except CheckpointError:
+                if not config.tokenizer_path:
+                    await self._verdict(engine)
+                raise
         elif config.chat_template:
             raise UnsupportedError("--chat-template needs a tokenizer; give --tokenizer-path")
         frontend.ready(await engine.link.ready)
@@ -206,6 +214,15 @@ class Server:
         self._announce(f"listening on {self._address()}")
         self._write_ready_file()
         self._on_ready(self.port)
+
+    async def _verdict(self, engine: RunningEngine) -> None:
+        """Raises what the engine says of a checkpoint that is none, or cannot be had: that its tokenizer is not there
+        either is no news."""
+        opened = asyncio.ensure_future(self._opened.wait())
+        await asyncio.wait((opened, engine.link.ready), timeout=VERDICT, return_when=asyncio.FIRST_COMPLETED)
+        opened.cancel()
+        if engine.link.ready.done():
+            engine.link.ready.result()
 
     async def _drained(self, engine: RunningEngine) -> int:
         frontend = self.frontend
@@ -234,6 +251,7 @@ class Server:
         return 1
 
     def _progress(self, progress: wire.Progress) -> None:
+        self._opened.set()
         if progress.stage == "plan":
             self._announce(progress.text)
         else:
@@ -251,6 +269,13 @@ class Server:
         if self.config.unix_socket:
             return f"unix:{self.config.unix_socket}"
         return address(self.config.host, self.port or self.config.port)
+
+    def _check_ready_file(self) -> None:
+        """Raises `UnsupportedError`: better now than when a large model is loaded."""
+        if self.config.ready_file:
+            folder = Path(self.config.ready_file).parent
+            if not os.access(folder, os.W_OK) or not folder.is_dir() or Path(self.config.ready_file).is_dir():
+                raise UnsupportedError(f"--ready-file {self.config.ready_file}: no file can be written there")
 
     def _write_ready_file(self) -> None:
         if self.config.ready_file:

@@ -62,11 +62,8 @@ def test_seed_decides(tmp_path: Path) -> None:
 
 
 def test_biases_and_qk_norms(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {**tiny.CONFIG, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": True}
-        )
-    )
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": True, "head_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps({**tiny.CONFIG, **qwen3}))
     attn = dummy.load(str(tmp_path)).params["layers"]["0"]["attn"]
     assert set(attn) == {"qkv", "o", "q_norm", "k_norm"} and attn["qkv"]["bias"].shape == (256,)
 

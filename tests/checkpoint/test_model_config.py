@@ -51,6 +51,10 @@ ROPE: dict[str, tuple[dict[str, Any], RopeConfig]] = {
         {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
         RopeConfig(theta=5e5, original_max_position=256),
     ),
+    "both, and they agree": (
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}, "rope_scaling": {**LLAMA3, "type": "llama3"}},
+        RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64),
+    ),
     "none said": ({"rope_theta": "absent"}, RopeConfig(theta=1e4, original_max_position=256)),
     "llama3 v4": ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64)),
     "llama3 v5": (
@@ -85,6 +89,8 @@ WINDOWS: dict[str, tuple[dict[str, Any], tuple[int | None, ...]]] = {
     "llama has none": ({"sliding_window": 8}, (None, None)),
     "mistral": ({**MISTRAL, "sliding_window": 8}, (8, 8)),
     "mistral without": ({**MISTRAL, "sliding_window": None}, (None, None)),
+    "mistral, not said": ({**MISTRAL}, (4096, 4096)),  # as transformers' MistralConfig
+    "qwen2, not said": ({**QWEN2, "use_sliding_window": True, "max_window_layers": 0}, (4096, 4096)),
     "qwen2, not in use": ({**QWEN2, "sliding_window": 8, "use_sliding_window": False}, (None, None)),
     "qwen2, from a layer on": (
         {**QWEN2, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
@@ -120,6 +126,16 @@ def test_generation_config_has_the_last_word() -> None:
     assert (config.eos_token_ids, config.bos_token_id, config.pad_token_id) == ((5, 6), 3, 9)
 
 
+def test_the_file_at_fault_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id: found '</s>'"):
+        parse({"eos_token_id": "</s>"})
+
+
+def test_head_dim_where_nothing_is_said() -> None:
+    assert parse().head_dim == 32 and parse(**QWEN2).head_dim == 32
+    assert parse(**QWEN3).head_dim == 128  # as transformers' Qwen3Config, whatever the hidden size
+
+
 def test_dtype_words() -> None:
     assert parse(torch_dtype="absent", dtype="float16").dtype == "float16"
     assert parse(torch_dtype="torch.float32").dtype == "float32"
@@ -140,6 +156,14 @@ REFUSED: dict[str, tuple[dict[str, Any], type[JqserveError], tuple[str, ...]]] =
     ),
     "rope factor": ({"rope_scaling": {"type": "linear"}}, CheckpointError, ("rope_scaling", "factor", "nothing")),
     "rope theta": ({"rope_theta": -1.0}, CheckpointError, ("rope_theta", "-1.0")),
+    "rope in two ways": (
+        {
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+            "rope_scaling": {"type": "yarn", "factor": 4.0},
+        },
+        CheckpointError,
+        ("rope_scaling", "'yarn'", "rope_parameters"),
+    ),
     "partial rotary": ({"partial_rotary_factor": 0.5}, UnsupportedError, ("partial_rotary_factor", "0.5")),
     "llama3 without original": (
         {"rope_scaling": {k: v for k, v in LLAMA3.items() if not k.startswith("orig")}},

@@ -210,3 +210,5 @@ def test_command_line(demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "load plan: gptq" in capsys.readouterr().out and store.is_store(out)
     assert main(["convert", "--model-path", str(demo_dir), "--out", str(out)]) == 2
     assert "not an empty directory" in capsys.readouterr().err
+    assert main(["convert", "--model-path", str(out), "--out", str(tmp_path / "again")]) == 2
+    assert "`jqserve convert` wrote it" in capsys.readouterr().err

@@ -73,6 +73,8 @@ def test_usage_and_mistakes(capsys: pytest.CaptureFixture[str], demo_dir: Path, 
     assert "unknown command 'lgits'" in capsys.readouterr().err
     assert run(demo_dir, tmp_path, {"p0": np.array([1])}, "--out", str(tmp_path / "no" / "where")) == 2
     assert "is not a directory" in capsys.readouterr().err
+    assert run(demo_dir, tmp_path, {"p0": np.array([1])}, "--out", str(tmp_path)) == 2
+    assert "is a directory; give the file" in capsys.readouterr().err
     assert run(demo_dir, tmp_path, {"p0": np.array([1])}, "--greedy", "-1") == 2
 
 

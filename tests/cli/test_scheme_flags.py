@@ -27,6 +27,10 @@ def test_flags_reach_the_engine() -> None:
     assert engine_options("--disable-cuda-graph")["disable_cuda_graph"] is True
     with pytest.raises(JqserveError, match="give one of them"):
         engine_options("--quantization", "int4", "--torchao-config", "int8dq")
+    with pytest.raises(JqserveError, match=r"mem_fraction_static 0\.0 is not in"):
+        engine_options("--mem-fraction-static", "0")
+    with pytest.raises(JqserveError, match="--model-path is empty"):  # and not the demo model
+        engine_options("--model-path", "")
 
 
 def test_a_gguf_brings_its_tokenizer(tmp_path: Path) -> None:

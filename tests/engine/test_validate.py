@@ -28,6 +28,7 @@ LIMITS = Limits(vocab_size=100, context_length=32, eos_token_ids=(2, 3))
         ("top_p", 1.1),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-38),
         ("presence_penalty", 2.5),
         ("frequency_penalty", -3.0),
         ("seed", 2**64),
@@ -74,6 +75,20 @@ def test_a_prompt_that_is_too_long_is_refused_and_not_cut() -> None:
 def test_the_answer_ends_with_the_context(asked: int | None, given: int) -> None:
     request = check_request(EngineRequest(0, (1,) * 10, SamplingParams(max_new_tokens=asked)), LIMITS)
     assert request.sampling.max_new_tokens == given
+
+
+@pytest.mark.parametrize("least", [3, 22, 23, 2**31])
+def test_the_least_length_ends_with_the_context_too(least: int) -> None:
+    """2**31 more than the prompt is no int32: the step failed, and with it every running request."""
+    sampling = SamplingParams(min_new_tokens=least, max_new_tokens=2**31)
+    request = check_request(EngineRequest(0, (1,) * 10, sampling), LIMITS)
+    assert request.sampling.min_new_tokens == min(least, 22)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0.0, 0.0), (1e-38, 0.0), (1e-7, 0.0), (1e-6, 1e-6), (0.7, 0.7)])
+def test_a_temperature_that_logits_cannot_be_divided_by_is_greedy(asked: float, given: float) -> None:
+    request = check_request(EngineRequest(0, (1,), SamplingParams(temperature=asked)), LIMITS)
+    assert request.sampling.temperature == given
 
 
 def test_stop_ids() -> None:

@@ -74,14 +74,14 @@ def serve(channel: Channel) -> None:
     (configure,) = channel.receive()
     assert isinstance(configure, wire.Configure)
     config = configure.config
+    if "fail" in config:
+        channel.send(wire.Failed(config["fail"], user=True))
+        return
     channel.send(wire.Progress("plan", "the plan of the echo model"))
     channel.send(wire.Progress("load", "1/1"))
     time.sleep(config.get("load_seconds", 0))
     if config.get("die"):
         os._exit(3)
-    if "fail" in config:
-        channel.send(wire.Failed(config["fail"], user=True))
-        return
     delay = config.get("token_seconds", 0.0)  # of every request
     channel.send(wire.Ready({**INFO, **config.get("info", {})}))
     info = {**INFO, **config.get("info", {})}

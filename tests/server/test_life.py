@@ -18,8 +18,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jqserve.client import Client, ServerError
 from jqserve.server.app import SERVICE
+from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
 from tests.server.fake_engine import SLOW, STUCK
+from tests.server.running_server import Running
 
 SCRIPT = Path(__file__).resolve().parent / "serve_fake.py"
 
@@ -183,3 +185,25 @@ def test_an_engine_that_cannot_start(tmp_path: Path, engine: dict[str, object], 
     program = Program(tmp_path, wait=False, **engine)
     status, errors = program.end(30)
     assert status == code and text in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("engine", "text"),
+    [({"fail": "no config.json there"}, "no config.json there"), ({}, "no tokenizer could be loaded from")],
+    ids=["no checkpoint", "no tokenizer"],
+)
+def test_what_is_no_checkpoint_is_not_told_to_lack_a_tokenizer(
+    tmp_path: Path, engine: dict[str, object], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = Running(ServerConfig(str(tmp_path), port=0, engine=engine), wait=False)
+    assert running.over.wait(30) and running.code == 2
+    assert [r.message for r in caplog.records if r.levelname == "ERROR" and text in r.message]
+
+
+def test_a_ready_file_that_cannot_be_written_is_told_before_the_model_loads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServerConfig("/models/echo", port=0, ids_only=True, ready_file=str(tmp_path / "no" / "ready.json"))
+    running = Running(config, wait=False)
+    assert running.over.wait(10) and running.code == 2
+    assert "no/ready.json: no file can be written there" in caplog.text and not running.announced
