@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+#: Tokens a calibration row, where the model has as many positions.
+SEQLEN = 2048
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from jqserve.quantize.schemes import SCHEMES
@@ -24,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", help="how to write it; default: the first one of the scheme")
     add("--calibration", metavar="FILE|DIR", help=".txt, .jsonl (text, or messages), .npy of token ids, or a directory")
     add("--samples", type=int, default=512, help="calibration rows (default 512)")
-    add("--seqlen", type=int, default=2048, help="tokens a calibration row (default 2048)")
+    add("--seqlen", type=int, help="tokens a calibration row (default 2048, or all of the model's positions)")
     add("--seed", type=int, help="draw the calibration rows instead of taking evenly spaced ones")
     add("--ignore", action="append", default=[], metavar="PATTERN", help="leave a Linear dense: its name, or re:REGEX")
     add("--bits", type=int, help="gptq: 4 or 8")
@@ -32,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     signs = parser.add_mutually_exclusive_group()
     signs.add_argument("--sym", dest="symmetric", action="store_true", default=None, help="without zero points")
     signs.add_argument("--asym", dest="symmetric", action="store_false", help="with zero points")
-    add("--act-order", action="store_true", help="gptq: columns with large inputs first")
+    add(
+        "--act-order",
+        action="store_true",
+        help="gptq: columns with large inputs first (compressed-tensors: --static-groups)",
+    )
     add("--static-groups", action="store_true", help="with --act-order: groups keep their columns, fast to serve")
     add("--damp", type=float, help="gptq: share of the Hessian's mean added to its diagonal (0.01)")
     add("--gptq", action="store_true", help="w8a8-int8: GPTQ instead of rounding to nearest")
@@ -106,14 +113,18 @@ def run(args: argparse.Namespace) -> int:
 def _samples(args: argparse.Namespace, source: Any) -> Any:
     from jqserve.checkpoint.hf import Checkpoint
     from jqserve.checkpoint.opening import read_configs
+    from jqserve.errors import RequestError
     from jqserve.quantize.calibration import read_calibration
     from jqserve.server.tokenizer import load_tokenizer
 
     with Checkpoint(source, weights=False) as checkpoint:
         config, _ = read_configs(checkpoint, "auto")
+    if args.seqlen is not None and args.seqlen > config.max_position:
+        raise RequestError("--seqlen", f"{args.seqlen} is more than the model's {config.max_position} positions")
+    seqlen = min(SEQLEN, config.max_position) if args.seqlen is None else args.seqlen
     end = config.eos_token_ids[0] if config.eos_token_ids else None
     return read_calibration(
-        Path(args.calibration), args.samples, args.seqlen, config.vocab_size, lambda: load_tokenizer(str(source)), end,
+        Path(args.calibration), args.samples, seqlen, config.vocab_size, lambda: load_tokenizer(str(source)), end,
         args.seed,
     )  # fmt: skip
 

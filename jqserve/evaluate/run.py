@@ -57,6 +57,9 @@ def evaluate(question: Question, progress: Progress | None = None) -> dict[str, 
     tasks = read_tasks(question.tasks, question.limit) if question.tasks else None
     path = str(resolve(question.model))
     model, params = load(path, dtype=question.dtype, activations=question.activations)
+    if question.text is not None and question.seqlen > model.config.max_position:
+        positions = model.config.max_position
+        raise RequestError("--seqlen", f"{question.seqlen} is more than the model's {positions} positions")
     base, base_path = None, None
     if question.base is not None:
         base_path = str(resolve(question.base))

@@ -270,6 +270,17 @@ def test_fewer_rows_than_asked_for_are_told(base: Path, tmp_path: Path, capsys: 
     assert "calibrating on 6 rows of 32 tokens (--samples asks for 512" in capsys.readouterr().out
 
 
+def test_rows_end_where_the_models_positions_do(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "ids.npy", np.zeros(600, np.int32))
+    flags = ["--scheme", "fp8-static", "--calibration", str(tmp_path / "ids.npy"), "--out", str(tmp_path / "out")]
+    assert main(["quantize", "--model-path", str(base), *flags, "--seqlen", "257"]) == 2
+    assert "--seqlen: 257 is more than the model's 256 positions" in capsys.readouterr().err
+    assert main(["quantize", "--model-path", str(base), *flags]) == 0
+    assert "calibrating on 2 rows of 256 tokens" in capsys.readouterr().out
+    assert main(["eval", "--model-path", str(base), "--text", str(tmp_path / "ids.npy")]) == 2
+    assert "--seqlen: 512 is more than the model's 256 positions" in capsys.readouterr().err
+
+
 def test_a_quantized_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
     quantize(base, tmp_path / "one", Options("w8a16"))
     with pytest.raises(jqserve.JqserveError, match="is quantized already"):
