@@ -7,13 +7,14 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
-for name in ("http_proxy", "https_proxy", "grpc_proxy"):  # a bare gRPC channel would go through it to this very machine
-    os.environ.pop(name, None)
-    os.environ.pop(name.upper(), None)
 # Two test workers share two cores: one intra-op thread each keeps timings and memory predictable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+for name in ("http_proxy", "https_proxy", "grpc_proxy"):  # a bare gRPC channel would go through it to this very machine
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
