@@ -15,6 +15,7 @@ import numpy as np
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
 from jqserve.engine.calibrated import open_asked
+from jqserve.errors import UnsupportedError
 from jqserve.models.build import build
 from jqserve.models.config import ModelConfig
 from jqserve.models.decoder import Decoder
@@ -94,6 +95,8 @@ def load(
     Returns (model, params): params is the parameter tree, a nested dict whose weights are arrays [N out, K in] or
     QuantizedTensors. Raises CheckpointError or UnsupportedError.
     """
+    if layout not in ("kernel", "canonical"):
+        raise UnsupportedError(f"layout {layout!r} is not supported; supported: kernel, canonical")
     source, quantization = open_asked(resolve(str(path), revision), quantization, calibration)
     loaded = load_checkpoint(
         source,

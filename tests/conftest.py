@@ -12,6 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+for name in ("http_proxy", "https_proxy", "grpc_proxy"):  # a bare gRPC channel would go through it to this very machine
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 #: whole commands, gateways, crashes, small benches: `make integration`, so that `make test` stays under ten minutes

@@ -111,6 +111,13 @@ def test_names_are_lazy_and_typos_are_attribute_errors() -> None:
         jqserve.lod  # noqa: B018
 
 
+@pytest.mark.parametrize("option", [{"layout": "kernal"}, {"activations": "off"}, {"dtype": "fp32"}])
+def test_options_that_do_not_exist_are_named(demo_dir: Path, option: dict[str, str]) -> None:
+    ((name, value),) = option.items()
+    with pytest.raises(jqserve.JqserveError, match=f"{name} '{value}' is not supported"):
+        jqserve.load(demo_dir, **option)
+
+
 def test_a_path_that_is_nothing_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(jqserve.JqserveError, match="missing"):
         jqserve.load(tmp_path / "missing")

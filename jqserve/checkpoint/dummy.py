@@ -53,7 +53,7 @@ def load(
     for module in everything:  # before any memory is taken
         for _, slot in module.parts if isinstance(module, LinearGroup) else ():
             plan.scheme(slot.name).check(slot.name, slot.n, slot.k)
-    seeds = np.random.default_rng(seed or 0).integers(0, 1 << 32, len(everything), dtype=np.uint32)
+    seeds = np.random.default_rng((seed or 0) % 2**64).integers(0, 1 << 32, len(everything), dtype=np.uint32)
     for done, (module, own) in enumerate(zip(everything, seeds), 1):
         if isinstance(module, Vector):
             value = _vector(own, module.shape, config.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, get_args
 
 from jqserve.checkpoint.asked import Answer, answer
 from jqserve.checkpoint.audit import Audit, audit
@@ -70,6 +70,7 @@ def read_plan(
     checkpoint: AnyCheckpoint, dtype: str | None, activations: Activations, quantization: str | None
 ) -> tuple[ModelConfig, dict[str, Any], Asked, str]:
     """(config, generation_config, the plan with what the user's flags change, a note on them), from configs alone."""
+    check_activations(activations)
     config, generation = read_configs(checkpoint, dtype)
     stored = quant_plan(checkpoint)
     groups = [module for module in modules(config) if isinstance(module, LinearGroup)]
@@ -98,6 +99,12 @@ def check_dtype(dtype: str) -> None:
     """Raises UnsupportedError for a --dtype that does not exist."""
     if dtype not in DTYPES:
         raise UnsupportedError(f"--dtype {dtype!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+
+
+def check_activations(activations: str) -> None:
+    """Raises UnsupportedError for an --activations that does not exist."""
+    if activations not in get_args(Activations):
+        raise UnsupportedError(f"--activations {activations!r} is not supported; supported: config, none")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from jqserve.checkpoint.manifest import LeafFacts
 from jqserve.checkpoint.matrix_row import matrix_row
 from jqserve.checkpoint.open import AnyCheckpoint, open_checkpoint
 from jqserve.checkpoint.open import is_store as is_store
-from jqserve.checkpoint.opening import OpenModel, check_dtype, open_model
+from jqserve.checkpoint.opening import OpenModel, check_activations, check_dtype, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, joined_notes
 from jqserve.checkpoint.scheme import cast
 from jqserve.checkpoint.store_check import described, section_of
@@ -124,6 +124,7 @@ def restore(
     config, generation, plan, sections = described(path)
     dtype = config.dtype if dtype in (None, "auto") else str(dtype)
     check_dtype(dtype)
+    check_activations(activations)
     specs = [leaf.spec for leaves in sections.values() for leaf in leaves.values() if leaf.spec is not None]
     asked = answer(quantization, plan.method, specs, path)
     stored = {row.path: row for row in plan.rows}

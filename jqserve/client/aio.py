@@ -10,10 +10,9 @@ from typing import Any, Unpack
 import grpc
 import grpc.aio
 
-from jqserve.client.connection import Tls, metadata
+from jqserve.client.connection import Tls, channel_options, metadata
 from jqserve.client.errors import ServerError, from_rpc
 from jqserve.client.requests import (
-    CHANNEL_OPTIONS,
     Messages,
     Options,
     Prompt,
@@ -85,8 +84,8 @@ class AsyncClient:
     ) -> None:
         """`token`: what the server's --api-key-file holds; `tls`: for a server with --tls-cert."""
         if channel is None and tls is not None:
-            channel = grpc.aio.secure_channel(target, tls.credentials(), options=tls.options())
-        self._channel = channel or grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+            channel = grpc.aio.secure_channel(target, tls.credentials(), options=tls.options(target))
+        self._channel = channel or grpc.aio.insecure_channel(target, options=channel_options(target))
         self._metadata = metadata(token)
         self.stub = jqserve_pb2_grpc.InferenceStub(self._channel)
 

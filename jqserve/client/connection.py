@@ -35,9 +35,16 @@ class Tls:
                 raise UnsupportedError(f"TLS cert {self.cert} {problem}: no server would take it")
         return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
 
-    def options(self) -> tuple[tuple[str, object], ...]:
+    def options(self, target: str) -> tuple[tuple[str, object], ...]:
         name = self.server_name
-        return (*CHANNEL_OPTIONS, *((("grpc.ssl_target_name_override", name),) if name else ()))
+        return (*channel_options(target), *((("grpc.ssl_target_name_override", name),) if name else ()))
+
+
+def channel_options(target: str) -> tuple[tuple[str, object], ...]:
+    """gRPC sends everything through the proxy that `http_proxy` names, also what is for this machine, which the proxy
+    cannot reach: not so here. For other machines the variable holds."""
+    local = target.removeprefix("dns:///").removeprefix("ipv4:").startswith(("127.", "localhost", "[::1]"))
+    return (*CHANNEL_OPTIONS, *((("grpc.enable_http_proxy", 0),) if local else ()))
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:

@@ -8,10 +8,9 @@ from typing import Any, Unpack
 
 import grpc
 
-from jqserve.client.connection import Tls, metadata
+from jqserve.client.connection import Tls, channel_options, metadata
 from jqserve.client.errors import from_rpc
 from jqserve.client.requests import (
-    CHANNEL_OPTIONS,
     Messages,
     Options,
     Prompt,
@@ -76,8 +75,8 @@ class Client:
     ) -> None:
         """`token`: what the server's --api-key-file holds; `tls`: for a server with --tls-cert."""
         if channel is None and tls is not None:
-            channel = grpc.secure_channel(target, tls.credentials(), options=tls.options())
-        self._channel = channel or grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+            channel = grpc.secure_channel(target, tls.credentials(), options=tls.options(target))
+        self._channel = channel or grpc.insecure_channel(target, options=channel_options(target))
         self._metadata = metadata(token)
         self.stub = jqserve_pb2_grpc.InferenceStub(self._channel)
 

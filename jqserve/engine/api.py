@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,12 +74,13 @@ class Engine:
         several: list[Any] = list(prompts)
         if isinstance(prompts, str) or (several and isinstance(several[0], numbers.Integral)):
             several = [prompts]
-        one = sampling if isinstance(sampling, SamplingParams) else self.default_sampling
-        each = [one] * len(several)
+        each: list[Any] = [self.default_sampling if sampling is None else sampling] * len(several)
         if isinstance(sampling, Sequence):
             if len(sampling) != len(several):
                 raise RequestError("sampling", f"{len(sampling)} for {len(several)} prompts; give one, or one for each")
             each = list(sampling)
+        if wrong := [s for s in each if not isinstance(s, SamplingParams)]:
+            raise RequestError("sampling", f"found a {type(wrong[0]).__name__}; expected SamplingParams")
         requests = [self._request(i, p, s) for i, (p, s) in enumerate(zip(several, each))]
         running = {request.rid: Running(request, self.tokenizer) for request in requests}
         queue = list(reversed(requests))
@@ -86,7 +88,7 @@ class Engine:
             with _bar(progress) as bar:
                 task = bar.add_task("generate", total=len(requests), rate="")
                 while queue or self.core.has_work():
-                    while queue and self.core.queued < max(1, self.core.max_queued):
+                    while queue and not self.core.full:
                         self.core.add(queue.pop())
                     for event in self.core.step():
                         if running[event.rid].take(event, self.core):
@@ -99,10 +101,14 @@ class Engine:
         return [running[request.rid].completion() for request in requests]
 
     def _request(self, index: int, prompt: Prompt, sampling: SamplingParams) -> EngineRequest:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        try:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            tokens = tuple(operator.index(token) for token in ids)  # of whatever integers; 1.5 is not taken for 1
+        except TypeError:
+            raise RequestError("prompt", f"found {prompt!r:.80}; expected text or token ids (prompt {index})") from None
         if sampling.seed is None:
-            sampling = dataclasses.replace(sampling, seed=(self.config.random_seed << 32) + index)
-        request = EngineRequest(next(self._rids), tuple(int(token) for token in ids), sampling)
+            sampling = dataclasses.replace(sampling, seed=((self.config.random_seed << 32) + index) % 2**64)
+        request = EngineRequest(next(self._rids), tokens, sampling)
         try:
             return check_request(request, self.core.limits)
         except RequestError as error:

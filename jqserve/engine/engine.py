@@ -66,9 +66,8 @@ class EngineCore:
         """Queues a request. Raises RequestError for what cannot be served, QueueFullError when too many wait."""
         if request.rid in self._sequences:
             raise RequestError("rid", f"request {request.rid} is running already")
-        waiting = self.queued
-        if waiting >= self.max_queued + len(self.scheduler.free_slots):
-            raise QueueFullError(f"{waiting} requests wait already (max_queued {self.max_queued}); try again later")
+        if self.full:
+            raise QueueFullError(f"{self.queued} requests wait already (max_queued {self.max_queued}); try again later")
         request = check_request(request, self.limits)
         assert request.sampling.max_new_tokens is not None
         sequence = Sequence(
@@ -106,6 +105,11 @@ class EngineCore:
     def queued(self) -> int:
         """Requests without a slot."""
         return len(self.scheduler.waiting) + len(self.preparing)
+
+    @property
+    def full(self) -> bool:
+        """Whether `add` takes no more."""
+        return self.queued >= self.max_queued + len(self.scheduler.free_slots)
 
     def has_work(self) -> bool:
         """Whether `step` has something to do; False only when nothing runs, waits, or has to be read."""

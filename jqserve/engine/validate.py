@@ -46,6 +46,8 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     _integer("prompt_from", s.prompt_from, 1)
     if s.constraint is not None and s.min_new_tokens:
         raise RequestError("min_new_tokens", "cannot be asked together with a constraint: it says when an answer ends")
+    if isinstance(s.logit_bias, dict):
+        raise RequestError("logit_bias", "is a dict; give pairs of token id and bias: tuple(bias.items())")
     if len(s.logit_bias) > MAX_LOGIT_BIAS:
         raise RequestError("logit_bias", f"{len(s.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are supported")
     for token, bias in s.logit_bias:
@@ -57,6 +59,8 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
         raise RequestError("stop_token_ids", f"{len(s.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS}")
     for token in s.stop_token_ids:
         _token("stop_token_ids", token, limits)
+    if isinstance(s.stop, str):  # each of its characters would stop
+        raise RequestError("stop", f"is one string; give a tuple of them: ({s.stop!r:.80},)")
     if len(s.stop) > MAX_STOP_STRINGS:
         raise RequestError("stop", f"{len(s.stop)} strings; at most {MAX_STOP_STRINGS}")
     if any(not isinstance(text, str) or not text for text in s.stop):

@@ -79,7 +79,7 @@ class ChatTemplate:
         default = self._templates.get("default") or next(iter(self._templates.values()))
         template = self._templates.get("tool_use", default) if tools else default
         try:
-            return template.render(
+            text: str = template.render(
                 messages=check_messages(messages),
                 tools=tools or None,
                 documents=None,
@@ -91,6 +91,12 @@ class ChatTemplate:
             raise RequestError("chat", f"the model's chat template does not accept these messages: {error}") from error
         except (RecursionError, MemoryError) as error:
             raise RequestError("chat", "the messages are nested too deeply or too large") from error
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can say it, and no tokenizer takes it
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise RequestError("chat", f"holds {half}, half of a surrogate pair, which is no character") from None
+        return text
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -49,6 +49,10 @@ def check(request: pb.GenerateRequest) -> None:
     """What this version does not know or does not do. Raises `RequestError`."""
     refuse_unknown_fields(request, "GenerateRequest")
     refuse_unknown_fields(request.sampling, "SamplingParams")
+    if request.HasField("token_ids"):
+        refuse_unknown_fields(request.token_ids, "TokenIds")
+    if request.HasField("choice"):
+        refuse_unknown_fields(request.choice, "Choice")
     if request.output not in pb.Output.values():
         raise RequestError("output", f"{request.output} is not an Output")
 
@@ -90,6 +94,8 @@ def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:
 def render_chat(template: ChatTemplate, chat: pb.Chat) -> str:
     """The prompt of a chat. Raises `RequestError`."""
     refuse_unknown_fields(chat, "Chat")
+    for message in chat.messages:
+        refuse_unknown_fields(message, "ChatMessage")
     if bool(chat.messages) == bool(chat.messages_json):
         raise RequestError("chat.messages", "give either messages or messages_json")
     messages: list[Any] = [{"role": message.role, "content": message.content} for message in chat.messages]

@@ -43,6 +43,7 @@ async def score(frontend: Frontend, request: pb.ScoreRequest, context: ServicerC
 
 async def _item(frontend: Frontend, index: int, given: pb.ScoreInput) -> Item:
     field = f"inputs[{index}]"
+    requests.refuse_unknown_fields(given, "ScoreInput")
     kind = given.WhichOneof("input")
     if kind is None:
         raise RequestError(field, "is empty; give text or token_ids")

@@ -97,6 +97,7 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
 
     @with_status
     async def Abort(self, request: pb.AbortRequest, context: ServicerContext) -> pb.AbortResponse:
+        requests.refuse_unknown_fields(request, "AbortRequest")
         return pb.AbortResponse(found=self.frontend.abort(request.request_id))
 
     @with_status

@@ -54,8 +54,8 @@ def test_same_form_as_the_checkpoint(case: str, tmp_path: Path) -> None:
 
 def test_seed_decides(tmp_path: Path) -> None:
     tiny.make(tmp_path, tiny.gptq(), c.gptq(), num_hidden_layers=1)
-    one, same, other = (
-        dummy.load(str(tmp_path), seed=s).params["layers"]["0"]["mlp"]["down"]["weight"] for s in (1, 1, 2)
+    one, same, other, _ = (
+        dummy.load(str(tmp_path), seed=s).params["layers"]["0"]["mlp"]["down"]["weight"] for s in (1, 1, 2, -1)
     )
     np.testing.assert_array_equal(one.qvalue, same.qvalue)
     assert (np.asarray(one.qvalue) != np.asarray(other.qvalue)).mean() > 0.9

@@ -55,6 +55,20 @@ def test_errors_carry_code_and_field(client: Client) -> None:
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
 
+def test_a_proxy_is_not_asked_for_this_machine(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")  # nothing listens there
+    for same in (target, target.replace("127.0.0.1", "localhost")):
+        with Client(same) as client:
+            assert client.server_info(timeout=10).state == pb.SERVER_STATE_READY
+
+    async def ask() -> int:
+        async with AsyncClient(target) as client:
+            return (await client.server_info(timeout=10)).state
+
+    assert asyncio.run(ask()) == pb.SERVER_STATE_READY
+
+
 def test_one_client_for_many_threads(client: Client) -> None:
     results: list[list[int]] = []
     threads = [

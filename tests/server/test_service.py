@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -141,6 +142,11 @@ BAD = {
     "no messages": ({"chat": pb.Chat()}, "INVALID_ARGUMENT", "chat.messages"),
     "bad json": ({"chat": pb.Chat(messages_json="[")}, "INVALID_ARGUMENT", "chat.messages_json"),
     "not a list": ({"chat": pb.Chat(messages_json="{}")}, "INVALID_ARGUMENT", "chat.messages_json"),
+    "half a character": (
+        {"chat": pb.Chat(messages_json='[{"role": "user", "content": "\\ud800"}]')},
+        "INVALID_ARGUMENT",
+        "chat",
+    ),
     "no role": ({"chat": pb.Chat(messages_json='[{"content": "x"}]')}, "INVALID_ARGUMENT", "chat.messages[0].role"),
     "n": ({**ids_of, "sampling": pb.SamplingParams(n=0)}, "INVALID_ARGUMENT", "sampling.n"),
     "many": ({**ids_of, "sampling": pb.SamplingParams(n=100)}, "INVALID_ARGUMENT", "sampling.n"),
@@ -167,10 +173,24 @@ def test_statuses(client: Client, case: str) -> None:
 
 
 def test_unknown_fields_are_refused(client: Client) -> None:
-    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]))
-    newer = pb.GenerateRequest.FromString(request.SerializeToString() + b"\x98\x06\x01")  # field 99, varint 1
-    with pytest.raises(grpc.RpcError, match="no field 99"):
-        list(client.stub.Generate(newer))
+    def newer[M: Message](message: M) -> M:
+        return type(message).FromString(message.SerializeToString() + b"\x98\x06\x01")  # field 99, varint 1
+
+    chat = pb.Chat(messages=[newer(pb.ChatMessage(role="user", content="x"))])
+    ids = pb.TokenIds(ids=[5])
+    calls: list[Callable[[], object]] = [
+        lambda: list(client.stub.Generate(newer(pb.GenerateRequest(token_ids=ids)))),
+        lambda: list(client.stub.Generate(pb.GenerateRequest(token_ids=newer(ids)))),
+        lambda: list(client.stub.Generate(pb.GenerateRequest(token_ids=ids, sampling=newer(pb.SamplingParams())))),
+        lambda: list(client.stub.Generate(pb.GenerateRequest(token_ids=ids, choice=newer(pb.Choice(options=["x"]))))),
+        lambda: list(client.stub.Generate(pb.GenerateRequest(chat=chat))),
+        lambda: client.stub.Tokenize(pb.TokenizeRequest(chat=chat)),
+        lambda: client.stub.Score(pb.ScoreRequest(inputs=[newer(pb.ScoreInput(text="x"))])),
+        lambda: client.stub.Abort(newer(pb.AbortRequest(request_id="x"))),
+    ]
+    for call in calls:
+        with pytest.raises(grpc.RpcError, match="no field 99"):
+            call()
 
 
 def test_cancelling_frees_the_slot_at_once(client: Client) -> None:

@@ -1,0 +1,49 @@
+"""`jqserve.Engine`: what it takes, and what it refuses before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jqserve.engine.api import Engine
+from jqserve.engine.request import SamplingParams
+from jqserve.errors import RequestError
+
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def engine(demo_dir: Path) -> Engine:
+    """Its seeds are above 64 bits, and it queues nothing."""
+    return Engine(
+        str(demo_dir), max_running_requests=2, max_queued=0, context_length=64, num_pages=8, random_seed=2**40
+    )
+
+
+def test_more_prompts_than_are_taken_at_once(engine: Engine) -> None:
+    prompts = [[5, 6], np.array([7, 8, 9]), "one", [5, 6]]
+    done = engine.generate(prompts, GREEDY, progress=False)
+    assert [len(completion.token_ids) for completion in done] == [2] * 4
+    assert done[0].token_ids == done[3].token_ids and done[1].prompt_ids == (7, 8, 9)
+
+
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "a dict": ("x", {"temperature": 0}, r"sampling: found a dict; expected SamplingParams"),
+    "a dict among them": (["x", "y"], [GREEDY, {}], r"sampling: found a dict"),
+    "too few": (["x", "y"], [GREEDY], r"sampling: 1 for 2 prompts"),
+    "half a token": ([[5, 6.5]], GREEDY, r"prompt: found \[5, 6.5\]; expected text or token ids \(prompt 0\)"),
+    "no prompt": (["x", None], GREEDY, r"prompt: found None; .*\(prompt 1\)"),
+    "one stop string": ("x", SamplingParams(stop="abc"), r"stop: is one string; give a tuple of them: \('abc',\)"),  # type: ignore[arg-type]
+    "biases": ("x", SamplingParams(logit_bias={5: 1.0}), r"logit_bias: is a dict; give pairs"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_and_not_guessed(engine: Engine, case: str) -> None:
+    prompts, sampling, words = REFUSED[case]
+    with pytest.raises(RequestError, match=words):
+        engine.generate(prompts, sampling, progress=False)
+    assert not engine.core.has_work()
