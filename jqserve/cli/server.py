@@ -37,6 +37,7 @@ ENGINE_FLAGS = (
     "max_running_requests",
     "max_queued",
     "context_length",
+    "mem_fraction_static",
     "chunked_prefill_size",
     "page_size",
     "num_pages",

@@ -19,7 +19,7 @@ class FinishReason(enum.IntEnum):
 class SamplingParams:
     """How to continue a prompt. Validated by `jqserve.engine.validate`; the defaults change nothing.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. Penalties follow OpenAI (presence, frequency:
+    temperature 0 is greedy. top_k 0 or -1, top_p 1, min_p 0 are off. Penalties follow OpenAI (presence, frequency:
     subtracted, over generated tokens) and Hugging Face (repetition: divided or multiplied, over prompt and generated
     tokens). `seed` None draws one. `logprobs`: None, or the number (0..20) of top logprobs beside the sampled token's.
     `stop` strings are matched by the front end, `stop_token_ids` and EOS by the engine. `constraint`: None, or what the

@@ -34,7 +34,7 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     if s.max_new_tokens is not None and s.min_new_tokens > s.max_new_tokens:
         raise RequestError("min_new_tokens", f"{s.min_new_tokens} is more than max_new_tokens {s.max_new_tokens}")
     _number("temperature", s.temperature, 0, 100)
-    _integer("top_k", s.top_k, 0, 2**31 - 1)
+    _integer("top_k", s.top_k, -1, 2**31 - 1)
     _number("top_p", s.top_p, 0, 1, above=True)
     _number("min_p", s.min_p, 0, 1)
     _number("repetition_penalty", s.repetition_penalty, LEAST_REPETITION, 10)

@@ -23,7 +23,7 @@ LIMITS = Limits(vocab_size=100, context_length=32, eos_token_ids=(2, 3))
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
-        ("top_k", -1),
+        ("top_k", -2),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("min_p", 1.5),
