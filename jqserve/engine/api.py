@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import numbers
 import operator
 from collections.abc import Sequence
@@ -116,6 +117,7 @@ class Engine:
 
 
 def _tokenizer(directory: str) -> Any:
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that it found no torch
     from transformers import AutoTokenizer
 
     try:
