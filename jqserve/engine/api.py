@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 import numbers
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,7 +117,7 @@ class Engine:
 
 
 def _tokenizer(directory: str) -> Any:
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that it found no torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no torch
     from transformers import AutoTokenizer
 
     try:
