@@ -283,24 +283,25 @@ def quantize_quality() -> str:
 
 
 def host() -> str:
-    """What the two processes need of the host, without a device."""
-    loop, front = load("host_loop"), load("frontend_cpu")
-    if loop is None or front is None:
+    """What the two processes need of the host, without a device; beside it, of the code that the tables above ran."""
+    names = ("host_loop", "host_loop_before", "frontend_cpu", "frontend_cpu_before")
+    found = {name: result for name in names if (result := load(name)) is not None}
+    if len(found) < len(names):
         return "Not measured yet."
-    served = {row["rows"]: row for row in loop["rows"] if row["kind"] == "serve"}
-    answered = {row["streams"]: row for row in front["rows"] if "efficiency" in row}
+    loop, loop_before = ({r["rows"]: r for r in found[name]["rows"] if r["kind"] == "serve"} for name in names[:2])
+    front, front_before = ({r["streams"]: r for r in found[name]["rows"] if "efficiency" in r} for name in names[2:])
     rows = [
         [
             str(count),
-            f"{served[count]['step_ms']:.1f}",
-            f"{answered[count]['core']:.0%}",
-            f"{answered[count]['tokens_per_second']:,.0f}",
-            f"{answered[count]['tokens_per_message']:.1f}",
+            f"{loop[count]['step_ms']:.1f} ({loop_before[count]['step_ms']:.1f})",
+            f"{front[count]['core']:.0%} ({front_before[count]['core']:.0%})",
+            f"{front[count]['tokens_per_second']:,.0f} ({front_before[count]['tokens_per_second']:,.0f})",
+            f"{front[count]['tokens_per_message']:.1f} ({front_before[count]['tokens_per_message']:.1f})",
         ]
-        for count in sorted(served.keys() & answered.keys())
+        for count in sorted(loop.keys() & front.keys())
     ]
-    header = ["sequences", "engine's loop, ms a step", "front end's core", "at tokens/s", "tokens a message"]
-    return "\n\n".join([table(header, rows), source(loop, "host_loop"), source(front, "frontend_cpu")])
+    header = ["sequences", "engine's loop, ms a step (before)", "front end's core", "at tokens/s", "tokens a message"]
+    return "\n\n".join([table(header, rows), *(source(result, name) for name, result in found.items())])
 
 
 def online_schemes() -> str:
