@@ -166,7 +166,7 @@ async def measure(target: str, pid: int, kind: str, data: bytes, count: int, con
         began = time.monotonic()
         statuses = await asyncio.gather(*(send(channels[i % connections], data) for i in range(count)))
         seconds = time.monotonic() - began
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(2.0)  # `receive.SETTLED`, and what gives the memory back
     return row(kind, len(data), count, before, pid, statuses, took, failed, seconds)
 
 
@@ -187,7 +187,7 @@ async def measure_stalled(target: str, pid: int, data: bytes, count: int, hold: 
         began = time.monotonic()
         statuses = await asyncio.gather(*(send(channel, data, hold) for channel in channels))
         seconds = time.monotonic() - began
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(2.0)  # `receive.SETTLED`, and what gives the memory back
     return {**row("stalled", len(data), count, before, pid, statuses, took, failed, seconds), "stalled": relay.stalled}
 
 

@@ -9,6 +9,7 @@ works.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -168,5 +169,6 @@ def _alias(flag: str, name: str, method: str) -> str:
 def _contradiction(flag: str, asks: str, kinds: list[str], path: Any) -> UnsupportedError:
     return UnsupportedError(
         f"{flag} asks for {asks}, but the checkpoint is quantized already: {'; '.join(kinds) or 'nothing of it'}. "
-        f"Leave the flag out: `jqserve-server --model-path {path}`; or give the flag with the unquantized original"
+        f"Leave the flag out: `jqserve-server --model-path {shlex.quote(str(path))}`; "
+        "or give the flag with the unquantized original"
     )

@@ -62,7 +62,7 @@ class Checkpoint:
     def __init__(self, path: Path | str, *, weights: bool = True, readers: int = 4) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: is not a directory")
+            raise CheckpointError(f"{self.path}: is not a directory; expected a checkpoint's, with its config.json")
         self.config = read_json(self.path / "config.json")
         self._files: list[SafetensorsFile] = []
         self._where: dict[str, SafetensorsFile] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
 
@@ -37,5 +38,7 @@ def run(args: argparse.Namespace) -> int:
         plan = store.convert(source, args.out, dtype=args.dtype, quantization=quantization, progress=progress)
     console = Console()
     console.print(plan.to_table())
-    console.print(f"{args.out}: written; serve it with `jqserve-server --model-path {args.out}`", soft_wrap=True)
+    console.print(
+        f"{args.out}: written; serve it with `jqserve-server --model-path {shlex.quote(str(args.out))}`", soft_wrap=True
+    )
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
     print(f"{args.out}: {len(rows)} Linears quantized, {size / 2**20:,.1f} MiB of weights")
     print(f"compare: jqserve eval --model-path {args.out} --base {args.model_path} --text FILE")
-    print(f"serve:   jqserve-server --model-path {args.out}")
+    print(f"serve:   jqserve-server --model-path {shlex.quote(str(args.out))}")
     return 0
 
 
