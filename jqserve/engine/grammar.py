@@ -81,7 +81,10 @@ class Grammars:
         if not matcher.is_error():
             matcher.compute_bitmask()  # builds the lexer, which is most of the work, here and not in the loop
         if matcher.is_error():
-            raise RequestError("constraint", f"{constraint[0]} cannot be used: {shorten(matcher.get_error())}")
+            said = shorten(matcher.get_error())
+            if "NoExtensionBias" in said:  # all that llguidance says of it
+                said = "no answer to it ever ends, or there is none (does it refer to itself without another way out?)"
+            raise RequestError("constraint", f"{constraint[0]} cannot be used: {said}")
         with self._lock:
             self._compiled[constraint] = matcher
             while len(self._compiled) > CACHED:
@@ -164,6 +167,9 @@ def source(constraint: tuple[str, str]) -> str:
         return str(LLMatcher.grammar_from_regex(choice_regex(value)))
     if not isinstance(value, dict | bool):
         raise RequestError("constraint", f"a JSON schema is an object, found a {type(value).__name__}")
+    if value is False:
+        raise RequestError("constraint", "json_schema is false, which no JSON satisfies")
+    value = {} if value is True else value  # all JSON; llguidance wants an object to put options into
     options: Any = {"whitespace_pattern": WHITESPACE, "lenient": False}
     try:
         return str(LLMatcher.grammar_from_json_schema(json.dumps(value), overrides=options))

@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from jqserve.engine.grammar import Grammars
+from jqserve.errors import RequestError
 from tests.data.schemas import cases
 
 EOS, VOCAB = 2, 4096
@@ -31,7 +32,7 @@ def tokenizer(demo_dir: Path) -> Tokenizer:
     return Tokenizer.from_file(str(demo_dir / "tokenizer.json"))
 
 
-def answer(grammars: Grammars, schema: dict[str, Any], rng: random.Random, closing: list[int]) -> list[int]:
+def answer(grammars: Grammars, schema: dict[str, Any] | bool, rng: random.Random, closing: list[int]) -> list[int]:
     """Random tokens of those allowed, without the EOS at the end."""
     matcher = grammars.compile(("json_schema", json.dumps(schema))).result()
     mask = np.empty((1, VOCAB // 32), np.int32)
@@ -70,3 +71,23 @@ def test_answers_are_valid(grammars: Grammars, tokenizer: Tokenizer, part: int) 
         except ValueError as error:
             raise AssertionError(f"{name}: {text!r} is not JSON") from error
         jsonschema.Draft202012Validator(schema, format_checker=checker).validate(value)
+
+
+def test_true_is_any_json(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    tokens = answer(grammars, True, random.Random(3), [EOS, tokenizer.token_to_id("}"), tokenizer.token_to_id('"')])
+    json.loads(tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ("false", "nothing|no JSON satisfies"),
+        ("[1]", "is an object, found a list"),
+        ('{"$ref": "#"}', "does it refer to itself"),
+        ('{"enum": []}', "Unsatisfiable"),
+        ('{"type": "string", "pattern": "("}', "unclosed group"),
+    ],
+)
+def test_what_cannot_be_used_is_told(grammars: Grammars, schema: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        grammars.compile(("json_schema", schema)).result()
