@@ -121,6 +121,19 @@ def begin(engine: EngineCore, batch: int, context: int, room: int) -> None:
         started |= {event.rid for event in step(engine)}
 
 
+def end(engine: EngineCore, batch: int) -> None:
+    """What `begin` began."""
+    for rid in range(batch):
+        engine.abort(rid)
+    while engine.has_work():
+        engine.step()
+
+
+def points_of(text: str) -> list[Point]:
+    """ "1x1024,64x1024", as the flag has it."""
+    return [(int(batch), int(context)) for batch, context in (point.split("x") for point in text.split(","))]
+
+
 def step(engine: EngineCore) -> list[Any]:
     events = engine.step()
     if failed := [event for event in events if event.error]:
@@ -158,10 +171,7 @@ def measure(engine: EngineCore, scheme: str, batch: int, context: int, k: int, r
         "aim": AIM.get((scheme, batch, context)),
     }
     row |= kernels(engine, k, seconds, args.top)
-    for rid in range(batch):
-        engine.abort(rid)
-    while engine.has_work():
-        engine.step()
+    end(engine, batch)
     return row
 
 
@@ -239,7 +249,7 @@ def main() -> None:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     if args.quick:
         args.points = "1x40,4x40" if args.points == parser.get_default("points") else args.points
-    points = [(int(b), int(c)) for b, c in (point.split("x") for point in args.points.split(","))]
+    points = points_of(args.points)
 
     from bench.bandwidth import read_bandwidth
     from bench.record import write

@@ -38,6 +38,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.decode import begin, end, load, points_of, step
+
 if TYPE_CHECKING:
     from jqserve.engine.engine import EngineCore
 
@@ -81,8 +83,6 @@ def make_holes(kinds: int = 12, count: int = 16) -> list[Any]:
 
 
 def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[str, Any]:
-    from bench.decode import begin, step
-
     begin(engine, batch, context, 16 + (WINDOWS + 1) * steps)
     for _ in range(8):
         step(engine)
@@ -93,10 +93,7 @@ def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[st
             step(engine)
         walls.append((time.perf_counter() - began) / steps)
         dispatch.append((engine.runner.dispatcher.seconds - before) / steps)
-    for rid in range(batch):
-        engine.abort(rid)
-    while engine.has_work():
-        engine.step()
+    end(engine, batch)
     return {
         "step_ms": round(statistics.median(walls) * 1e3, 4),
         "dispatch_ms": round(statistics.median(dispatch) * 1e3, 4),
@@ -105,9 +102,7 @@ def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[st
 
 def child(args: argparse.Namespace) -> None:
     """One variant, its rows on stdout."""
-    from bench.decode import load
-
-    points = [(int(batch), int(context)) for batch, context in (p.split("x") for p in args.points.split(","))]
+    points = points_of(args.points)
     steps = 4 if args.variant == "log" or args.quick else 40
     engine, facts = load(args.scheme, points, [1], 32 + (WINDOWS + 1) * steps, args)
     holes = make_holes() if args.variant == "holes" else []
@@ -130,7 +125,9 @@ def run(variant: str, args: argparse.Namespace, limit: float) -> list[dict[str, 
     flags = " ".join(filter(None, (os.environ.get("XLA_FLAGS"), VARIANTS[variant])))
     environment = {**os.environ, "XLA_FLAGS": flags, **(LOG if variant == "log" else {})}
     command = [sys.executable, "-m", "bench.launch_cost", "--variant", variant, "--scheme", args.scheme]
-    command += ["--points", args.points, *(["--quick"] if args.quick else [])]
+    command += ["--points", args.points, *(["--quick"] if args.quick else []), "--kv-dtype", args.kv_dtype]
+    for flag, value in (("--page-size", args.page_size), ("--context-length", args.context_length)):
+        command += [flag, str(value)] if value else []
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as error:

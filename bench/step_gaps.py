@@ -11,7 +11,7 @@ whoever asks). A row per scheme, point (running sequences x context) and K, the 
     within_us     idle between the kernels of a dispatch, in sum; kernels: how many it has
 
 The recording itself costs some time a kernel: `between_us` is to be trusted, dispatch_us is bench.decode's to tell.
-Without torch (and with `--quick`, which a CPU gets through in seconds) jax.profiler stands in, to try the script.
+With `--quick`, which a CPU gets through in seconds, jax.profiler stands in for torch's, to try the script.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.decode import begin, end, load, points_of, step
 from bench.profile import Span, device_spans
 
 
@@ -85,8 +86,6 @@ def gaps(spans: list[Span], dispatches: int) -> dict[str, Any]:
 def rows_of(scheme: str, points: list[tuple[int, int]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     import jax
 
-    from bench.decode import begin, load, step
-
     decode_steps = [int(k) for k in args.decode_steps.split(",")]
     room = 64 + (args.dispatches + 8) * max(decode_steps)
     engine, _ = load(scheme, points, decode_steps, room, args)
@@ -108,10 +107,7 @@ def rows_of(scheme: str, points: list[tuple[int, int]], args: argparse.Namespace
                 row |= gaps(recorded(run, args.quick), args.dispatches)
             except ValueError as error:
                 row["failed"] = str(error)
-            for rid in range(batch):
-                engine.abort(rid)
-            while engine.has_work():
-                engine.step()
+            end(engine, batch)
             yield row
 
 
@@ -132,7 +128,7 @@ def main() -> None:
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
     if args.quick and args.points == parser.get_default("points"):
         args.points = "2x40"
-    points = [(int(batch), int(context)) for batch, context in (p.split("x") for p in args.points.split(","))]
+    points = points_of(args.points)
 
     from bench.record import write
 
