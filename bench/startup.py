@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -91,11 +90,10 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
     """One start in this process. `began`: time.time() just before it was created."""
     from jqserve.cli.server import parser, server_config
     from jqserve.engine.config import EngineConfig
-    from jqserve.engine.process import xla_fraction
+    from jqserve.engine.process import prepare_xla
 
     args = parser().parse_args(["--model-path", model, "--compilation-cache-dir", cache, *flags])
-    config = EngineConfig.from_json(server_config(args).engine)
-    os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{xla_fraction(config.mem_fraction_static):.4f}"
+    config = prepare_xla(EngineConfig.from_json(server_config(args).engine))
     phases: dict[str, float] = {}
     clock = [began]
 
