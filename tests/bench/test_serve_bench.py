@@ -17,6 +17,7 @@ from bench.latency import Record, percentile, spread, summarize
 from bench.launch_cost import told
 from bench.profile import idle, table
 from bench.serve import items_of, picture, with_costs
+from bench.startup import caches
 from bench.step_gaps import gaps
 from bench.svg import ticks
 
@@ -188,3 +189,17 @@ def test_startup_bench(tmp_path: Path) -> None:
     phases = {"import", "device", "load", "pages", "warm_up", "first_token"}
     assert set(cold["phases"]) == set(warm["phases"]) == phases
     assert warm["total"] == pytest.approx(sum(warm["phases"].values()), abs=0.1)
+
+
+def test_a_start_is_called_cold_only_where_nothing_is_kept(tmp_path: Path) -> None:
+    kinds, folders = zip(*caches("cold,warm,cold,warm,warm", [], tmp_path))
+    assert kinds == ("cold", "warm", "cold", "warm", "warm")
+    a, b = folders[0], folders[2]
+    assert folders == (a, a, b, b, b) and a != b
+    for runs, flags, words in [
+        ("warm", [], "it is not warm; give cold,warm"),
+        ("cold,hot", [], "hot is neither"),
+        ("cold", ["--compilation-cache-dir=/tmp/x"], "the folder is chosen here"),
+    ]:
+        with pytest.raises(SystemExit, match=words):
+            caches(runs, flags, tmp_path)
