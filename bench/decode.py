@@ -9,7 +9,7 @@ One row per scheme, point (running sequences x context) and K, the decode steps 
     host_ms     of one step, by phase of the loop: schedule, launch, emit; wait is what is left for the device
     kernel_ms   sum of the CUPTI durations of a step's kernels (`kernels`: how many), and step_ms / kernel_ms
     bound_ms    weights (without the embedding) and KV bytes of a step / the bandwidth measured first; share of step_ms
-    vllm        vLLM 0.25.1's tokens/s on an H200 (KERNELS.md part B), where there is a figure
+    vllm        vLLM 0.25.1's tokens/s on an H200 (KERNELS.md part B), with a bf16 cache, where there is a figure
 
 Prompts are not computed: their pages are declared to be in the prefix cache, whatever they hold, and only the last few
 tokens of each go through one prefill program, whose step time is reported too (`prefill_step_ms`).
@@ -167,12 +167,17 @@ def measure(engine: EngineCore, scheme: str, batch: int, context: int, k: int, r
         "step_ms_windows": [round(w * 1e3, 4) for w in walls],
         "tokens_per_second": round(batch / seconds, 1),
         "host_ms": {p: round(host[p] * 1e3, 4) for p in ("schedule", "launch", "wait", "emit")},
-        "vllm": VLLM.get((scheme, batch, context)),
-        "aim": AIM.get((scheme, batch, context)),
     }
+    row |= beside(scheme, batch, context, row["kv_dtype"])
     row |= kernels(engine, k, seconds, args.top)
     end(engine, batch)
     return row
+
+
+def beside(scheme: str, batch: int, context: int, kv_dtype: str) -> dict[str, int | None]:
+    """The figures to compare with: there are none but for a bf16 cache, which reads twice the bytes of an fp8 one."""
+    point = (scheme, batch, context) if kv_dtype == "bfloat16" else None
+    return {"vllm": VLLM.get(point), "aim": AIM.get(point)}  # type: ignore[arg-type]
 
 
 def kernels(engine: EngineCore, k: int, seconds: float, top: int) -> dict[str, Any]:

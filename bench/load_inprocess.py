@@ -22,6 +22,7 @@ def drive(
 ) -> list[Record]:
     """As `load_client.drive`, with an `EngineCore`."""
     from jqserve.engine.request import EngineRequest, SamplingParams
+    from jqserve.errors import QueueFullError
 
     rng, records, running = random.Random(seed), [], 0
     by_rid: dict[int, Record] = {}
@@ -33,10 +34,15 @@ def drive(
             rid, item = queue.pop()
             sampling = SamplingParams(max_new_tokens=item.output, temperature=0.0, ignore_eos=True, seed=0)
             by_rid[rid] = Record(len(item.prompt), due if rate is not None else now)
-            engine.add(EngineRequest(rid, item.prompt, sampling))
-            running += 1
             if rate is not None:
                 due += rng.expovariate(rate)
+            try:
+                engine.add(EngineRequest(rid, item.prompt, sampling))
+            except QueueFullError as error:  # an open loop faster than the engine: counted as failed, as over gRPC
+                by_rid[rid].error = str(error)
+                records.append(by_rid[rid])
+                continue
+            running += 1
         if not running:
             time.sleep(max(0.0, due - now))
             continue

@@ -119,7 +119,8 @@ def summary() -> str:
     result = load("decode")
     if result is None:
         return "Not measured yet."
-    rows = {(r["scheme"], r["batch"]): r for r in result["rows"] if "step_ms" in r and r["decode_steps"] == 1}
+    measured = [r for r in result["rows"] if "step_ms" in r and r["decode_steps"] == 1]
+    rows = {(r["scheme"], r["batch"]): r for r in measured if r["vllm"]}  # other contexts and caches have no figure
     batches = sorted({batch for _, batch in rows})
     labels = {"bf16": "bf16", "fp8": "FP8 weights and activations", "w4a16": "4-bit weights, group 128"}
     lines = []

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -154,13 +153,13 @@ def over_grpc(model: str, flags: list[str], args: argparse.Namespace, budget: fl
 
 
 def in_process(model: str, flags: list[str], args: argparse.Namespace, budget: float) -> list[dict[str, Any]]:
-    """In this process, which must not have touched jax before: the GPU's memory share is set here."""
+    """In this process, which must not have touched jax before: what XLA reads from the environment is set here."""
     from jqserve.cli.server import parser, server_config
     from jqserve.engine.config import EngineConfig
-    from jqserve.engine.process import xla_fraction
+    from jqserve.engine.process import prepare_xla
 
-    config = EngineConfig.from_json(server_config(parser().parse_args(["--model-path", model, *flags])).engine)
-    os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{xla_fraction(config.mem_fraction_static):.4f}"
+    args_of_server = parser().parse_args(["--model-path", model, *flags])
+    config = prepare_xla(EngineConfig.from_json(server_config(args_of_server).engine))
 
     from bench.load_inprocess import drive
     from jqserve.engine.load import load_engine

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -91,11 +90,10 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
     """One start in this process. `began`: time.time() just before it was created."""
     from jqserve.cli.server import parser, server_config
     from jqserve.engine.config import EngineConfig
-    from jqserve.engine.process import xla_fraction
+    from jqserve.engine.process import prepare_xla
 
     args = parser().parse_args(["--model-path", model, "--compilation-cache-dir", cache, *flags])
-    config = EngineConfig.from_json(server_config(args).engine)
-    os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{xla_fraction(config.mem_fraction_static):.4f}"
+    config = prepare_xla(EngineConfig.from_json(server_config(args).engine))
     phases: dict[str, float] = {}
     clock = [began]
 
@@ -139,6 +137,20 @@ def start(model: str, cache: str, began: float, flags: list[str]) -> dict[str, A
     }
 
 
+def caches(runs: str, flags: list[str], scratch: Path) -> list[tuple[str, str]]:
+    """(kind, folder of compiled programs) of each run: an empty one for "cold", the one before it for "warm"."""
+    found: list[tuple[str, str]] = []
+    for kind in runs.split(","):
+        if kind not in ("cold", "warm"):
+            raise SystemExit(f"--runs: {kind} is neither cold nor warm")
+        if kind == "warm" and not found:
+            raise SystemExit("--runs: the first run finds no compiled programs, so it is not warm; give cold,warm")
+        found.append((kind, found[-1][1] if kind == "warm" else str(scratch / f"cache-{len(found)}")))
+    if any(flag.startswith("--compilation-cache-dir") for flag in flags):
+        raise SystemExit("--compilation-cache-dir: the folder is chosen here, or a cold run might find programs there")
+    return found
+
+
 def main() -> None:
     own, flags = sys.argv[1:], []
     if "--" in own:
@@ -162,12 +174,12 @@ def main() -> None:
     if args.quick:
         flags = ["--max-running-requests", "2", "--context-length", "64", "--chunked-prefill-size", "32", *flags]
     with tempfile.TemporaryDirectory() as scratch:
-        model, cache = args.model_path, str(Path(scratch) / "cache")
+        model, runs = args.model_path, caches(args.runs, flags, Path(scratch))
         if model is None:
             model = str(Path(scratch) / args.scheme)
             more["checkpoint_bytes"] = write_checkpoint(Path(model), args.scheme, args.quick)
             more["write_seconds"] = round(time.monotonic() - began, 2)
-        for kind in args.runs.split(","):
+        for kind, cache in runs:
             if time.monotonic() - began > args.budget:
                 rows.append({"run": kind, "skipped": "budget"})
                 continue

@@ -16,6 +16,7 @@ import numpy as np
 
 from jqserve.engine.batch import StepShape
 from jqserve.engine.plan import Adopted
+from jqserve.engine.sampler import MAX_COUNT
 from jqserve.engine.step import SlotState
 from jqserve.engine.variant import counts_tokens
 
@@ -75,8 +76,9 @@ def _count(counts: tuple[jax.Array, jax.Array], tokens: jax.Array, facts: jax.Ar
     slot, of_prompt, clear = facts
     is_prompt = jnp.arange(tokens.shape[0]) < of_prompt
     nothing = generated.shape[1]
-    row = jnp.where(clear == 1, 0, generated[slot])
+    row = jnp.where(clear == 1, 0, generated[slot]).astype(jnp.int32)
     seen = jnp.where(clear == 1, False, prompted[slot])
     row = row.at[jnp.where(is_prompt, nothing, tokens)].add(1, mode="drop")
     seen = seen.at[jnp.where(is_prompt, tokens, nothing)].set(True, mode="drop")
-    return generated.at[slot].set(row.astype(generated.dtype)), prompted.at[slot].set(seen)
+    row = jnp.minimum(row, MAX_COUNT).astype(generated.dtype)
+    return generated.at[slot].set(row), prompted.at[slot].set(seen)

@@ -9,16 +9,20 @@ from jqserve.engine.engine import EngineCore
 from jqserve.engine.request import EngineRequest, FinishReason, StepEvent, TokenLogprobs
 from jqserve.errors import JqserveError, RequestError
 
+UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not a character yet
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What came after one prompt. `text` is without the token or string that stopped it; `token_ids` has them all."""
+    """What came after one prompt. `text` is without the token or string that stopped it; `token_ids` has them all, to
+    the one that completes it. `prompt_logprobs`: of prompt[prompt_from:], where asked for."""
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     text: str
     finish: FinishReason
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Running:
@@ -28,9 +32,11 @@ class Running:
         self.request, self.tokenizer = request, tokenizer
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self.finish: FinishReason | None = None
         self.hidden = 0  # tokens at the end that are not text
         self.cut: int | None = None  # characters before a stop string
+        self.searched = 0  # characters in which no stop string may begin: what min_new_tokens asked for
 
     def take(self, event: StepEvent, core: EngineCore) -> bool:
         """True when the sequence has ended."""
@@ -38,18 +44,34 @@ class Running:
             raise RequestError(event.field, f"{event.error} (prompt {self.request.rid})")
         if event.finish is FinishReason.ERROR:
             raise JqserveError(f"the engine failed on prompt {self.request.rid}: {event.error}")
-        self.ids += event.token_ids
-        self.logprobs += event.logprobs
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        stopping = event.matched_stop is not None  # its last token, whose text is not output and completes nothing
+        watched = max(0, len(event.token_ids) - stopping) if self.request.sampling.stop else 0
+        for i in range(watched):  # one by one: a step may have given more than the one that completes a stop string
+            self._append(event, i, i + 1)
+            if self._stopped():
+                self.finish = FinishReason.STOP
+                if event.finish is None:
+                    core.abort(self.request.rid)
+                return True
+        self._append(event, watched, len(event.token_ids))
         self.finish = event.finish
-        self.hidden = int(event.matched_stop is not None)
-        stops = self.request.sampling.stop
-        if stops and len(self.ids) >= self.request.sampling.min_new_tokens:
-            text = self.text()
-            found = [at for stop in stops if (at := text.find(stop)) >= 0]
-            if found:
-                self.cut, self.finish = min(found), FinishReason.STOP
-                core.abort(self.request.rid)
+        self.hidden = int(stopping)
         return self.finish is not None
+
+    def _append(self, event: StepEvent, start: int, end: int) -> None:
+        self.ids += event.token_ids[start:end]
+        self.logprobs += event.logprobs[start:end]
+
+    def _stopped(self) -> bool:
+        """Whether the newest token completes a stop string; cuts the text before the one that begins first then."""
+        text = self.text()
+        if len(self.ids) < self.request.sampling.min_new_tokens:
+            self.searched = len(text.rstrip(UNFINISHED))
+            return False
+        found = [at for stop in self.request.sampling.stop if (at := text.find(stop, self.searched)) >= 0]
+        self.cut = min(found, default=None)
+        return bool(found)
 
     def text(self) -> str:
         ids = self.ids[: len(self.ids) - self.hidden]
@@ -57,4 +79,6 @@ class Running:
 
     def completion(self) -> Completion:
         assert self.finish is not None
-        return Completion(self.request.prompt, tuple(self.ids), self.text(), self.finish, tuple(self.logprobs))
+        return Completion(
+            self.request.prompt, tuple(self.ids), self.text(), self.finish, tuple(self.logprobs), self.prompt_logprobs
+        )

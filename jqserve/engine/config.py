@@ -8,6 +8,9 @@ from typing import Any, Literal
 from jqserve.engine.variant import ORDER, Variant
 from jqserve.errors import UnsupportedError
 
+#: in XLA_FLAGS: no kind of operation goes into command buffers
+NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
@@ -33,7 +36,8 @@ class EngineConfig:
     disable_mixed_chunk    no decode rows in steps with prefill: prompts go first, and answers wait
     disable_radix_cache    do not look for the beginnings of prompts in pages that are still there
     disable_warmup         compile each shape when it first comes (tests, offline use), not before serving
-    disable_cuda_graph     the engine process runs XLA without command buffers, which are CUDA graphs on a GPU
+    disable_cuda_graph     the engine process runs XLA without command buffers, which are CUDA graphs on a GPU; refused
+                           where XLA_FLAGS, which it reads once in a process, does not say so (the library)
     self_test              compare kernels with plain dequantization when loaded; None: where there are kernels to test
     log_level              of the engine process: debug | info | warning | error
     tokenizer_path         where the tokenizer is, if not with the model; grammars need it

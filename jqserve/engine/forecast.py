@@ -25,7 +25,9 @@ class Forecast:
         self.share = START
 
     def finished(self, sequence: Sequence) -> None:
-        """Learns from an answer that ended by itself."""
+        """Learns from an answer that ended by itself; a prompt that was only scored had none to give."""
+        if sequence.limit == sequence.prompt_length:
+            return
         used = (len(sequence.tokens) - sequence.prompt_length) / _allowance(sequence)
         self.share += SMOOTHING * (min(1.0, used) - self.share)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from jqserve.engine.compile_cache import (
     environment_facts,
     use_jax_cache,
 )
-from jqserve.engine.config import EngineConfig, defaults_for
+from jqserve.engine.config import NO_COMMAND_BUFFERS, EngineConfig, defaults_for
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.grammar import KINDS, Grammars, why_not
@@ -43,6 +44,12 @@ Report = Callable[[str, str, dict[str, Any]], None]
 
 def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCore:
     """An engine that is ready to serve. Raises JqserveError for what the user can mend."""
+    if config.disable_cuda_graph and NO_COMMAND_BUFFERS not in os.environ.get("XLA_FLAGS", "").split():
+        raise UnsupportedError(
+            "disable_cuda_graph has no effect here: XLA reads it from XLA_FLAGS when a process first uses it, and only "
+            f"the engine's own process sets that. Start this program with XLA_FLAGS={NO_COMMAND_BUFFERS}, or serve "
+            "with jqserve-server --frontend process"
+        )
     tell: Report = report or (lambda stage, text, detail: None)
     programs = choose_folder(config.compilation_cache_dir, jax.default_backend())
     use_jax_cache(programs)

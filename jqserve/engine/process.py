@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from jqserve.engine import wire
 from jqserve.engine.channel import Channel
-from jqserve.engine.config import EngineConfig
+from jqserve.engine.config import NO_COMMAND_BUFFERS, EngineConfig
 from jqserve.errors import EngineUnavailableError, JqserveError, QueueFullError, RequestError
 
 if TYPE_CHECKING:
@@ -123,6 +123,16 @@ def xla_fraction(mem_fraction_static: float) -> float:
     return min(0.96, mem_fraction_static + max(0.04, 0.6 * (1 - mem_fraction_static)))
 
 
+def prepare_xla(config: EngineConfig) -> EngineConfig:
+    """What of it XLA reads from the environment, and only once: call it in a process that has not used jax yet."""
+    fraction = xla_fraction(config.mem_fraction_static)
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
+    if config.disable_cuda_graph:
+        flags = os.environ.get("XLA_FLAGS", "").split()
+        os.environ["XLA_FLAGS"] = " ".join([*flags, NO_COMMAND_BUFFERS])
+    return dataclasses.replace(config, xla_fraction=fraction)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jqserve.engine.process")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket to the front end")
@@ -135,12 +145,7 @@ def _prepare_process(config: EngineConfig) -> EngineConfig:
     """What a process of its own may do: logging to stderr, XLA's share of the GPU."""
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s engine %(levelname)s %(name)s: %(message)s")
     sys.setswitchinterval(0.0005)  # the dispatching thread must not wait 5 ms for the loop to let go of the interpreter
-    fraction = xla_fraction(config.mem_fraction_static)
-    os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{fraction:.4f}"
-    if config.disable_cuda_graph:
-        flags = os.environ.get("XLA_FLAGS", "").split()
-        os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_gpu_enable_command_buffer="])
-    return dataclasses.replace(config, xla_fraction=fraction)
+    return prepare_xla(config)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ from jax import lax
 from jqserve.ops.device import current_device
 
 MAX_TOP_LOGPROBS = 20
+#: Beyond it a token is not counted on. int16 wraps at 32,767: a step whose rows all hold one token, at most so many,
+#: must not get there from here. At the least penalty that tells (0.001) it is worth 16 logits.
+MAX_COUNT = 2**14
 _HIGH_BIT = np.uint32(0x80000000)
 _GPU_BITS = 4  # bits of a threshold found per pass over the row: 8 passes of 15 candidates each
 _PART = 256  # columns whose weights are summed first
@@ -122,7 +125,7 @@ def penalised(logits: jax.Array, params: RowParams) -> jax.Array:
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen, scaled, logits)
     logits = logits - params.presence[:, None] * answered
-    return logits - params.frequency[:, None] * params.generated
+    return logits - params.frequency[:, None] * jnp.minimum(params.generated, MAX_COUNT)
 
 
 def biased(logits: jax.Array, params: RowParams) -> jax.Array:

@@ -23,7 +23,7 @@ from jqserve.engine.batch import Fields, StepShape, packed_size, unpack
 from jqserve.engine.buckets import Bucket
 from jqserve.engine.cache import Cache
 from jqserve.engine.programs import Fused
-from jqserve.engine.sampler import Sampled, greedy, sample
+from jqserve.engine.sampler import MAX_COUNT, Sampled, greedy, sample
 from jqserve.engine.slots import SlotParams
 from jqserve.engine.variant import Variant
 from jqserve.ops.attention import AttentionMetadata
@@ -270,7 +270,8 @@ def _attention_metadata(
 def count_tokens(
     state: SlotState, fields: Fields, computed: Computed, params: SlotParams, shape: StepShape
 ) -> SlotState:
-    """Counts this step's input tokens by slot; a slot whose sequence starts (position 0) is cleared first."""
+    """Counts this step's input tokens by slot; a slot whose sequence starts (position 0) is cleared first. A token
+    that has come MAX_COUNT times is not counted on."""
     generated, prompted = state.generated, state.prompted
     decode_position, tokens, positions = computed.decode_position, computed.tokens, computed.positions
     nobody = shape.slots + 1  # out of range: dropped
@@ -283,5 +284,6 @@ def count_tokens(
     slots = jnp.concatenate([jnp.where(decode_position < 0, nobody, fields.decode_slot), tile_slot.reshape(-1)])
     of_prompt = positions < params.prompt_length(jnp.minimum(slots, shape.slots))
     prompted = prompted.at[jnp.where(of_prompt, slots, nobody), tokens].set(True, mode="drop")
-    generated = generated.at[jnp.where(of_prompt, nobody, slots), tokens].add(1, mode="drop")
+    fewer = generated.at[slots, tokens].get(mode="fill", fill_value=0) < MAX_COUNT
+    generated = generated.at[jnp.where(of_prompt, nobody, slots), tokens].add(fewer.astype(jnp.int16), mode="drop")
     return dataclasses.replace(state, generated=generated, prompted=prompted)

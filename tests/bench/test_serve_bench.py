@@ -13,12 +13,17 @@ from xml.etree import ElementTree
 
 import pytest
 
+from bench.decode import beside
 from bench.latency import Record, percentile, spread, summarize
 from bench.launch_cost import told
+from bench.load_inprocess import drive
 from bench.profile import idle, table
 from bench.serve import items_of, picture, with_costs
+from bench.startup import caches
 from bench.step_gaps import gaps
 from bench.svg import ticks
+from bench.workload import Item
+from jqserve.errors import QueueFullError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -188,3 +193,37 @@ def test_startup_bench(tmp_path: Path) -> None:
     phases = {"import", "device", "load", "pages", "warm_up", "first_token"}
     assert set(cold["phases"]) == set(warm["phases"]) == phases
     assert warm["total"] == pytest.approx(sum(warm["phases"].values()), abs=0.1)
+
+
+def test_a_start_is_called_cold_only_where_nothing_is_kept(tmp_path: Path) -> None:
+    kinds, folders = zip(*caches("cold,warm,cold,warm,warm", [], tmp_path))
+    assert kinds == ("cold", "warm", "cold", "warm", "warm")
+    a, b = folders[0], folders[2]
+    assert folders == (a, a, b, b, b) and a != b
+    for runs, flags, words in [
+        ("warm", [], "it is not warm; give cold,warm"),
+        ("cold,hot", [], "hot is neither"),
+        ("cold", ["--compilation-cache-dir=/tmp/x"], "the folder is chosen here"),
+    ]:
+        with pytest.raises(SystemExit, match=words):
+            caches(runs, flags, tmp_path)
+
+
+def test_a_figure_stands_only_beside_the_same_cache() -> None:
+    assert beside("fp8", 64, 1024, "bfloat16") == {"vllm": 10439, "aim": 12000}
+    assert beside("fp8", 64, 1024, "fp8_e4m3") == beside("fp8", 65, 1024, "bfloat16") == {"vllm": None, "aim": None}
+
+
+@pytest.mark.parametrize("rate", [None, 1e6])
+def test_an_engine_that_takes_no_more_fails_those_requests_and_not_the_bench(rate: float | None) -> None:
+    class Full:
+        def add(self, request: Any) -> None:
+            raise QueueFullError("2 requests wait already")
+
+        def has_work(self) -> bool:
+            return False
+
+    engine: Any = Full()
+    records = drive(engine, [Item((1, 2), 3)] * 4, concurrency=None if rate else 2, rate=rate)
+    assert [record.error for record in records] == ["2 requests wait already"] * 4
+    assert summarize(records)["failed"] == 4

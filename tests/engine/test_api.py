@@ -10,7 +10,7 @@ import pytest
 
 from jqserve.engine.api import Engine
 from jqserve.engine.request import SamplingParams
-from jqserve.errors import RequestError
+from jqserve.errors import RequestError, UnsupportedError
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=2)
 
@@ -47,3 +47,14 @@ def test_refused_and_not_guessed(engine: Engine, case: str) -> None:
     with pytest.raises(RequestError, match=words):
         engine.generate(prompts, sampling, progress=False)
     assert not engine.core.has_work()
+
+
+def test_what_would_have_no_effect_is_refused(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA has read its flags: an ablation without CUDA graphs would measure them."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    with pytest.raises(
+        UnsupportedError, match=r"disable_cuda_graph has no effect here.*XLA_FLAGS=--xla_gpu_enable_com"
+    ):
+        Engine(str(demo_dir), disable_cuda_graph=True)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
+    Engine(str(demo_dir), disable_cuda_graph=True, max_running_requests=1, context_length=64, num_pages=8)

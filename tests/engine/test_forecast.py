@@ -57,3 +57,10 @@ def test_the_peak_is_where_most_stand_before_one_ends() -> None:
 def test_conservativeness_scales() -> None:
     bold = Forecast(PAGE, conservativeness=0.2)
     assert bold.growth(sequence(8, 100)) == 10
+
+
+def test_prompts_that_are_only_scored_say_nothing_of_answers() -> None:
+    forecast = Forecast(PAGE)
+    for _ in range(50):
+        forecast.finished(sequence(8, 0))
+    assert forecast.share == START
