@@ -29,6 +29,9 @@ CACHED = 64  # compiled grammars; the same schema comes again and again
 THREADS = 2  # that compile: the loop's core is not theirs
 #: between the tokens of JSON: nothing, a space, or a line break with its indentation, so that no answer is all blanks
 WHITESPACE = r" |\n {0,24}"
+#: what means something in llguidance's regexes; before others a backslash is an error ("→") or means something ("<")
+SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
+UNSENDABLE = re.compile("[\ud800-\udfff]")
 #: llguidance's own limits bound a mask at ~14 ms; these at about a third of it, for one row holds up its whole batch
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
@@ -155,6 +158,8 @@ def source(constraint: tuple[str, str]) -> str:
         raise RequestError("constraint", f"{kind!r} is none of {', '.join(KINDS)}")
     if len(text) > MAX_SOURCE:
         raise RequestError("constraint", f"{kind} has {len(text)} characters; at most {MAX_SOURCE} are taken")
+    if UNSENDABLE.search(text):
+        raise RequestError("constraint", f"{kind} holds half of a surrogate pair, which UTF-8 cannot carry")
     if kind == "lark":
         return str(LLMatcher.grammar_from_lark(text))
     if kind == "regex":
@@ -183,7 +188,9 @@ def choice_regex(options: Any) -> str:
         raise RequestError("constraint", "choice is a list of texts, none of them empty")
     if len(options) > MAX_CHOICES:
         raise RequestError("constraint", f"choice has {len(options)} texts; at most {MAX_CHOICES} are taken")
-    return "|".join(re.sub(r"([^\w\s])", r"\\\1", option) for option in options)
+    if any(UNSENDABLE.search(option) for option in options):
+        raise RequestError("constraint", "choice holds half of a surrogate pair, which UTF-8 cannot carry")
+    return "|".join(SPECIAL.sub(r"\\\g<0>", option) for option in options)
 
 
 def shorten(text: str) -> str:

@@ -73,6 +73,32 @@ def test_answers_are_valid(grammars: Grammars, tokenizer: Tokenizer, part: int) 
         jsonschema.Draft202012Validator(schema, format_checker=checker).validate(value)
 
 
+TEXTS = [
+    "<a>", "x > 1", "\u2192", "\U0001f600", "5 \u20ac", "\u0939\u093f\u0928\u094d\u0926\u0940", "a\u0301", "\u3001",
+    "a/b", "\\n", "\n", " ", "a", "ab", "\x00", "*", "no-op", "(?i)a", "[^a]", "#", "&&", "~~", "--",
+    *(chr(code) for code in range(33, 127)),
+]  # fmt: skip
+
+
+def test_a_choice_is_one_of_any_texts(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    """All of them together, and each alone, where nothing else may come."""
+    whole = ("choice", json.dumps(TEXTS))
+    for text in TEXTS:
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
+        for constraint in (whole, ("choice", json.dumps([text]))):
+            state = grammars.compile(constraint).result().state
+            assert state.validate_tokens(tokens) == len(tokens), text
+        for token in tokens:
+            state.consume_token(token)
+        assert state.is_accepting(), text
+
+
+def test_half_a_surrogate_pair_is_no_text(grammars: Grammars) -> None:
+    for constraint in (("choice", '["\\ud800"]'), ("json_schema", '{"const": "\\ud800"}'), ("regex", "\ud800")):
+        with pytest.raises(RequestError, match=constraint[0]):
+            grammars.compile(constraint).result()
+
+
 def test_true_is_any_json(grammars: Grammars, tokenizer: Tokenizer) -> None:
     tokens = answer(grammars, True, random.Random(3), [EOS, tokenizer.token_to_id("}"), tokenizer.token_to_id('"')])
     json.loads(tokenizer.decode(tokens, skip_special_tokens=False))
