@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from grpc.aio import ServicerContext
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from jqserve.errors import ModelNotFoundError, QueueFullError, UnreadStreamError
+from jqserve.errors import ModelNotFoundError, QueueFullError
 from jqserve.server.status import with_status
+from jqserve.server.unread import write_or_give_up
 
 if TYPE_CHECKING:
     from jqserve.server.frontend import Frontend
@@ -67,11 +68,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
             while True:
                 changed, status = self._changed, self._statuses.get(request.service, UNKNOWN)
                 if status != told:
-                    async with asyncio.timeout(UNREAD_SECONDS):
-                        await context.write(health_pb2.HealthCheckResponse(status=status))
+                    await write_or_give_up(context, health_pb2.HealthCheckResponse(status=status), UNREAD_SECONDS)
                     told = status
                 await changed.wait()
-        except TimeoutError:
-            raise UnreadStreamError(f"nobody has read this watch for {UNREAD_SECONDS:g} s; it is cancelled") from None
         finally:
             self._watchers -= 1

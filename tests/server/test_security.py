@@ -22,8 +22,9 @@ from jqserve.errors import UnsupportedError
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
 from jqserve.server.pb import jqserve_pb2_grpc, vllm_engine_pb2, vllm_engine_pb2_grpc
+from tests.server.closed_window import call
 from tests.server.fake_engine import SLOW, STUCK
-from tests.server.running_server import Running, running_server
+from tests.server.running_server import DEMO, Running, running_server
 
 CONFIG = ServerConfig("/models/echo", port=0, ids_only=True)
 TOKEN = "s3cret"
@@ -224,6 +225,27 @@ def test_a_stream_that_nobody_reads_is_cancelled() -> None:
             call.wait()
         assert caught.value.code is grpc.StatusCode.CANCELLED
         assert client.generate([5], max_new_tokens=2).wait().token_ids == [5, 5]
+
+
+def test_a_tokenizer_that_nobody_reads_is_not_sent_for_ever() -> None:
+    config = ServerConfig(str(DEMO), port=0, unread_seconds=1.0, max_concurrent_rpcs=4)
+    with contextlib.ExitStack() as stack, running_server(config) as (running, client):
+        for _ in range(4):
+            stack.enter_context(call(running.server.port, "/vllm.grpc.engine.VllmEngine/GetTokenizer", b""))
+        for expected in ("RESOURCE_EXHAUSTED", None):
+            end = time.monotonic() + 20
+            while code_or_none(client) != expected:
+                assert time.monotonic() < end, expected
+                time.sleep(0.02)
+
+
+def code_or_none(client: Client) -> str | None:
+    """Of a small request."""
+    try:
+        client.generate([5], max_new_tokens=1).wait()
+    except ServerError as error:
+        return error.code.name
+    return None
 
 
 def test_bytes_that_are_no_request_are_invalid_and_nothing_worse(limited: Running) -> None:

@@ -23,6 +23,7 @@ from jqserve.server.info import versions
 from jqserve.server.pb import common_pb2
 from jqserve.server.sequence import Delta, Finished
 from jqserve.server.status import with_status
+from jqserve.server.unread import write_or_give_up
 
 PIECE = 64 * 1024  # bytes of a GetTokenizerChunk
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
@@ -195,7 +196,7 @@ class Adapter:
         for at in range(0, len(data), PIECE):
             last = at + PIECE >= len(data)
             piece = common_pb2.GetTokenizerChunk(data=data[at : at + PIECE], sha256=digest if last else "")
-            await context.write(piece)
+            await write_or_give_up(context, piece, self.frontend.config.unread_seconds)
 
     @with_status
     async def FlushCache(self, request: common_pb2.FlushCacheRequest, context: ServicerContext) -> Any:
