@@ -227,25 +227,21 @@ def test_a_stream_that_nobody_reads_is_cancelled() -> None:
         assert client.generate([5], max_new_tokens=2).wait().token_ids == [5, 5]
 
 
-def test_a_tokenizer_that_nobody_reads_is_not_sent_for_ever() -> None:
-    config = ServerConfig(str(DEMO), port=0, unread_seconds=1.0, max_concurrent_rpcs=4)
+@pytest.mark.parametrize("method", ["vllm.grpc.engine.VllmEngine/GetTokenizer", "jqserve.v1.Inference/Generate"])
+def test_callers_who_read_nothing_at_all_are_let_go(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even their first message gets out. Twice as many as there is room for."""
+    config = ServerConfig(str(DEMO), port=0, unread_seconds=0.5, max_concurrent_rpcs=4)
+    generate = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), sampling=pb.SamplingParams(max_new_tokens=4))
+    message = generate.SerializeToString() if "Generate" in method else b""
     with contextlib.ExitStack() as stack, running_server(config) as (running, client):
-        for _ in range(4):
-            stack.enter_context(call(running.server.port, "/vllm.grpc.engine.VllmEngine/GetTokenizer", b""))
-        for expected in ("RESOURCE_EXHAUSTED", None):
-            end = time.monotonic() + 20
-            while code_or_none(client) != expected:
-                assert time.monotonic() < end, expected
-                time.sleep(0.02)
-
-
-def code_or_none(client: Client) -> str | None:
-    """Of a small request."""
-    try:
-        client.generate([5], max_new_tokens=1).wait()
-    except ServerError as error:
-        return error.code.name
-    return None
+        for _ in range(8):
+            stack.enter_context(call(running.server.port, f"/{method}", message))
+        ended, end = running.server.frontend.metrics.rpcs, time.monotonic() + 20
+        while ended[method.rpartition("/")[2], "CANCELLED"] < 4:
+            assert time.monotonic() < end, ended
+            time.sleep(0.02)
+        assert client.generate([5], max_new_tokens=1).wait().finish_reason == "length"
+    assert "ExecuteBatchError" not in caplog.text
 
 
 def test_bytes_that_are_no_request_are_invalid_and_nothing_worse(limited: Running) -> None:
