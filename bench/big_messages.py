@@ -74,9 +74,9 @@ def peak(pid: int) -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-async def send(channel: grpc.aio.Channel, data: bytes, timeout: float = 60.0) -> str:
-    """The status that a Generate got."""
-    call: Any = channel.unary_stream(METHOD)(data, timeout=timeout)
+async def send(channel: grpc.aio.Channel, data: bytes, timeout: float = 60.0, method: str = METHOD) -> str:
+    """The status that the call got."""
+    call: Any = channel.unary_stream(method)(data, timeout=timeout)
     try:
         async for _ in call:
             pass
@@ -170,7 +170,9 @@ async def measure(target: str, pid: int, kind: str, data: bytes, count: int, con
     return row(kind, len(data), count, before, pid, statuses, took, failed, seconds)
 
 
-async def measure_stalled(target: str, pid: int, data: bytes, count: int, hold: float) -> dict[str, Any]:
+async def measure_stalled(
+    target: str, pid: int, data: bytes, count: int, hold: float, method: str = METHOD
+) -> dict[str, Any]:
     """`count` uploads, each on a connection of its own, that stop 64 KiB before their end for `hold` seconds."""
     took: list[float] = []
     before = megabytes(pid)
@@ -185,7 +187,7 @@ async def measure_stalled(target: str, pid: int, data: bytes, count: int, hold: 
             for _ in range(count)
         ]
         began = time.monotonic()
-        statuses = await asyncio.gather(*(send(channel, data, hold) for channel in channels))
+        statuses = await asyncio.gather(*(send(channel, data, hold, method) for channel in channels))
         seconds = time.monotonic() - began
     await asyncio.sleep(2.0)  # `receive.SETTLED`, and what gives the memory back
     return {**row("stalled", len(data), count, before, pid, statuses, took, failed, seconds), "stalled": relay.stalled}

@@ -106,6 +106,8 @@ GRAMMARS: list[dict[str, Any]] = [
     {"json_schema": '{"type": "string", "minLength": 1000000000}'},
     {"json_schema": '{"type": "array", "items": {}, "minItems": 100000000}'},
     {"json_schema": '{"$ref": "file:///etc/passwd"}'},
+    {"ebnf": "start: A\nA: " + " & ".join(f"/.*a{i}.*/" for i in range(40))},  # 2^40 of something
+    {"ebnf": "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(9000)) + '\na9000: "x"'},  # deeper than a stack
     {"choice": pb.Choice()}, {"choice": pb.Choice(options=[""])}, {"choice": pb.Choice(options=["x"] * 5000)},
 ]  # fmt: skip
 

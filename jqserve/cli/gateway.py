@@ -11,6 +11,7 @@ out by itself which engine protocol a worker speaks (--worker-args '--grpc-compa
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import json
 import logging
 import os
@@ -25,9 +26,11 @@ import threading
 import time
 from pathlib import Path
 
+from jqserve.cli import server
 from jqserve.cli.defaults_shown import DefaultsShown
 from jqserve.cli.gateway_flags import check_smg_flags, check_worker_flags
 from jqserve.errors import JqserveError, UnsupportedError
+from jqserve.server.transport import address
 
 log = logging.getLogger("jqserve.gateway")
 
@@ -46,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--worker-args", metavar="'FLAGS'", default="", help="more flags of jqserve-server, for workers started here: "
         "'--grpc-compat sglang --constraint-warmup' (a single one after a '=': --worker-args=--admin)")  # fmt: skip
     add("--host", default="127.0.0.1", help="0.0.0.0 serves everybody who can reach this machine")
-    add("--port", type=int, default=30000, help="of the HTTP endpoint; 0 picks a free one and prints it")
+    add("--port", type=server.port, default=30000, help="of the HTTP endpoint; 0 picks a free one and prints it")
     add("--policy", default="round_robin", help="how smg chooses a worker")
     add("--api-key", default=None, help="that HTTP clients have to send")
     add("--tool-call-parser", default=None, help="how tool calls are read from the answer (qwen, llama, mistral, ...)")
     add("--reasoning-parser", default=None, help="how thoughts are told from the answer (qwen3, deepseek_r1, ...)")
-    add("--prometheus-port", type=int, default=0, help="of smg's own metrics; 0: a free one")
+    add("--prometheus-port", type=server.port, default=0, help="of smg's own metrics; 0: a free one")
     add("--smg", metavar="PROGRAM", default=None, help="the smg program, if it is not on the path")
     add("smg_args", nargs=argparse.REMAINDER, metavar="-- ...", help="further flags of `smg launch`")
 
@@ -63,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     smg = find_smg(args.smg)
     check_worker_flags(args.worker_args)
     check_smg_flags(smg, args.smg_args)
-    port, metrics = args.port or free_port(args.host), args.prometheus_port or free_port("127.0.0.1")
+    check_host(args.host)
+    port = free_port(args.host, "--port", args.port)
+    metrics = free_port("127.0.0.1", "--prometheus-port", args.prometheus_port)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             command = smg_command(smg, args, urls, port, metrics)
             log.info("%s", shlex.join(hide_key(command)))
             gateway = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-            print(f"gateway on http://{args.host}:{port}/v1 for {', '.join(urls)}", flush=True)
+            print(f"gateway on http://{address(args.host, port)}/v1 for {', '.join(urls)}", flush=True)
             while not stop.wait(POLL_SECONDS):
                 if gateway.poll() is not None:
                     log.error("smg ended with status %d", gateway.returncode)
@@ -156,9 +161,25 @@ def gpus_for(count: int) -> list[str | None]:
     return list(devices[:count])
 
 
-def free_port(host: str) -> int:
+def check_host(host: str) -> None:
+    """Raises `UnsupportedError`: smg would, once the workers have loaded."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        raise UnsupportedError(f"--host {host}: smg binds to an IP address: 127.0.0.1, 0.0.0.0, ::1, ::") from None
+
+
+def free_port(host: str, flag: str, wanted: int = 0) -> int:
+    """`wanted`, or a free one (0). Raises `UnsupportedError` when it cannot be had, before anything is loaded."""
+    host = host.strip("[]")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a gateway that has ended leaves behind
+        try:
+            probe.bind((host, wanted))
+        except OSError as error:
+            raise UnsupportedError(
+                f"{flag} {wanted} on {host}: {(error.strerror or str(error)).lower()}; {flag} 0 picks a free one"
+            ) from None
         return int(probe.getsockname()[1])
 
 
@@ -166,7 +187,7 @@ class Worker:
     """A jqserve-server of ours. It keeps its port when it is started again, so that smg finds it."""
 
     def __init__(self, args: argparse.Namespace, ready_file: Path, device: str | None) -> None:
-        self.port = free_port("127.0.0.1")
+        self.port = free_port("127.0.0.1", "--port")
         self.url = f"grpc://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self._ready_file = ready_file

@@ -25,9 +25,10 @@ from jqserve.engine.compile_cache import (
     use_jax_cache,
 )
 from jqserve.engine.config import NO_COMMAND_BUFFERS, EngineConfig, defaults_for
+from jqserve.engine.constraint import KINDS
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
-from jqserve.engine.grammar import KINDS, Grammars, why_not
+from jqserve.engine.grammar import Grammars, why_not
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.build import quantized_weights

@@ -14,12 +14,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jqserve.engine import wire
 from jqserve.errors import CheckpointError, EngineUnavailableError, JqserveError, UnsupportedError
-from jqserve.server import admin
+from jqserve.server import admin, health
 from jqserve.server.admin import AdminServicer
 from jqserve.server.compat import sglang, vllm
 from jqserve.server.config import ServerConfig
@@ -96,9 +96,8 @@ class Server:
         except JqserveError as error:
             log.error("%s", error)
             return 2
-        await self._set_health("", serving=True)
         for service in self.services:
-            await self._set_health(service, serving=False)
+            self.health.set(service, serving=False)
         await server.start()
         if handle_signals:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -137,10 +136,11 @@ class Server:
             frontend.metrics.rpc(method.rsplit("/", 1)[-1] if method.startswith(ours) else "other", status)
 
         ours = tuple(f"/{service}/" for service in self.services)
-        receiving = Receiving(config.max_message_bytes)
+        most = config.max_message_bytes
         guard = Guard(
-            config.api_keys, self.services, refused, receiving, frontend.check_sizes, config.max_concurrent_rpcs
-        )
+            config.api_keys, self.services, refused, lambda: Receiving(most), frontend.check_sizes,
+            config.max_concurrent_rpcs,
+        )  # fmt: skip
         server = grpc.aio.server(
             options=(*OPTIONS, ("grpc.max_receive_message_length", config.max_message_bytes)),
             interceptors=(guard,),
@@ -148,9 +148,9 @@ class Server:
         )
         for adding, servicer in servicers.values():
             adding(servicer, server)
-        self.health = health.aio.HealthServicer()
+        self.health = health.HealthServicer(frontend)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        reflection.enable_server_reflection((*self.services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((*self.services, health.SERVICE, reflection.SERVICE_NAME), server)
         return server
 
     def _serve_metrics(self) -> Callable[[], None]:
@@ -210,7 +210,7 @@ class Server:
             raise UnsupportedError("--chat-template needs a tokenizer; give --tokenizer-path")
         frontend.ready(await engine.link.ready)
         for service in self.services:
-            await self._set_health(service, serving=True)
+            self.health.set(service, serving=True)
         self._announce(f"listening on {self._address()}")
         self._write_ready_file()
         self._on_ready(self.port)
@@ -227,7 +227,7 @@ class Server:
     async def _drained(self, engine: RunningEngine) -> int:
         frontend = self.frontend
         frontend.state, frontend.status_text = State.DRAINING, "draining"
-        await self.health.enter_graceful_shutdown()
+        self.health.shut_down()
         log.info("draining: %d requests are running", len(frontend.generations))
         waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(e.wait()) for e in (frontend.idle, self._hurry)]
         await asyncio.wait(
@@ -246,7 +246,7 @@ class Server:
     async def _engine_died(self, engine: RunningEngine) -> int:
         """The link has failed the running requests already; new ones are refused until the statuses are out."""
         self.frontend.state, self.frontend.status_text = State.FAILED, engine.link.closed.result()
-        await self.health.enter_graceful_shutdown()
+        self.health.shut_down()
         log.error("the engine died: %s (%s); exiting", engine.link.closed.result(), await engine.how_it_ended())
         return 1
 
@@ -260,10 +260,6 @@ class Server:
             if done is None or done == progress.detail.get("total") or now - self._told > PROGRESS_SECONDS:
                 self._told = now
                 log.info("%s", self.frontend.status_text)
-
-    async def _set_health(self, service: str, *, serving: bool) -> None:
-        statuses = health_pb2.HealthCheckResponse
-        await self.health.set(service, statuses.SERVING if serving else statuses.NOT_SERVING)
 
     def _address(self) -> str:
         if self.config.unix_socket:

@@ -152,9 +152,10 @@ class Frontend:
             }.get(self.state, f"the engine is gone: {self.status_text}")
         )
 
-    def need_room(self, n: int) -> None:
-        """Before anything is done for a request. Raises as `submit` does for a server that is not ready, or full."""
-        self._admit(self.need_ready(), n)
+    def need_room(self, n: int, field: str = "sampling.n") -> None:
+        """Before anything is done for a request. Raises as `submit` does for a server that is not ready, or full.
+        `field`: whose number n is."""
+        self._admit(self.need_ready(), n, field)
 
     def need_tokenizer(self, field: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -284,13 +285,13 @@ class Frontend:
         for generation in list(self.generations.values()):
             generation.fail(error)
 
-    def _admit(self, link: EngineLink, n: int) -> None:
+    def _admit(self, link: EngineLink, n: int, field: str = "sampling.n") -> None:
         """The cheap refusal of a full server; the engine has the last word."""
         running, queued = self.info.get("max_running_requests"), self.info.get("max_queued")
         if running is None or queued is None:
             return
         if n > running + queued:
-            raise RequestError("sampling.n", f"is {n}; this server holds {running + queued} sequences at most")
+            raise RequestError(field, f"is {n}; this server holds {running + queued} sequences at most")
         if link.live + n > running + queued:
             raise QueueFullError(f"the server is full ({running} running, {queued} queued); try again later")
 

@@ -7,6 +7,7 @@ only so can it be decided when a message is read, and that one without a token i
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import hashlib
 import hmac
@@ -18,10 +19,11 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from jqserve.errors import JqserveError
+from jqserve.server import health
 from jqserve.server.receive import GoneError, Receiving
 from jqserve.server.status import Refused
 
-EXEMPT = "/grpc.health.v1.Health/"  # orchestrators probe without a token; the answer is one enum
+EXEMPT = f"/{health.SERVICE}/"  # orchestrators probe without a token; the answer is one enum
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -32,18 +34,21 @@ class Guard(grpc.aio.ServerInterceptor):
         tokens: Collection[str],
         services: Collection[str],
         refused: Callable[[str, str], None],
-        receiving: Receiving,
+        receiving: Callable[[], Receiving],
         check_sizes: Callable[[Message], None],
         most_calls: int,
     ) -> None:
         """`tokens`: any of them is good; none: no token is asked for. `services`: ours. `refused` is told the method
         and the status. `check_sizes` raises `JqserveError` for a large message with a part that is too large.
-        `most_calls` of our services at once: gRPC's own limit refuses a call too many after each time it was met."""
+        `most_calls` of our services at once: gRPC's own limit refuses a call too many after each time it was met. Calls
+        of the health service are counted apart, by method, and their messages `receiving` apart: those who need no
+        token for it take nothing from those who have one."""
         self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
         self._ours = tuple(f"/{service}/" for service in services)
         self._refused = refused
-        self._receiving, self._check_sizes = receiving, check_sizes
-        self._most_calls, self._calls = most_calls, 0
+        self._receiving = {"": receiving(), **{EXEMPT + method: receiving() for method in ("Check", "Watch")}}
+        self._check_sizes = check_sizes
+        self._most_calls, self._calls = most_calls, collections.Counter[str]()
         self._deny = grpc.stream_stream_rpc_method_handler(_deny)
         self._deny_other = grpc.stream_stream_rpc_method_handler(_deny_other)
         self._full = grpc.stream_stream_rpc_method_handler(_full)
@@ -59,12 +64,13 @@ class Guard(grpc.aio.ServerInterceptor):
             sent = any(key == "authorization" for key, _ in handler_call_details.invocation_metadata or ())
             return self._deny_other if sent else self._deny
         handler: Any = await continuation(handler_call_details)
-        if handler is None or not method.startswith(self._ours):
+        kind = method if method in self._receiving else ""
+        if handler is None or not (kind or method.startswith(self._ours)):
             return handler
-        if self._calls >= self._most_calls:
+        if self._calls[kind] >= self._most_calls:
             self._refused(method, "RESOURCE_EXHAUSTED")
             return self._full
-        return self._reading(handler)
+        return self._reading(handler, kind)
 
     def _good(self, metadata: Any) -> bool:
         """Compares digests, in constant time, and all of them."""
@@ -74,15 +80,15 @@ class Guard(grpc.aio.ServerInterceptor):
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 
-    def _reading(self, handler: Any) -> grpc.RpcMethodHandler:
-        """`handler`, of one request, as one that reads this request itself."""
+    def _reading(self, handler: Any, kind: str) -> grpc.RpcMethodHandler:
+        """`handler`, of one request, as one that reads this request itself. `kind`: what it is counted among."""
         inner = handler.unary_stream if handler.response_streaming else handler.unary_unary
         deserialize = handler.request_deserializer
 
         async def read(stream: Any, context: grpc.aio.ServicerContext) -> Any:
-            self._calls += 1
+            self._calls[kind] += 1
             try:
-                request = await self._request(context, deserialize)
+                request = await self._request(kind, context, deserialize)
                 answer = inner(request, context)
                 del request  # what a handler lets go, nobody else holds while it streams
                 return await answer
@@ -92,7 +98,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "request: the call ended without one")
                 raise asyncio.CancelledError from None
             finally:
-                self._calls -= 1
+                self._calls[kind] -= 1
 
         make: Any = grpc.stream_unary_rpc_method_handler
         if handler.response_streaming:
@@ -100,11 +106,11 @@ class Guard(grpc.aio.ServerInterceptor):
         made: grpc.RpcMethodHandler = make(read, None, handler.response_serializer)
         return made
 
-    async def _request(self, context: Any, deserialize: Callable[[bytes], Message]) -> Message | Refused:
+    async def _request(self, kind: str, context: Any, deserialize: Callable[[bytes], Message]) -> Message | Refused:
         """The call's request. Left to itself, grpc.aio answers one that does not parse with UNKNOWN, which gateways
         retry and count as a fault of this worker."""
         try:
-            return await self._receiving.receive(context, deserialize, self._check_sizes)
+            return await self._receiving[kind].receive(context, deserialize, self._check_sizes)
         except JqserveError as error:
             return Refused(error.with_traceback(None))  # whose frames would keep the message until the next collection
         except (DecodeError, ValueError, RecursionError) as error:

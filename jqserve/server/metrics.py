@@ -67,12 +67,12 @@ class Metrics:
         self.prompts = Histogram(PREFIX + "prompt_tokens_histogram", "Tokens of a prompt.", LENGTHS)
         self.answers = Histogram(PREFIX + "generation_tokens_histogram", "Tokens of an answer.", LENGTHS)
         self.flushes = Histogram(PREFIX + "stream_flush_tokens", "Tokens sent in one message.", FLUSHES)
-        self._rpcs: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.rpcs: collections.Counter[tuple[str, str]] = collections.Counter()
         self._finishes: collections.Counter[str] = collections.Counter()
         self._prompt_tokens = self._requests = self._aborted = 0
 
     def rpc(self, method: str, code: str) -> None:
-        self._rpcs[method, code] += 1
+        self.rpcs[method, code] += 1
 
     def started(self, generation: Generation) -> None:
         self._requests += 1
@@ -121,7 +121,7 @@ class Metrics:
         yield counter("prompt_tokens", "Tokens of admitted prompts.", [([], self._prompt_tokens)])
         finishes = [([reason], float(n)) for reason, n in sorted(self._finishes.items())]
         yield counter("finished_sequences", "Sequences by how they ended.", finishes, "reason")
-        rpcs = [([method, code], float(n)) for (method, code), n in sorted(self._rpcs.items())]
+        rpcs = [([method, code], float(n)) for (method, code), n in sorted(self.rpcs.items())]
         yield counter("grpc_requests", "RPCs by their status.", rpcs, "method", "code")
         phases = [([phase], seconds) for phase, seconds in sorted(frontend.stats.host_seconds.items())]
         yield counter("host_seconds", "Seconds of the engine's host thread by phase.", phases, "phase")

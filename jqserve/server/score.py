@@ -35,6 +35,7 @@ async def score(frontend: Frontend, request: pb.ScoreRequest, context: ServicerC
         raise RequestError("inputs", f"has {len(request.inputs)} sequences; expected 1 to {MAX_INPUTS}")
     if request.top_logprobs > MAX_TOP:
         raise RequestError("top_logprobs", f"is {request.top_logprobs}; expected 0 to {MAX_TOP}")
+    frontend.need_room(len(request.inputs), "len(inputs)")  # for all: part of the results is of no use to anybody
     items = [await _item(frontend, i, given) for i, given in enumerate(request.inputs)]
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_score(frontend, item, request.top_logprobs, context)) for item in items]

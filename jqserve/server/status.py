@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -96,9 +95,13 @@ def with_status(handler: Handler) -> Handler:
             code, text = grpc.StatusCode.INTERNAL, f"internal error {number}; the server's log says more"
         finally:
             self.frontend.metrics.rpc(handler.__name__, code.name)
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(GIVE_UP):
                 await context.abort(code, printable(text), trailing)
+        except TimeoutError:
+            pass
+        except grpc.aio.InternalError:  # not even the call's first message has gone out, and no status can
+            raise asyncio.CancelledError from None
 
     return wrapped
 

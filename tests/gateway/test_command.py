@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_the_command_of_smg() -> None:
 def test_workers_are_addresses_or_a_number(words: tuple[str, ...]) -> None:
     with pytest.raises(UnsupportedError, match="--workers"):
         cli.worker_count(parse(*words))
+
+
+def test_where_smg_could_not_listen_is_told_before_anything_loads() -> None:
+    """It ended with a traceback, minutes later."""
+    for port in ("-1", "65536"):
+        with pytest.raises(SystemExit):
+            parse("--port", port)
+    for host in ("localhost", "nosuch.invalid"):
+        with pytest.raises(UnsupportedError, match=r"--host .*: smg binds to an IP address"):
+            cli.run(parse("--model-path", "absent", "--host", host))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for flag in ("--port", "--prometheus-port"):
+            with pytest.raises(UnsupportedError, match=f"{flag} {port} on 127.0.0.1: address already in use"):
+                cli.run(parse("--model-path", "absent", flag, port))
 
 
 @pytest.mark.parametrize(

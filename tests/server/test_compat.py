@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
 import io
+import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from jqserve.engine.request import SamplingParams, TokenLogprobs
 from jqserve.server.compat import sglang, vllm
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import common_pb2, sglang_scheduler_pb2_grpc, vllm_engine_pb2_grpc
@@ -195,6 +198,47 @@ def test_operations_need_admin(dialect: Dialect) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         dialect.stub.FlushCache(common_pb2.FlushCacheRequest())
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED and "--admin" in caught.value.details()
+
+
+def test_profiles_and_loads_are_not_asked_for_what_they_are_not(dialect: Dialect) -> None:
+    trace = common_pb2.StartProfileRequest.FromString(b"\x0a\x04/tmp")  # output_dir
+    for call, says in (
+        (lambda: dialect.stub.StartProfile(trace), "output_dir"),
+        (lambda: dialect.stub.GetLoads(dialect.pb.GetLoadsRequest(dp_rank=1)), "dp_rank: is 1"),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert says in caught.value.details()
+
+
+def test_sglang_paces_a_stream_and_refuses_what_it_cannot_do() -> None:
+    with serving("sglang") as dialect:
+        answers = list(dialect.stub.Generate(dialect.request(IDS, 13, stream_interval=6)))
+        assert max(len(answer.chunk.token_ids) for answer in answers) >= 6
+        assert "stream_interval" in refused(dialect, dialect.request(IDS, 4, stream_interval=0))[1]
+        request = dialect.request(IDS, 4, regex="a")
+        request.require_reasoning = True
+        assert "require_reasoning" in refused(dialect, request)[1]
+        for start in (-2, 3):
+            request = dialect.request(IDS, 4, logprobs=1)
+            request.logprob_start_len = start
+            assert "logprob_start_len" in refused(dialect, request)[1]
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_sglang_counts_a_prompts_logprobs_from_where_it_was_asked(start: int) -> None:
+    """SGLang gives prompt[start:], and no logprob for the first of them."""
+    servicer = sglang.SglangServicer(types.SimpleNamespace(defaults=SamplingParams()))  # type: ignore[arg-type]
+    request = sgl.GenerateRequest(
+        tokenized=sgl.TokenizedInput(input_ids=IDS), return_logprob=True, logprob_start_len=start
+    )
+    call = asyncio.run(servicer.read(request))
+    scored = tuple(TokenLogprobs(-float(place)) for place in range(call.sampling.prompt_from, len(IDS)))
+    generation: Any = types.SimpleNamespace(sequences=[types.SimpleNamespace(prompt_logprobs=scored)])
+    message: Any = servicer._prompt_logprobs(call, generation, 0)
+    assert list(message.token_ids) == IDS[start:]
+    assert [entry.value for entry in message.token_logprobs][1:] == [-float(p) for p in range(start + 1, len(IDS))]
+    assert not message.token_logprobs[0].HasField("value") and len(message.token_logprobs) == len(IDS) - start
 
 
 def test_none_means_none() -> None:

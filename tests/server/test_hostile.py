@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2
 
 from bench.big_messages import OPTIONS, measure, measure_stalled, payloads, peak, reset_peak, send
 from bench.fuzz_service import Report, fuzz
@@ -123,6 +124,14 @@ def test_nothing_is_read_from_those_who_may_not_ask(tmp_path: Path) -> None:
         assert peak(server.pid) - before < 60
     finally:
         server.end()
+
+
+def test_probes_that_stall_take_no_memory(echo: Echo) -> None:
+    """They need no token. 200 of 4 MiB, each short of its last 64 KiB, were 800 MB."""
+    data = health_pb2.HealthCheckRequest(service="x" * (4 * 2**20 - 4096)).SerializeToString()
+    row = asyncio.run(measure_stalled(echo.target, echo.pid, data, 200, 8.0, "/grpc.health.v1.Health/Check"))
+    assert row["small_failed"] == [] and row["small_requests"] >= 2, row
+    assert row["mb_peak"] - row["mb_before"] < 500, row
 
 
 def test_what_is_larger_than_the_limit_is_refused(echo: Echo) -> None:

@@ -22,8 +22,9 @@ from jqserve.errors import UnsupportedError
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
 from jqserve.server.pb import jqserve_pb2_grpc, vllm_engine_pb2, vllm_engine_pb2_grpc
+from tests.server.closed_window import call
 from tests.server.fake_engine import SLOW, STUCK
-from tests.server.running_server import Running, running_server
+from tests.server.running_server import DEMO, Running, running_server
 
 CONFIG = ServerConfig("/models/echo", port=0, ids_only=True)
 TOKEN = "s3cret"
@@ -224,6 +225,23 @@ def test_a_stream_that_nobody_reads_is_cancelled() -> None:
             call.wait()
         assert caught.value.code is grpc.StatusCode.CANCELLED
         assert client.generate([5], max_new_tokens=2).wait().token_ids == [5, 5]
+
+
+@pytest.mark.parametrize("method", ["vllm.grpc.engine.VllmEngine/GetTokenizer", "jqserve.v1.Inference/Generate"])
+def test_callers_who_read_nothing_at_all_are_let_go(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even their first message gets out. Twice as many as there is room for."""
+    config = ServerConfig(str(DEMO), port=0, unread_seconds=0.5, max_concurrent_rpcs=4)
+    generate = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5]), sampling=pb.SamplingParams(max_new_tokens=4))
+    message = generate.SerializeToString() if "Generate" in method else b""
+    with contextlib.ExitStack() as stack, running_server(config) as (running, client):
+        for _ in range(8):
+            stack.enter_context(call(running.server.port, f"/{method}", message))
+        ended, end = running.server.frontend.metrics.rpcs, time.monotonic() + 20
+        while ended[method.rpartition("/")[2], "CANCELLED"] < 4:
+            assert time.monotonic() < end, ended
+            time.sleep(0.02)
+        assert client.generate([5], max_new_tokens=1).wait().finish_reason == "length"
+    assert "ExecuteBatchError" not in caplog.text
 
 
 def test_bytes_that_are_no_request_are_invalid_and_nothing_worse(limited: Running) -> None:

@@ -284,3 +284,11 @@ def test_detokenize_refuses_ids_beyond_the_vocabulary(client: Client) -> None:
     with pytest.raises(ServerError) as caught:
         client.detokenize([5, 2**31])
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT and caught.value.field == "token_ids"
+
+
+def test_a_score_that_never_fits_is_told_so_and_not_to_try_again() -> None:
+    config = ServerConfig(str(DEMO), port=0, engine={"info": {"max_running_requests": 2, "max_queued": 1}})
+    inputs = [pb.ScoreInput(token_ids=pb.TokenIds(ids=[5, 6]))] * 4
+    with running_server(config) as (_, client), pytest.raises(grpc.RpcError, match=r"inputs.*holds 3") as caught:
+        client.stub.Score(pb.ScoreRequest(inputs=inputs))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -16,15 +16,26 @@ from grpc.aio import ServicerContext
 from jqserve.engine.request import FinishReason, TokenLogprobs
 from jqserve.errors import RequestError, UnsupportedError
 from jqserve.server.admin import Admin
-from jqserve.server.compat.call import Call, default_sampling
+from jqserve.server.compat.call import Call, default_sampling, refuse_rank, refuse_undeclared
 from jqserve.server.frontend import Frontend, State
 from jqserve.server.generation import Generation
 from jqserve.server.info import versions
 from jqserve.server.pb import common_pb2
 from jqserve.server.sequence import Delta, Finished
 from jqserve.server.status import with_status
+from jqserve.server.unread import write_or_give_up
 
 PIECE = 64 * 1024  # bytes of a GetTokenizerChunk
+#: of StartProfile: the trace has everything, from now to StopProfile, in --profile-dir
+PROFILE_FIELDS = {
+    1: "output_dir",
+    2: "start_step",
+    3: "num_steps",
+    4: "activities",
+    5: "with_stack",
+    6: "record_shapes",
+    7: "profile_by_stage",
+}
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
 
 
@@ -62,7 +73,9 @@ class Adapter:
         self.last_received = time.time()
         call = await self.read(request)
         del request
-        generation = frontend.submit(call.prompt, call.sampling, n=call.n, request_id=call.request_id, text=False)
+        generation = frontend.submit(
+            call.prompt, call.sampling, n=call.n, request_id=call.request_id, text=False, pace=call.pace
+        )
         with frontend.serving(generation, context) as serving:
             answers = [_Answer() for _ in range(call.n)]
             async for item in generation:
@@ -187,6 +200,7 @@ class Adapter:
 
     @with_status
     async def GetLoads(self, request: Any, context: ServicerContext) -> Any:
+        refuse_rank(request, "dp_rank")
         return self.load_message()
 
     @with_status
@@ -195,7 +209,7 @@ class Adapter:
         for at in range(0, len(data), PIECE):
             last = at + PIECE >= len(data)
             piece = common_pb2.GetTokenizerChunk(data=data[at : at + PIECE], sha256=digest if last else "")
-            await context.write(piece)
+            await write_or_give_up(context, piece, self.frontend.config.unread_seconds)
 
     @with_status
     async def FlushCache(self, request: common_pb2.FlushCacheRequest, context: ServicerContext) -> Any:
@@ -204,6 +218,7 @@ class Adapter:
 
     @with_status
     async def StartProfile(self, request: common_pb2.StartProfileRequest, context: ServicerContext) -> Any:
+        refuse_undeclared(request, PROFILE_FIELDS)
         return common_pb2.ProfileResponse(success=True, message=await self.admin.start_profile())
 
     @with_status

@@ -12,17 +12,19 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jqserve.engine.request import SamplingParams
 from jqserve.errors import RequestError, UnsupportedError
+from jqserve.server.pace import Pace
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One Generate: `stream` asks for chunks, else only what is complete is sent."""
+    """One Generate: `stream` asks for chunks, else only what is complete is sent. `pace` None: the server's."""
 
     request_id: str
     prompt: list[int]
     sampling: SamplingParams
     n: int
     stream: bool
+    pace: Pace | None = None
 
 
 def refuse_undeclared(message: Message, names: Mapping[int, str]) -> None:
@@ -33,10 +35,10 @@ def refuse_undeclared(message: Message, names: Mapping[int, str]) -> None:
         raise UnsupportedError(f"{name} is not supported by jqserve")
 
 
-def refuse_rank(request: Any) -> None:
+def refuse_rank(request: Any, field: str = "data_parallel_rank") -> None:
     """There is one data-parallel rank."""
-    if request.HasField("data_parallel_rank") and request.data_parallel_rank not in (0, -1):
-        raise RequestError("data_parallel_rank", f"is {request.data_parallel_rank}; this worker has rank 0 only")
+    if request.HasField(field) and (rank := getattr(request, field)) not in (0, -1):
+        raise RequestError(field, f"is {rank}; this worker has rank 0 only")
 
 
 def unless_zero(message: Message, names: Mapping[str, str]) -> dict[str, Any]:

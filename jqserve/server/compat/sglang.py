@@ -15,11 +15,12 @@ from google.protobuf import json_format, struct_pb2
 from grpc.aio import ServicerContext
 
 from jqserve.engine.request import SamplingParams
-from jqserve.errors import RequestError
+from jqserve.errors import RequestError, UnsupportedError
 from jqserve.server.compat.adapter import Adapter
 from jqserve.server.compat.call import Call, refuse_rank, refuse_undeclared, text_constraint, top_count, unless_zero
 from jqserve.server.compat.vllm import shared
 from jqserve.server.info import versions
+from jqserve.server.pace import Pace
 from jqserve.server.pb import sglang_scheduler_pb2 as pb
 from jqserve.server.pb import sglang_scheduler_pb2_grpc
 from jqserve.server.status import with_status
@@ -43,6 +44,7 @@ NUMBERS = {
     "presence_penalty": "presence_penalty",
     "min_new_tokens": "min_new_tokens",
 }
+STREAM_SECONDS = 10.0  # that a stream_interval may take to fill; SGLang waits for ever
 CONSTRAINTS = {"json_schema": "json_schema", "regex": "regex", "ebnf_grammar": "lark"}
 
 
@@ -57,14 +59,21 @@ class SglangServicer(Adapter, sglang_scheduler_pb2_grpc.SglangSchedulerServicer)
         refuse_undeclared(request.sampling_params, SAMPLING_FIELDS)
         refuse_rank(request)
         sampling = sampling_params(request.sampling_params, self.frontend.defaults)
+        if request.require_reasoning and sampling.constraint is not None:
+            raise UnsupportedError("require_reasoning: a constraint holds from the first token on, not after a thought")
+        prompt = list(request.tokenized.input_ids)
         if request.return_logprob:
             tops = top_count("top_logprobs_num", request.top_logprobs_num)
             sampling = dataclasses.replace(sampling, logprobs=tops)
-            if request.logprob_start_len >= 0:
-                start = max(1, request.logprob_start_len)
-                sampling = dataclasses.replace(sampling, prompt_logprobs=tops, prompt_from=start)
-        prompt = list(request.tokenized.input_ids)
-        return Call(request.request_id, prompt, sampling, request.sampling_params.n or 1, request.stream)
+            if (start := request.logprob_start_len) != -1:
+                if not 0 <= start < max(1, len(prompt)):
+                    raise RequestError(
+                        "logprob_start_len", f"is {start}; the prompt has {len(prompt)} tokens (-1: none of them)"
+                    )
+                # As SGLang: of the tokens from `start` on, of which the first one has none.
+                sampling = dataclasses.replace(sampling, prompt_logprobs=tops, prompt_from=start + 1)
+        n, pace = request.sampling_params.n or 1, stream_pace(request.sampling_params)
+        return Call(request.request_id, prompt, sampling, n, request.stream, pace)
 
     @with_status
     async def Abort(self, request: pb.AbortRequest, context: ServicerContext) -> pb.AbortResponse:
@@ -94,6 +103,15 @@ class SglangServicer(Adapter, sglang_scheduler_pb2_grpc.SglangSchedulerServicer)
             server_type="grpc",
             max_total_num_tokens=(frontend.info.get("kv") or {}).get("tokens") or 0,
         )
+
+
+def stream_pace(message: pb.SamplingParams) -> Pace | None:
+    """None: the server's."""
+    if not message.HasField("stream_interval"):
+        return None
+    if message.stream_interval < 1:
+        raise RequestError("stream_interval", f"is {message.stream_interval}; expected 1 token or more")
+    return Pace(message.stream_interval, STREAM_SECONDS, fixed=True)
 
 
 def sampling_params(message: pb.SamplingParams, defaults: SamplingParams) -> SamplingParams:
