@@ -77,6 +77,7 @@ def load(args: argparse.Namespace, folder: Path) -> Any:
             schedule_conservativeness=0.0,
             disable_warmup=True,
             self_test=False,
+            num_continuous_decode_steps=1,  # a window counts a token a row and step
         )
     )
     runner = engine.runner

@@ -81,7 +81,7 @@ def summary(rows: list[dict[str, Any]]) -> None:
     for mode in MODES:
         for m in sorted(MS):
             best = [r for r in rows if r.get("mode") == mode and r["m"] == m and "us" in r and not r.get("WRONG")]
-            chosen = {r["shape"]: r for r in best if r["heuristic"]}
+            chosen = {r["shape"]: r for r in best if r.get("heuristic")}
             fastest = {s: min((r["us"] for r in best if r["shape"] == s), default=math.nan) for s in SHAPES}
             total = sum(chosen[s]["us"] if s in chosen else math.nan for s in SHAPES)
             kernel = sum(chosen[s]["kernel_us"] if s in chosen else math.nan for s in SHAPES)

@@ -16,7 +16,7 @@ from jqserve.errors import RequestError, UnsupportedError
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Waiting:
     """A sequence, and what is being made for it."""
 
@@ -89,8 +89,9 @@ class Preparing:
         """Those that are done with, one way or the other; they are not here any more."""
         if not self._waiting:
             return
+        # Asked once each: one that became ready between two looks would be in neither list.
         done = [one for one in self._waiting if one.done]
-        self._waiting = [one for one in self._waiting if not one.done]
+        self._waiting = [one for one in self._waiting if one not in done]
         for one in done:
             try:
                 one.programs.result()

@@ -1,47 +1,30 @@
-"""What the first constrained or scored request waits for, and that the log says so."""
+"""Requests that something is made for: none is lost, whenever that becomes ready."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import logging
+from types import SimpleNamespace
+from typing import Any
 
-import pytest
-
-from jqserve.engine.config import EngineConfig
 from jqserve.engine.preparing import Preparing
-from jqserve.engine.request import EngineRequest, SamplingParams
-from jqserve.engine.sequence import Sequence
-from jqserve.errors import UnsupportedError
 
 
-def scored(rid: int) -> Sequence:
-    request = EngineRequest(rid, (5, 6, 7), SamplingParams(prompt_logprobs=0, seed=1))
-    return Sequence(request, 0, 8, [5, 6, 7], frozenset(), scores={})
+class ReadyAtTheSecondLook(concurrent.futures.Future[None]):
+    """Becomes ready right after it has been asked for the first time."""
+
+    def done(self) -> bool:
+        was = super().done()
+        if not was:
+            self.set_result(None)
+        return was
 
 
-def test_the_log_says_once_why_the_first_one_waits_and_what_would_spare_it(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    programs: concurrent.futures.Future[None] = concurrent.futures.Future()
+def test_what_becomes_ready_between_two_looks_is_not_lost() -> None:
+    programs = ReadyAtTheSecondLook()
+    sequence: Any = SimpleNamespace(rid=1, sampling=SimpleNamespace(constraint=None), grammar=None)
     preparing = Preparing(None, lambda: programs)
-    for rid in (1, 2):
-        preparing.add(scored(rid))
-    assert list(preparing.ready()) == [] and len(preparing) == 2
-    (told,) = caplog.records
-    assert "--constraint-warmup" in told.getMessage() and told.levelno == logging.WARNING
-    programs.set_result(None)
-    assert [sequence.rid for sequence in preparing.ready() if isinstance(sequence, Sequence)] == [1, 2]
-    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
-
-
-def test_nobody_is_told_when_nobody_waits(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    programs: concurrent.futures.Future[None] = concurrent.futures.Future()
-    programs.set_result(None)  # --constraint-warmup
-    preparing = Preparing(None, lambda: programs)
-    preparing.add(scored(1))
-    assert len(list(preparing.ready())) == 1 and not caplog.records
-
-
-def test_a_warm_up_cannot_be_had_without_the_warm_up() -> None:
-    with pytest.raises(UnsupportedError, match="leave out --disable-warmup"):
-        EngineConfig(disable_warmup=True, constraint_warmup=True)
+    preparing._told = True  # or `add` would take the first look
+    preparing.add(sequence)
+    found = list(preparing.ready())
+    assert len(found) + len(preparing) == 1
+    assert found + list(preparing.ready()) == [sequence]
