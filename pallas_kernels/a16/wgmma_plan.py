@@ -24,7 +24,7 @@ class Config:
     split: int = 1
     stages: int = 0
     parts: int = 1
-    wide: bool = False
+    wide: bool = True
     share: int = 1
 
     @property
