@@ -132,7 +132,7 @@ def summary() -> str:
     return table(header, lines)
 
 
-DECODE_RESULTS = ("decode",)
+DECODE_RESULTS = ("decode", "decode_steps2")
 
 
 def decode() -> str:
@@ -198,22 +198,31 @@ def plan_time() -> str:
     )
 
 
+SERVE_RESULTS = ("serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512", "serve")
+
+
 def serve() -> str:
     """Throughput and latency of a loaded engine, and the first token of an idle one; H200 rows first."""
-    header = ["path", "tokens in/out", "streams", "output tokens/s", "TTFT ms P50 / P99", "TPOT ms P50 / P99"]
-    parts = []
-    for name in ("serve_h200", "serve"):
+    header = ["GPU", "weights, KV", "path", "tokens in/out", "streams", "output tokens/s (vLLM 0.25.1, H200)"]
+    header += ["TTFT ms P50 / P99", "TPOT ms P50 / P99"]
+    rows, idle, sources = [], [], []
+    for name in SERVE_RESULTS:
         result = load(name)
         if result is None:
             continue
-        loaded = [
-            [row["mode"], row["workload"], str(row["concurrency"]), f"{row['output_tokens_per_second']:,.0f}"]
-            + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")]
-            for row in result["rows"]
-            if "output_tokens_per_second" in row
-        ]
-        parts += [table(header, loaded), " ".join(_first_tokens(result["rows"])), source(result, name)]
-    return "\n\n".join(filter(None, parts)) or "Not measured yet."
+        flags, gpu = result["server_flags"], result["device"].split()[1]
+        kv = flags[flags.index("--kv-cache-dtype") + 1] if "--kv-cache-dtype" in flags else "bf16"
+        for row in result["rows"]:
+            if "output_tokens_per_second" not in row:
+                continue
+            peer = result["peers"].get(row["workload"], {}).get("vllm") if (gpu, kv) == ("H200", "bf16") else None
+            beside = f" ({peer:,})" if peer else ""
+            cells = [gpu, f"{result['scheme']}, {kv}", row["mode"], row["workload"], str(row["concurrency"])]
+            cells.append(f"{row['output_tokens_per_second']:,.0f}{beside}")
+            rows.append(cells + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")])
+        idle += [f"{gpu}: {line}" for line in _first_tokens(result["rows"])]
+        sources.append(source(result, name))
+    return "\n\n".join([table(header, rows), "\n".join(idle), "\n".join(sources)]) if rows else "Not measured yet."
 
 
 def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:
@@ -328,6 +337,25 @@ def online_schemes() -> str:
     return f"{table(header, rows)}\n\n{tasks} {source(result, 'online_schemes')}"
 
 
+def load_peak() -> str:
+    """Device and host memory while quantizing online."""
+    rows, sources = [], []
+    for name in ("load_peak", "load_peak_capped"):
+        result = load(name)
+        if result is None:
+            continue
+        memory = "all" if name == "load_peak" else "12 %"
+        for row in result["rows"]:
+            sizes = ("final_bytes", "peak_device_bytes", "over_final_bytes", "two_largest_modules_bytes")
+            gib = [f"{row[key] / 2**30:.2f}" for key in (*sizes, "host_peak_bytes")]
+            rows.append([row["scheme"], memory, *gib])
+        sources.append(source(result, name))
+    if not rows:
+        return "Not measured yet."
+    header = ["--quantization", "of the GPU's memory", "final GiB", "peak", "over the final", "allowed", "host peak"]
+    return table(header, rows) + "\n\n" + "\n".join(sources)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "quantize_quality": quantize_quality,
@@ -340,6 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": serve,
     "quantize_speed": quantize_speed,
     "startup": startup,
+    "load_peak": load_peak,
     "kernels": kernels,
 }
 
