@@ -1,4 +1,4 @@
-"""Which of the two kernels takes a product, and how: from shapes, dtypes and the device, without jax.
+"""Which of the three kernels takes a product, and how: from shapes, dtypes and the device, without jax.
 
 `run` asks when an op is traced, `jqserve plan` where there is no device: the answer is the same because it is one.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels import tuning
-from pallas_kernels.a16 import decode_config, decode_plan, wgmma_config, wgmma_plan
+from pallas_kernels.a16 import decode_config, decode_plan, held_config, held_plan, wgmma_config, wgmma_plan
 from pallas_kernels.a16 import layout as layouts
 from pallas_kernels.a16.problem import DTYPES, Problem
 from pallas_kernels.a16.stored import KIND_OF, KINDS, ROWS
@@ -92,6 +92,13 @@ def problem_of(
     )
 
 
+def held(op: str, problem: Problem) -> held_plan.Plan:
+    """Small M, many rows of W. Raises NotImplementedError where another is better, or for what it cannot take."""
+    plan = held_plan.Plan(**vars(problem), config=held_plan.Config())
+    held_config.heuristic(plan)
+    return _configured(op, "held", plan, held_config)
+
+
 def decode(op: str, problem: Problem) -> decode_plan.Plan:
     """Small M. Raises NotImplementedError where the wgmma kernel is the better one, or for shapes it cannot take."""
     if problem.m > decode_config.MAX_M:
@@ -110,7 +117,9 @@ def wgmma(op: str, problem: Problem) -> wgmma_plan.Plan:
     return _configured(op, "wgmma", wgmma_plan.Plan(**vars(problem), config=wgmma_plan.Config()), wgmma_config)
 
 
-def _configured[Plan: (decode_plan.Plan, wgmma_plan.Plan)](op: str, kernel: str, plan: Plan, configs: Any) -> Plan:
+def _configured[Plan: (held_plan.Plan, decode_plan.Plan, wgmma_plan.Plan)](
+    op: str, kernel: str, plan: Plan, configs: Any
+) -> Plan:
     """The plan with the config that was tuned for it, or else that of the kernel's heuristic (its module `configs`).
     Raises NotImplementedError for shapes that it cannot take."""
     config = tuning.choose(
@@ -127,6 +136,7 @@ def _configured[Plan: (decode_plan.Plan, wgmma_plan.Plan)](op: str, kernel: str,
 def candidates(op: str, problem: Callable[..., Problem]) -> tuple[Candidate, ...]:
     """The ways of an op, first choice first. problem: from the op's own arguments."""
     return (
+        Candidate("held_sm90", hopper_only, lambda *args, **kwargs: held(op, problem(*args, **kwargs))),
         Candidate("decode_sm90", hopper_only, lambda *args, **kwargs: decode(op, problem(*args, **kwargs))),
         Candidate("wgmma_sm90", hopper_only, lambda *args, **kwargs: wgmma(op, problem(*args, **kwargs))),
         Candidate("xla"),

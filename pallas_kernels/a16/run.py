@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.a16 import choice, decode_sm90, wgmma_sm90
+from pallas_kernels.a16 import choice, decode_sm90, held_sm90, wgmma_sm90
 from pallas_kernels.a16 import layout as layouts
 from pallas_kernels.a16.problem import Problem
 
@@ -57,8 +57,14 @@ def _complete(table: jax.Array, problem: Problem) -> jax.Array:
     return jnp.broadcast_to(table, (table.shape[0], problem.groups, 8, 2))
 
 
+_held = jax.jit(held_sm90.matmul, static_argnums=0)
 _decode = jax.jit(decode_sm90.matmul, static_argnums=0)
 _wgmma = jax.jit(wgmma_sm90.matmul, static_argnums=0)
+
+
+def held(p: Prepared) -> jax.Array:
+    """Small M, many rows of W. Raises NotImplementedError where another is better, or for what it cannot take."""
+    return _held(choice.held(p.op, p.problem), p.x, *p.arrays)[:, : p.n]
 
 
 def decode(p: Prepared) -> jax.Array:

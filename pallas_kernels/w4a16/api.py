@@ -90,5 +90,10 @@ def _check(x, qweight, scale, zero, offset, perm, group_size, layout) -> None:
             raise ValueError(f"w4a16_matmul: {name} must be a float dtype, got {a.dtype}")
 
 
-_CODE: tuple[Callable[..., Any], ...] = (mosaic_sm90.decode, mosaic_sm90.wgmma, reference.w4a16_matmul)
+_CODE: tuple[Callable[..., Any], ...] = (
+    mosaic_sm90.held,
+    mosaic_sm90.decode,
+    mosaic_sm90.wgmma,
+    reference.w4a16_matmul,
+)
 dispatch.register(choice.OP, [candidate.run_by(fn) for candidate, fn in zip(choice.CANDIDATES, _CODE, strict=True)])

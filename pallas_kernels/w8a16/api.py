@@ -74,5 +74,10 @@ def _check(x, qweight, scale, zero, perm, group_size, layout) -> None:
         raise ValueError(f"w8a16_matmul: zero must be an integer dtype, got {zero.dtype}")
 
 
-_CODE: tuple[Callable[..., Any], ...] = (mosaic_sm90.decode, mosaic_sm90.wgmma, reference.w8a16_matmul)
+_CODE: tuple[Callable[..., Any], ...] = (
+    mosaic_sm90.held,
+    mosaic_sm90.decode,
+    mosaic_sm90.wgmma,
+    reference.w8a16_matmul,
+)
 dispatch.register(choice.OP, [candidate.run_by(fn) for candidate, fn in zip(choice.CANDIDATES, _CODE, strict=True)])

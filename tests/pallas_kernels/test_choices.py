@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from pallas_kernels import KNOWN_DEVICES, dispatch, explain, tuning, use_device
+from pallas_kernels.a16 import held_config
 from pallas_kernels.a16.choice import packed
 from pallas_kernels.a16.decode_plan import Config
 from pallas_kernels.dispatch import Operand
@@ -24,8 +25,9 @@ from pallas_kernels.w8a16 import layout as eight_layout
 
 DEVICES = ("h200", "a100", "cpu")
 ROWS = (0, 1, 9, 16, 17, 1000)
-#: (N, K): of an 8B model, one that needs padding, one whose K no kernel takes as it is, one that is small
-SHAPES = ((6144, 4096), (1100, 1088), (1096, 2888), (64, 128))
+#: (N, K): two of an 8B model (the held kernel takes the wide one), one that needs padding, one whose K no kernel takes
+#: as it is, one that is small
+SHAPES = ((6144, 4096), (28672, 4096), (1100, 1088), (1096, 2888), (64, 128))
 
 
 def struct(a: Operand | None) -> Any:
@@ -68,7 +70,8 @@ def test_weight_only(device: str, n: int, k: int, bits: int) -> None:
             structs = {name: struct(a) for name, a in more.items()}
             assert told == explain(choice.OP, *map(struct, operands), device=target, **structs, **kwargs)
             seen.add(told.chosen)
-    assert seen == ({"decode_sm90", "wgmma_sm90", "xla"} if device == "h200" else {"xla"})
+    hopper = {"decode_sm90", "wgmma_sm90", "xla"} | ({"held_sm90"} if n >= held_config.MIN_ROWS else set())
+    assert seen == (hopper if device == "h200" else {"xla"})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -100,7 +103,7 @@ def test_a_forced_config_that_cannot_run_is_refused_by_both() -> None:
         dispatch.choose(four.OP, four.CANDIDATES, *operands, device=device, **kwargs)
     with tuning.forcing(four.OP, asked[0].key, Config(row_tiles=4, row_warps=4, k_warps=16)):
         told = dispatch.choose(four.OP, four.CANDIDATES, *operands, device=device, **kwargs)
-        assert told.chosen == "wgmma_sm90" and "more than 16 warps" in told.refused[0][1]
+        assert told.chosen == "wgmma_sm90" and "more than 16 warps" in told.refused[1][1]
         assert told == explain(four.OP, *map(struct, operands), device=device, **kwargs)
 
 
