@@ -176,8 +176,10 @@ def measure(engine: EngineCore, scheme: str, batch: int, context: int, k: int, r
 
 def beside(scheme: str, batch: int, context: int, kv_dtype: str) -> dict[str, int | None]:
     """The figures to compare with: there are none but for a bf16 cache, which reads twice the bytes of an fp8 one."""
-    point = (scheme, batch, context) if kv_dtype == "bfloat16" else None
-    return {"vllm": VLLM.get(point), "aim": AIM.get(point)}  # type: ignore[arg-type]
+    if kv_dtype != "bfloat16":
+        return {"vllm": None, "aim": None}
+    point = (scheme, batch, context)
+    return {"vllm": VLLM.get(point), "aim": AIM.get(point)}
 
 
 def kernels(engine: EngineCore, k: int, seconds: float, top: int) -> dict[str, Any]:

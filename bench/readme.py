@@ -344,7 +344,8 @@ def load_peak() -> str:
         result = load(name)
         if result is None:
             continue
-        memory = "all" if name == "load_peak" else "12 %"
+        capped = re.search(r"--mem-fraction (\S+)", result["command"])
+        memory = f"{float(capped[1]):.0%}" if capped else "all"
         for row in result["rows"]:
             sizes = ("final_bytes", "peak_device_bytes", "over_final_bytes", "two_largest_modules_bytes")
             gib = [f"{row[key] / 2**30:.2f}" for key in (*sizes, "host_peak_bytes")]

@@ -95,7 +95,7 @@ def problem_of(
 def held(op: str, problem: Problem) -> held_plan.Plan:
     """Small M, many rows of W. Raises NotImplementedError where another is better, or for what it cannot take."""
     plan = held_plan.Plan(**vars(problem), config=held_plan.Config())
-    held_config.heuristic(plan)
+    held_config.check_faster(plan)
     return _configured(op, "held", plan, held_config)
 
 
