@@ -75,3 +75,6 @@ def decode(p: Prepared) -> jax.Array:
 def wgmma(p: Prepared) -> jax.Array:
     """Any M. Raises NotImplementedError for shapes it cannot take."""
     return _wgmma(choice.wgmma(p.op, p.problem), p.x, *p.arrays)[:, : p.n]
+
+
+KERNELS = (held, decode, wgmma)  # in the order of `choice.candidates`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.a16 import run
 from pallas_kernels.w4a16 import choice, mosaic_sm90, reference
 
 X_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -91,9 +93,7 @@ def _check(x, qweight, scale, zero, offset, perm, group_size, layout) -> None:
 
 
 _CODE: tuple[Callable[..., Any], ...] = (
-    mosaic_sm90.held,
-    mosaic_sm90.decode,
-    mosaic_sm90.wgmma,
+    *(functools.partial(mosaic_sm90.matmul, kernel) for kernel in run.KERNELS),
     reference.w4a16_matmul,
 )
 dispatch.register(choice.OP, [candidate.run_by(fn) for candidate, fn in zip(choice.CANDIDATES, _CODE, strict=True)])
