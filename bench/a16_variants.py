@@ -82,7 +82,7 @@ def held_configs(problem: Problem) -> list[Any]:
     plans = [p for p in plans if legal(p) and p.stages > p.config.pieces and p.stage_bytes <= 40 << 10]
     fewest = min((p.config.parts for p in plans), default=1)
     plans = [p for p in plans if p.config.parts in (fewest, 2 * fewest)]
-    # No clusters: they read out of bounds at M = 3 and 16 (H200, 2026-11-27), and a process measures nothing after that.
+    # No clusters: they read out of bounds at M = 3 and 16 (H200, 2026-11-27); a process measures nothing after that.
     return [c.config for c in sorted(plans, key=lambda p: (p.config.parts, p.config.pieces, -p.config.warps))][:10]
 
 
