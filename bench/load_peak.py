@@ -5,11 +5,15 @@
 The checkpoint is Llama-3.1-8B's shape in bfloat16 as a sparse file (all zeros: the sizes are what matters), made in a
 temporary folder. Each scheme loads in a process of its own, for the device's peak counter cannot be reset;
 --mem-fraction caps what XLA may allocate, to show that a model loads where it would not fit unquantized.
+
+awq and gptq calibrate, which zeros do not allow: for them `CALIBRATED_LAYERS` layers of random weights are written, and
+calibrated on random tokens; allowed is then also what `jqserve plan` says that calibrating takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -20,25 +24,39 @@ from pathlib import Path
 from typing import Any
 
 from bench.header_checkpoint import write_headers
+from bench.startup import write_checkpoint
 
 #: The two largest modules of a layer-wise load: gate and up together, and the embedding or the head.
 SLACK = 64 << 20
+CALIBRATED = ("awq", "gptq")
+CALIBRATED_LAYERS = 4  # what calibrating takes is a layer's, whatever the layers behind it
+CALIBRATED_ON = (32, 2048)  # random tokens: two chunks of the quantizers
 
 
 def measure(folder: str, scheme: str) -> dict[str, Any]:
     """Loads in this process; bytes."""
     import jax
+    import numpy as np
 
     from jqserve.checkpoint.convert import load
     from jqserve.checkpoint.forecast import forecast
     from jqserve.checkpoint.open import open_checkpoint
     from jqserve.checkpoint.opening import open_model
+    from jqserve.engine.calibrated import open_asked
     from jqserve.ops.relayout import place
 
-    with open_checkpoint(folder) as opened:
-        planned = forecast(open_model(opened, None, "config", scheme))
+    source: Any = folder
+    if scheme in CALIBRATED:
+        tokens = Path(folder) / "calibration.npy"
+        np.save(tokens, np.random.default_rng(0).integers(0, 500, CALIBRATED_ON))
+        source, _ = open_asked(folder, scheme, str(tokens))
+    asked = None if scheme in CALIBRATED else scheme
+    # what calibrates is a checkpoint already, which loading closes
+    with contextlib.nullcontext(source) if scheme in CALIBRATED else open_checkpoint(folder) as opened:
+        planned = forecast(open_model(opened, None, "config", asked))
+    allowed = planned.largest + planned.working[0]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    loaded = load(folder, quantization=scheme, device_put=place, decode="device")
+    loaded = load(source, quantization=asked, device_put=place, decode="device")
     jax.block_until_ready(loaded.params)
     stats = jax.devices()[0].memory_stats() or {}
     final = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
@@ -49,7 +67,8 @@ def measure(folder: str, scheme: str) -> dict[str, Any]:
         "peak_device_bytes": peak,
         "over_final_bytes": None if peak is None else peak - final,
         "two_largest_modules_bytes": planned.largest,
-        "within_bound": None if peak is None else peak - final <= planned.largest + SLACK,
+        "calibration_bytes": planned.working[0],
+        "within_bound": None if peak is None else peak - final <= allowed + SLACK,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
     }
 
@@ -60,6 +79,8 @@ def main() -> None:
     add("--layers", type=int, default=32)
     add("--schemes", nargs="+", default=["none", "fp8", "fp8_block", "w8a8_int8", "int8", "int4", "torchao:int4wo-128"])
     add("--mem-fraction", type=float, help="of the device's memory that XLA may allocate")
+    add("--name", default="load_peak", help="of the result file")
+    add("--quick", action="store_true", help="awq and gptq on a tiny model: checks the script")
     add("--out", help="default: bench/results")
     add("--one", nargs=2, metavar=("FOLDER", "SCHEME"), help="(what the command runs for each scheme)")
     args = parser.parse_args()
@@ -71,9 +92,13 @@ def main() -> None:
         environment["XLA_CLIENT_MEM_FRACTION"] = str(args.mem_fraction)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_headers(Path(folder), "bf16", shards=1, num_hidden_layers=args.layers)
+        zeros, random = Path(folder) / "zeros", Path(folder) / "random"
+        write_headers(zeros, "bf16", shards=1, num_hidden_layers=args.layers)
+        if set(args.schemes) & set(CALIBRATED):
+            write_checkpoint(random, "bf16", args.quick, num_hidden_layers=min(args.layers, CALIBRATED_LAYERS))
         for scheme in args.schemes:
-            command = [sys.executable, "-m", "bench.load_peak", "--one", folder, scheme]
+            path = random if scheme in CALIBRATED else zeros
+            command = [sys.executable, "-m", "bench.load_peak", "--one", str(path), scheme]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             last = (done.stdout.strip().splitlines() or [""])[-1]
             row = json.loads(last) if done.returncode == 0 else {"scheme": scheme, "failed": done.stderr[-400:]}
@@ -81,7 +106,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     from bench import record
 
-    print(record.write("load_peak", rows, args.out, layers=args.layers, mem_fraction=args.mem_fraction))
+    print(record.write(args.name, rows, args.out, layers=args.layers, mem_fraction=args.mem_fraction))
 
 
 if __name__ == "__main__":

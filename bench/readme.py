@@ -340,16 +340,18 @@ def online_schemes() -> str:
 def load_peak() -> str:
     """Device and host memory while quantizing online."""
     rows, sources = [], []
-    for name in ("load_peak", "load_peak_capped"):
+    for name in ("load_peak", "load_peak_more", "load_peak_capped"):
         result = load(name)
         if result is None:
             continue
         capped = re.search(r"--mem-fraction (\S+)", result["command"])
         memory = f"{float(capped[1]):.0%}" if capped else "all"
         for row in result["rows"]:
-            sizes = ("final_bytes", "peak_device_bytes", "over_final_bytes", "two_largest_modules_bytes")
-            gib = [f"{row[key] / 2**30:.2f}" for key in (*sizes, "host_peak_bytes")]
-            rows.append([row["scheme"], memory, *gib])
+            allowed = row["two_largest_modules_bytes"] + row.get("calibration_bytes", 0)
+            device = (row["final_bytes"], row["peak_device_bytes"], row["over_final_bytes"], allowed)
+            gib = [f"{size / 2**30:.2f}" for size in (*device, row["host_peak_bytes"])]
+            scheme = row["scheme"] + " (4 layers)" * (row["scheme"] in ("awq", "gptq"))
+            rows.append([scheme, memory, *gib])
         sources.append(source(result, name))
     if not rows:
         return "Not measured yet."

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 
-def write_checkpoint(folder: Path, scheme: str, quick: bool) -> int:
-    """A real checkpoint: config.json and safetensors of random values; returns its bytes."""
+def write_checkpoint(folder: Path, scheme: str, quick: bool, **changes: Any) -> int:
+    """A real checkpoint: config.json and safetensors of random values; returns its bytes. `changes` override fields of
+    config.json."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -36,8 +37,9 @@ def write_checkpoint(folder: Path, scheme: str, quick: bool) -> int:
         raise SystemExit(f"--scheme {scheme}: bf16 and fp8 checkpoints can be written")
     import ml_dtypes
 
-    config: dict[str, Any] = {**LLAMA_3_1_8B, **(QUICK if quick else {})}
-    make_checkpoint(folder, scheme, **(QUICK if quick else {}))
+    changes = (QUICK if quick else {}) | changes
+    config: dict[str, Any] = {**LLAMA_3_1_8B, **changes}
+    make_checkpoint(folder, scheme, **changes)
     hidden, ffn, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     rng = np.random.default_rng(0)

@@ -97,12 +97,12 @@ def _listen() -> None:
     jax.monitoring.register_event_listener(heard)
 
 
-def compile_lowered(lowered: jax.stages.Lowered) -> tuple[Any, bool]:
+def compile_lowered(lowered: jax.stages.Lowered, captured: bool = True) -> tuple[Any, bool]:
     """(executable, whether it was really compiled): False when JAX's cache had it. What was read back from there must
     not be written again: a CPU executable loses functions on the way, and fails when it is run."""
     _listen()
     before = getattr(_thread, "hits", 0)
-    compiled = lowered.compile(compiler_options())
+    compiled = lowered.compile(compiler_options(captured))
     return compiled, getattr(_thread, "hits", 0) == before
 
 
@@ -161,7 +161,9 @@ def remembered(folder: Path | None, facts: dict[str, Any], compute: Callable[[],
 _lowering = threading.Lock()
 
 
-def compile_program(name: str, lower: Callable[[], jax.stages.Lowered], cache: ProgramCache | None) -> tuple[Any, bool]:
+def compile_program(
+    name: str, lower: Callable[[], jax.stages.Lowered], cache: ProgramCache | None, captured: bool = True
+) -> tuple[Any, bool]:
     """(executable, whether it was made now): from the cache, or lowered and compiled. Any thread may call this."""
     if cache is not None and (known := cache.load(name)) is not None:
         return known, False
@@ -170,7 +172,7 @@ def compile_program(name: str, lower: Callable[[], jax.stages.Lowered], cache: P
         lowered = lower()
         lower_seconds = time.perf_counter() - began
     began = time.perf_counter()
-    compiled, new = compile_lowered(lowered)
+    compiled, new = compile_lowered(lowered, captured)
     seconds = time.perf_counter() - began
     how = "compiled" if new else "found in JAX's cache"
     log.debug("%s: lowered in %.1f s, %s in %.1f s", name, lower_seconds, how, seconds)

@@ -29,6 +29,11 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 100_000,
     "max_grammar_size": 200_000,
 }
+#: Regexes of tokens that a mask takes as a whole where all they match may come; others are walked one by one. With
+#: llguidance's own (10, 30 and any number of characters) a string close to its maxLength took 1.1 ms a mask in the
+#: worst hundredth, with these 0.7 (131,072 tokens; the mean fell from 49 to 37 us); a step waits for its slowest row.
+IN_STRING = r'[^"\\\x00-\x1F\x7F]'
+SLICES = [*(f"{IN_STRING}{{1,{most}}}" for most in (1, 2, 3, 4, 6, 8, 10, 15, 20, 30)), IN_STRING + "+"]
 
 
 def load_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> Any:
@@ -37,7 +42,7 @@ def load_tokenizer(file: Path, vocab_size: int, eos_token_ids: Sequence[int]) ->
 
     try:
         text = file.read_text(encoding="utf-8")
-        return llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+        return llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None, slices=SLICES)
     except (OSError, ValueError, RuntimeError) as error:
         raise UnsupportedError(f"grammars cannot be used with {file.name}: {shorten(str(error))}") from error
 

@@ -29,6 +29,7 @@ class Fused:
 
     bucket: Bucket
     variant: Variant
+    captured = True
 
     @property
     def name(self) -> str:
@@ -44,6 +45,7 @@ class Forward:
     asked: int
     scored: bool = False
     begun: bool = False
+    captured = True
 
     @property
     def name(self) -> str:
@@ -56,6 +58,7 @@ class Begin:
     """The first layers of a step without prefill, `engine/split.begin`."""
 
     bucket: Bucket
+    captured = True
 
     @property
     def name(self) -> str:
@@ -69,6 +72,7 @@ class Draw:
     rows: int
     variant: Variant
     masked: bool = False
+    captured = True
 
     @property
     def name(self) -> str:

@@ -120,7 +120,9 @@ class Runner:
 
     def compile(self, program: Program) -> Any:
         """Any thread may call this: XLA compiles without the interpreter's lock."""
-        compiled, new = compile_program(program.name, lambda: self._lower(program), self.cache_of_programs)
+        compiled, new = compile_program(
+            program.name, lambda: self._lower(program), self.cache_of_programs, program.captured
+        )
         self.compilations += new
         return compiled
 
