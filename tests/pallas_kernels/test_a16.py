@@ -318,15 +318,10 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "m", "config", "copies"),
-    [
-        ("u4", 64, wgmma_sm90.Config(4, 64, 128, wide=True), 3),  # x, weights, scales; the default makes 7
-        ("s8", 64, wgmma_sm90.Config(4, 64, 128, wide=True, share=2), 4),  # x in two parts, half of each a block
-    ],
-)
-def test_wide_copies(kind: str, m: int, config, copies: int) -> None:
+@pytest.mark.parametrize("kind", ["u4", "s8"])
+def test_few_copies_by_one_lane(kind: str) -> None:
     """One elected lane makes few copies of a stage, and ptxas knows that it is one: no loops over lanes."""
+    m, config, copies = 64, wgmma_sm90.Config(4, 64, 128), 3  # x, weights, scales
     plan = dataclasses.replace(_plan(wgmma_sm90, kind, m, LLAMA_8B["gate_up"], 128), config=config)
     compiled = compile_for_h200(
         lambda *a: wgmma_sm90.matmul(plan, *a),
@@ -336,7 +331,6 @@ def test_wide_copies(kind: str, m: int, config, copies: int) -> None:
     )
     loads = re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared::cluster\.global\S*", compiled.ptx)
     assert loads and len(loads) % copies == 0 and len(loads) <= 2 * copies  # LLVM may unroll the loop once
-    assert sum("multicast" in load for load in loads) == (len(loads) // 2 if config.share > 1 else 0)
     assert "elect.sync" in compiled.ptx and compiled.spill_bytes == 0
     assert not overwritten_operands(compiled.sass) and "BRA.U.ANY" not in compiled.sass
     assert "serialized" not in compiled.report
