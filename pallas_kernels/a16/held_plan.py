@@ -15,15 +15,14 @@ X_REGISTERS = {8: 128, 16: 64}  # of x a thread may hold, by warps of the block 
 class Config:
     """warps: they divide K, at most 16; pieces: copies that a row tile arrives in, each awaited by its own warps;
     parts: of K, summed in float32 by XLA afterwards; stages: pieces in the ring (0: as many as fit); lift: the magic
-    number is taken off the sums, not off the weights (4 bits without zero points); cluster: blocks that load a share of
-    x each, for all (x of M = 16 is 128 KiB for each of 132 blocks, as much as 4-bit weights of 4096 x 8192)."""
+    number is taken off the sums, not off the weights (4 bits without zero points); pdl: the first weights are fetched
+    while the kernel before still runs."""
 
     warps: int = 16
     pieces: int = 1
     parts: int = 1
     stages: int = 0
     lift: bool = False
-    cluster: int = 1
     pdl: bool = False
 
 
@@ -59,8 +58,7 @@ class Plan(Problem):
 
     @property
     def blocks(self) -> int:  # of a part; each block keeps to one part, whose x it holds
-        c = self.config
-        return min(self.tiles, self.most_clusters(c.cluster) * c.cluster // c.parts) // c.cluster * c.cluster
+        return min(self.tiles, self.sms // self.config.parts)
 
     @property
     def x_registers(self) -> int:
@@ -147,10 +145,8 @@ class Plan(Problem):
             problem = f"{c.pieces} pieces for {c.warps} warps"
         elif self.k != c.parts * c.warps * self.k_warp or self.k_warp % self.kind.block_k:
             problem = f"K = {self.k} is not a multiple of {c.parts} x {c.warps} x {self.kind.block_k}"
-        elif self.n % ROWS or c.cluster not in (1, 2, 4) or self.blocks < 1:
-            problem = (
-                f"N = {self.n} is not a multiple of {ROWS}, or too few for {c.parts} parts, clusters of {c.cluster}"
-            )
+        elif self.n % ROWS or self.blocks < 1:
+            problem = f"N = {self.n} is not a multiple of {ROWS}, or {c.parts} parts are more than the multiprocessors"
         elif self.x_registers > X_REGISTERS[self.block_warps]:
             problem = f"x [{self.m}, {self.k_warp}] of a warp does not fit its registers"
         elif not self.scales_in_epilogue and (self.k_warp % self.group and self.group % self.k_warp):

@@ -59,8 +59,6 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((c.parts * plan.m, plan.n), x_dtype if c.parts == 1 else jnp.float32),
         grid=(plan.blocks * c.parts,),
         grid_names=("tile",),
-        cluster=(c.cluster,) if c.cluster > 1 else (),
-        cluster_names=("block",) if c.cluster > 1 else (),
         num_threads=plan.block_warps // 4 + 1,
         thread_name="wg",
         scratch_types=[plgpu.SMEM((plan.data_bytes + plan.barrier_bytes,), jnp.uint8)],
@@ -84,7 +82,6 @@ class _Block:
         block = ptx.special("%ctaid.x")
         self.part: Int = block // plan.blocks if c.parts > 1 else Int.of(0)
         self.first: Int = block % plan.blocks if c.parts > 1 else block
-        self.rank = ptx.special("%cluster_ctarank") if c.cluster > 1 else Int.of(0)
         self.ring = ptx.shared_address(smem)
         self.sums = self.ring + plan.stages * plan.stage_bytes
         self.x = self.ring + (plan.data_bytes - plan.x_bytes)
@@ -111,10 +108,7 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
         ptx.mbarrier_init(b.meet, plan.block_warps)
         ptx.fence_mbarrier_init()
         ptx.mbarrier_expect(b.x_full, plan.m * plan.k_block * 2)
-    if c.cluster > 1:  # no block sends x before the others' barriers are set up
-        ptx.cluster_sync()
-    else:
-        ptx.syncthreads()
+    ptx.syncthreads()
     multiplies = b.warp.lt(plan.block_warps)
     with ptx.when(arith.xori(multiplies, arith.constant(ir.IntegerType.get_signless(1), 1))):
         ptx.set_registers(plan.producer_registers, increase=False)
@@ -142,12 +136,11 @@ def _produce(plan: Plan, b: _Block, x_ref, w_ref, tables) -> None:
     x_base = ptx.global_address(x_ref)
 
     def row_body(j: Int, carry):
-        row = j * c.cluster + b.rank
-        source = ptx.offset(x_base, (row * (plan.k * 2)).i64(), (b.part * (plan.k_block * 2)).i64())
-        ptx.bulk_load_keep(b.x + row * plan.x_stride, source, plan.k_block * 2, b.x_full, c.cluster)
+        source = ptx.offset(x_base, (j * (plan.k * 2)).i64(), (b.part * (plan.k_block * 2)).i64())
+        ptx.bulk_load_keep(b.x + j * plan.x_stride, source, plan.k_block * 2, b.x_full)
         return carry
 
-    ptx.loop((Int.of(plan.m + c.cluster - 1) - b.rank) // c.cluster, [], row_body)
+    ptx.loop(plan.m, [], row_body)
     if plan.early < plan.stages:  # the others are x's
         ptx.mbarrier_wait(b.x_held, Int.of(0))
     total = b.tile_count * c.pieces

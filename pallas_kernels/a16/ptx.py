@@ -346,19 +346,8 @@ def bulk_load(destination: Int, source: ir.Value, size: int, barrier: Int) -> No
     )
 
 
-def bulk_load_keep(destination: Int, source: ir.Value, size: int, barrier: Int, blocks: int = 1) -> None:
-    """The same for data that other blocks read too; to the same place in all `blocks` of the cluster."""
-    if blocks > 1:
-        asm(
-            "{ .reg .b16 mask; cvt.u16.u32 mask, $4; cp.async.bulk.shared::cluster.global"
-            ".mbarrier::complete_tx::bytes.multicast::cluster [$0], [$1], $2, [$3], mask; }",
-            destination,
-            source,
-            const(size),
-            barrier,
-            const((1 << blocks) - 1),
-        )
-        return
+def bulk_load_keep(destination: Int, source: ir.Value, size: int, barrier: Int) -> None:
+    """The same for data that other blocks read too."""
     asm(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
         destination,
@@ -407,6 +396,15 @@ def when(condition: ir.Value) -> Iterator[None]:
     with ir.InsertionPoint(op.then_block):
         yield
         scf.yield_([])
+
+
+def either(condition: ir.Value, then: Callable[[], None], other: Callable[[], None]) -> None:
+    """then() where the condition holds, other() elsewhere: one branch, which two `when` need not become."""
+    op = scf.IfOp(condition, has_else=True)
+    for block, body in ((op.then_block, then), (op.else_block, other)):
+        with ir.InsertionPoint(block):
+            body()
+            scf.yield_([])
 
 
 def loop(

@@ -62,13 +62,22 @@ def estimate(plan: Plan) -> float:
     # One warpgroup alone waits for its own dequantization; several hide it behind each other's products.
     convert = blocks * (20 + 14 * plan.kind.words + (0 if plan.scales_in_epilogue else 10)) * c.warpgroups
     hidden = {1: 1.0, 2: 0.15, 3: 0.12, 4: 0.05}[c.warpgroups]  # the part that is not, in fact
+    if c.warpgroups == 4 and c.m_tile > 64 and plan.kind.words == 2:
+        # Conversions fill the issue slots. gate_up, M = 4096: 1431 us; two warpgroups with m_tile 256 make half of
+        # them for the same product: 1271 us.
+        hidden = 0.25
     busy = tensor + convert if c.warpgroups == 1 else max(tensor * 1.05, convert) + hidden * min(tensor, convert)
     busy = max(busy, blocks * (85 + c.m_tile / 4))  # load, convert, multiply, wait: one warpgroup's chain
     per_step = plan.copied_bytes / 36.0  # bytes per cycle from L2
     copies = plan.steps * per_step
     # Blocks of a cluster read each other's float32 sums at some 25 bytes per cycle.
     meet = 900 + (c.m_tile * c.rows / 40 if c.split == 1 else 600 + c.m_tile * c.rows * 4 / 25)
-    busy = busy * {2: 1.15, 3: 1.02}.get(plan.stages, 1.0) + plan.steps * 25
+    # Three stages of 256 columns hold as much as six of 128, and were the best where many follow (M = 64: int8 down
+    # 23.0 us, 4-bit gate_up 31.2), not where the first is an eighth of all.
+    deep = plan.stages > 3 or (plan.stages == 3 and c.k_step == 256 and plan.steps >= 14)
+    busy = busy * (1.0 if deep else 1.02 if plan.stages == 3 else 1.15) + plan.steps * 25
+    if plan.m > 128 and plan.m_tiles == 1:  # one block reads a weight (gate_up, M = 256, 4 bits: 82.0 us against 84.5)
+        busy *= 0.97
     # The producer must be far enough ahead to hide a copy's latency of some 1000 cycles behind other stages' products.
     ahead = (plan.stages - 1) * max(busy, copies) / plan.steps
     copies += plan.steps * max(0.0, 1000 - ahead) / plan.stages

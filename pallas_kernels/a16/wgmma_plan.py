@@ -14,9 +14,7 @@ CHUNK = 256  # bytes: the widest box of single bytes that TMA copies
 class Config:
     """warpgroups: consumers, 64 rows of W each; m_tile: rows of x; k_step: columns of a stage (multiple of 64);
     split: blocks of a cluster along K, which needs a cluster for every tile; stages: 0 is as many as fit; parts: tiles
-    along K, summed in float32 by XLA afterwards (not with split); wide: one elected lane copies a stage's weights, and
-    its x, as one box each; share: blocks of a cluster along N that load a part of their x tile each, for all (not with
-    split)."""
+    along K, summed in float32 by XLA afterwards (not with split)."""
 
     warpgroups: int = 2
     m_tile: int = 64
@@ -24,12 +22,6 @@ class Config:
     split: int = 1
     stages: int = 0
     parts: int = 1
-    wide: bool = True
-    share: int = 1
-
-    @property
-    def cluster(self) -> int:
-        return self.split * self.share
 
     @property
     def rows(self) -> int:
@@ -52,11 +44,11 @@ class Plan(Problem):
 
     @property
     def tiles(self) -> int:
-        return self.n_tiles // self.config.share * self.m_tiles * self.config.parts
+        return self.n_tiles * self.m_tiles * self.config.parts
 
     @property
     def clusters(self) -> int:
-        return min(self.tiles, self.most_clusters(self.config.cluster))
+        return min(self.tiles, self.most_clusters(self.config.split))
 
     @property
     def k_block(self) -> int:
@@ -153,8 +145,6 @@ class Plan(Problem):
             problem = f"N = {self.n} is not a multiple of {c.rows}"
         elif c.split > 1 and not self.one_round:
             problem = f"{self.tiles} tiles for {self.clusters} clusters"
-        elif c.share > 1 and (c.split > 1 or c.share > 2 or self.n_tiles % c.share or c.m_tile % (8 * c.share)):
-            problem = f"no {c.share} blocks of {c.rows} rows share {c.m_tile} rows of x (2 may, without a split of K)"
         elif c.parts > 1 and (c.split > 1 or self.n * c.m_tile * 4 >= 1 << 23):
             problem = "parts do not go with clusters, or the rows of y are too long for a store's offset"
         elif self.k % (c.split * c.parts * c.k_step * self.unroll) or c.k_step % 64:

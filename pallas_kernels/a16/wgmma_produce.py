@@ -1,10 +1,9 @@
 """The wgmma kernel's producer: one warp that streams x, weights and tables into the stages, and what both sides share.
 
-Two ways to issue the copies. By default every copy is predicated on lane 0, weights in boxes of 256 bytes. ptxas does
-not know that the predicate holds in one lane alone and makes each copy a loop over lanes: 137 instructions for a stage
-of 64 columns of int8, 231 for one of 128. `wide` runs the whole loop in the lane that elect.sync names and copies a
-stage's weights, and its x, as one box each: 36 instructions for either. With `share` the two blocks of a cluster take
-neighbouring rows of W, and each loads half of their x tile, for both.
+The whole loop runs in the lane that elect.sync names, and copies a stage's weights, and its x, as one box each: 36
+instructions a stage. Predicated on lane 0 instead, ptxas does not know that the predicate holds in one lane alone and
+makes each copy a loop over lanes: 137 instructions for a stage of 64 columns of int8, 231 for one of 128; gate_up at
+M = 64 took 42.5 us in place of 36.4 (8 bits, H200).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, memref
+from jaxlib.mlir.dialects import arith, llvm, memref
 
 from pallas_kernels.a16 import ptx
 from pallas_kernels.a16.ptx import Int
@@ -31,10 +30,8 @@ class Block:
         self.warp = Int(mgpu.warp_idx(sync=True))
         self.lane = self.tid & 31
         self.leader = self.lane.eq(0)
-        rank = ptx.special("%cluster_ctarank") if c.cluster > 1 else Int.of(0)
-        self.rank = rank if c.split > 1 else Int.of(0)  # along K
-        self.neighbour = rank if c.share > 1 else Int.of(0)  # along N
-        self.cluster = ptx.special("%ctaid.x") // c.cluster
+        self.rank = ptx.special("%cluster_ctarank") if c.split > 1 else Int.of(0)  # along K
+        self.cluster = ptx.special("%ctaid.x") // c.split
         self.smem = smem
         self.stages = ptx.shared_address(smem)
         self.out = self.stages + (0 if plan.one_round else plan.stages * plan.stage_bytes)
@@ -48,7 +45,7 @@ def coordinates(plan: Plan, b: Block, i: Int) -> tuple[Int, Int, Int]:
     tile = b.cluster + i * plan.clusters
     part = tile % plan.config.parts if plan.config.parts > 1 else b.rank
     tile = tile // plan.config.parts
-    return tile // plan.m_tiles * plan.config.share + b.neighbour, tile % plan.m_tiles, part
+    return tile // plan.m_tiles, tile % plan.m_tiles, part
 
 
 def next_stage(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
@@ -58,26 +55,21 @@ def next_stage(stage: Int, phase: Int, stages: int) -> tuple[Int, Int]:
 
 def produce(plan: Plan, ctx, b: Block, tile_count: Int, x_ref, w_ref, tables: Sequence[ir.Value]) -> None:
     """All stages of all tiles of this block. For the producer warp; x_ref and w_ref as `views` makes them."""
-    if not plan.config.wide:
-        _loop(_Copies(plan, ctx, b, b.leader), tile_count, x_ref, w_ref, tables)
-        return
     with ptx.when(ptx.elect()):
-        _loop(_Copies(plan, ctx, b, None), tile_count, x_ref, w_ref, tables)
+        _loop(_Copies(plan, ctx, b), tile_count, x_ref, w_ref, tables)
     ptx.syncwarp()
 
 
 def views(plan: Plan, x, weight):
     """x [M, K] and the packed weight [N/16, B] as the copies slice them: wide boxes have a third axis."""
-    c = plan.config
-    x = x.reshape(plan.m, plan.k // 64, 64) if c.wide and c.share == 1 else x
-    return x, weight.reshape(weight.shape[0], -1, CHUNK) if c.wide else weight
+    return x.reshape(plan.m, plan.k // 64, 64), weight.reshape(weight.shape[0], -1, CHUNK)
 
 
 class _Copies:
-    """Copies into one block's stages, by the lanes that `predicate` names (None: by the one lane that runs)."""
+    """Copies into one block's stages, by the one lane that runs."""
 
-    def __init__(self, plan: Plan, ctx, b: Block, predicate: ir.Value | None):
-        self.plan, self.ctx, self.b, self.predicate = plan, ctx, b, predicate
+    def __init__(self, plan: Plan, ctx, b: Block):
+        self.plan, self.ctx, self.b = plan, ctx, b
         self.element = ir.BF16Type.get() if plan.x_dtype == "bf16" else ir.F16Type.get()
         self.pointer = ir.Type.parse("!llvm.ptr<3>")
         self.index = ir.IndexType.get()
@@ -90,7 +82,7 @@ class _Copies:
             gmem_slice=tuple(slices),
             barrier=mgpu.BarrierRef(llvm.inttoptr(self.pointer, barrier.value), mgpu.c(0, ptx.i32_type()), None, 1),
             arrive=False,
-            predicate=self.predicate,
+            predicate=None,
             **more,
         )
 
@@ -101,32 +93,19 @@ class _Copies:
         """[m_tile, k_step] of x to [k_step/64][m_tile][64] in the 128-byte swizzle."""
         c = self.plan.config
         parts = c.k_step // 64
-        if c.wide and c.share == 1:
-            box = (self._range(row, c.m_tile), self._range(k0 // 64, parts), mgpu.ds(0, 64))
-            turned = mosaic_gpu.TransposeTransform((1, 0, 2))
-            shape = (parts, c.m_tile, 64)
-            self._copy(x_ref, shape, self.element, at, box, barrier, swizzle=128, gmem_transform=(turned,))
-            return
-        both = gpu.Dimension.x if c.share > 1 else None
-        for part in range(parts):
-            slices = (self._range(row, c.m_tile), self._range(k0 + 64 * part, 64))
-            target = at + part * c.m_tile * 128
-            self._copy(x_ref, (c.m_tile, 64), self.element, target, slices, barrier, swizzle=128, collective=both)
+        box = (self._range(row, c.m_tile), self._range(k0 // 64, parts), mgpu.ds(0, 64))
+        turned = mosaic_gpu.TransposeTransform((1, 0, 2))
+        shape = (parts, c.m_tile, 64)
+        self._copy(x_ref, shape, self.element, at, box, barrier, swizzle=128, gmem_transform=(turned,))
 
     def weights(self, w_ref, at: Int, row: Int, column: Int, barrier: Int) -> Int:
-        """[row_tiles] pieces from byte `column` of a row; returns the offset behind them."""
+        """[row_tiles] pieces from byte `column` of a row, to [row tile][piece]; returns the offset behind them."""
         plan = self.plan
         kind = ir.MemRefType(w_ref.type).element_type
         chunks = plan.piece // CHUNK
-        if plan.config.wide:  # [row tile][piece]
-            box = (self._range(row, plan.row_tiles), self._range(column // CHUNK, chunks), mgpu.ds(0, CHUNK))
-            self._copy(w_ref, (plan.row_tiles, chunks, CHUNK), kind, at, box, barrier)
-            return at + plan.row_tiles * plan.piece
-        for part in range(chunks):  # [chunk][row tile][256]
-            slices = (self._range(row, plan.row_tiles), self._range(column + CHUNK * part, CHUNK))
-            self._copy(w_ref, (plan.row_tiles, CHUNK), kind, at, slices, barrier)
-            at = at + plan.row_tiles * CHUNK
-        return at
+        box = (self._range(row, plan.row_tiles), self._range(column // CHUNK, chunks), mgpu.ds(0, CHUNK))
+        self._copy(w_ref, (plan.row_tiles, chunks, CHUNK), kind, at, box, barrier)
+        return at + plan.row_tiles * plan.piece
 
     def table(self, ref, at: Int, row: Int, group: Int, barrier: Int) -> None:
         """The entries of a stage's groups, [row tile][16 rows of each group]."""
@@ -145,18 +124,10 @@ def _loop(copies: _Copies, tile_count: Int, x_ref, w_ref, tables: Sequence[ir.Va
 
         def step_body(step: Int, carry):
             stage, phase = Int(carry[0]), Int(carry[1])
-            if c.share > 1:  # both blocks' consumers have left the stage
-                ptx.mbarrier_wait_cluster(b.empty + stage * 8, phase ^ 1)
-            else:
-                ptx.mbarrier_wait(b.empty + stage * 8, phase ^ 1)
+            ptx.mbarrier_wait(b.empty + stage * 8, phase ^ 1)
             barrier = b.full + stage * 8
             k0 = k_part * plan.k_block + step * c.k_step
-            if c.wide:
-                ptx.mbarrier_expect(barrier, plan.copied_bytes)
-            else:
-                with ptx.when(b.leader):
-                    ptx.mbarrier_expect(barrier, plan.copied_bytes)
-                ptx.syncwarp()
+            ptx.mbarrier_expect(barrier, plan.copied_bytes)
             at = stage * plan.stage_bytes
             copies.x(x_ref, at, m_tile * c.m_tile, k0, barrier)
             at = copies.weights(w_ref, at + plan.x_bytes, row, k0 // plan.kind.block_k * BLOCK_BYTES, barrier)

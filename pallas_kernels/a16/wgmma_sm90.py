@@ -27,8 +27,8 @@ from pallas_kernels.a16.dequant import DEQUANT, zero_pair
 from pallas_kernels.a16.ptx import Int
 from pallas_kernels.a16.row_scale import load_row_scale
 from pallas_kernels.a16.stored import BLOCK_BYTES, ROWS
-from pallas_kernels.a16.wgmma_plan import CHUNK, Plan
 from pallas_kernels.a16.wgmma_plan import Config as Config
+from pallas_kernels.a16.wgmma_plan import Plan
 from pallas_kernels.a16.wgmma_produce import Block, coordinates, next_stage, produce, views
 
 
@@ -60,8 +60,8 @@ def matmul(
         out_type=jax.ShapeDtypeStruct((c.parts * plan.m, plan.n), x_dtype if c.parts == 1 else jnp.float32),
         grid=(plan.clusters,),
         grid_names=("tile",),
-        cluster=(c.cluster,) if c.cluster > 1 else (),
-        cluster_names=("block",) if c.cluster > 1 else (),
+        cluster=(c.split,) if c.split > 1 else (),
+        cluster_names=("block",) if c.split > 1 else (),
         num_threads=c.warpgroups + 1,
         thread_name="wg",
         scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
@@ -83,27 +83,27 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
     with ptx.when(b.tid.eq(0)):
         for stage in range(plan.stages):
             ptx.mbarrier_init(b.full + 8 * stage, 1)
-            ptx.mbarrier_init(b.empty + 8 * stage, warps * c.share)
+            ptx.mbarrier_init(b.empty + 8 * stage, warps)
         ptx.mbarrier_init(b.ready, warps * c.split)
         ptx.fence_mbarrier_init()
-    if c.cluster > 1:
+    if c.split > 1:
         ptx.cluster_sync()
     else:
         ptx.syncthreads()
     tile_count = (Int.of(plan.tiles - 1) - b.cluster) // plan.clusters + 1
-    producer = b.warp.lt(warps)
-    op = arith.xori(producer, arith.constant(ir.IntegerType.get_signless(1), 1))
-    with ptx.when(op):
+
+    def load() -> None:
         ptx.set_registers(plan.producer_registers, increase=False)
         with ptx.when(b.warp.eq(warps)):
             produce(plan, ctx, b, tile_count, x_ref, w_ref, [*([] if plan.scales_in_epilogue else [s_ref]), *optional])
-    with ptx.when(producer):
+
+    def multiply() -> None:
         ptx.set_registers(plan.consumer_registers, increase=True)
         _consume(plan, ctx, b, tile_count, s_ref, y_ref)
+
+    ptx.either(b.warp.lt(warps), multiply, load)
     if c.split > 1:  # the other blocks may still read this one's sums
         ptx.cluster_leave()
-    if c.share > 1:  # the other block may still send x here or free a stage of this one
-        ptx.cluster_sync()
 
 
 def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
@@ -137,9 +137,9 @@ def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
                 ptx.keep_alive(previous)
                 if batch == 0 and sub == 0:
                     with ptx.when(Int.of(0).lt(step)):
-                        _free(plan, b, last)
+                        _free(b, last)
                 elif batch == 0:
-                    _free(plan, b, last)
+                    _free(b, last)
                 for s, a in enumerate(fragments):
                     column = 16 * (first + s)
                     at = base + (column // 64) * c.m_tile * 128 + (column % 64) * 2
@@ -153,7 +153,7 @@ def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
         stage, phase, last, *rest = ptx.loop(plan.steps // plan.unroll, start, step_body)
         acc = ptx.wgmma_wait(0, rest[held:])
         ptx.keep_alive([Int(v) for v in rest[:held]])
-        _free(plan, b, Int(last))
+        _free(b, Int(last))
         if c.split > 1:
             _meet(plan, b, n_tile, m_tile, acc, s_ref, y_base)
         elif c.parts > 1:
@@ -168,25 +168,17 @@ def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
             ptx.bulk_store_read()
 
 
-def _free(plan: Plan, b: Block, stage: Int) -> None:
-    """This warp has read `stage`: word to the producer, or to both that write into it."""
+def _free(b: Block, stage: Int) -> None:
+    """This warp has read `stage`: word to the producer."""
     barrier = b.empty + stage * 8
-    if plan.config.share == 1:
-        with ptx.when(b.leader):
-            ptx.mbarrier_arrive(barrier)
-    else:
-        with ptx.when(b.lane.lt(plan.config.share)):
-            ptx.mbarrier_arrive_remote(ptx.cluster_map(barrier, b.lane))
+    with ptx.when(b.leader):
+        ptx.mbarrier_arrive(barrier)
 
 
 def _words(plan: Plan, b: Block, base: Int, block: int) -> list[Int]:
     """This lane's 16 bytes of a block."""
-    if plan.config.wide:
-        at = base + plan.x_bytes + b.warp * plan.piece + b.lane * 16
-        return ptx.load_shared(at + block * BLOCK_BYTES, 4)
-    column = plan.row_tiles * CHUNK
-    at = base + plan.x_bytes + b.warp * CHUNK + (b.lane // 16) * column + (b.lane % 16) * 16
-    return ptx.load_shared(at + block * (BLOCK_BYTES // CHUNK) * column, 4)
+    at = base + plan.x_bytes + b.warp * plan.piece + b.lane * 16
+    return ptx.load_shared(at + block * BLOCK_BYTES, 4)
 
 
 def _fragments(plan: Plan, b: Block, base: Int, words: list[Int], first: int) -> list[list[Int]]:

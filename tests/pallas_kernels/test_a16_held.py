@@ -55,8 +55,8 @@ CASES = [
     (Case("int8", 5, 64, 512, scales="row"), Config(warps=16, pieces=4, stages=5), 1),
     (Case("uint8", 2, 64, 512, 64, "int"), Config(warps=8, parts=1), 2),
     (Case("float8_e4m3fn", 16, 64, 512, scales="one"), Config(warps=8, stages=2), 1),
-    (Case("uint4", 15, 112, 1024), Config(warps=4, cluster=2), 5),
-    (Case("int8", 1, 64, 1024), Config(warps=4, cluster=2, parts=2), 6),
+    (Case("uint4", 15, 112, 1024), Config(warps=4), 5),
+    (Case("int8", 1, 64, 1024), Config(warps=4, parts=2), 6),
     (Case("uint4", 16, 64, 1024, poison=True), Config(warps=4, lift=True), 2),
 ]
 
@@ -71,11 +71,10 @@ def test_device_code_on_numpy(monkeypatch, case: Case, config: Config, sms: int)
     y = np.zeros((parts * case.m, case.n), FLOAT[plan.x_dtype] if parts == 1 else np.float32)
     arrays = [data.x, q, scale, *([] if zero is None else [zero]), y]
     arrays = [np.ascontiguousarray(np.asarray(a)) for a in arrays]
-    for first in range(0, plan.blocks * parts, config.cluster):
-        size = plan.data_bytes + plan.barrier_bytes
-        cluster = [Block(first + rank, plan.block_warps + 4, size, arrays) for rank in range(config.cluster)]
+    for index in range(plan.blocks * parts):
+        block = Block(index, plan.block_warps + 4, plan.data_bytes + plan.barrier_bytes, arrays)
         with monkeypatch.context() as patched:
-            run(patched, (held_sm90, row_scale, dequant), lambda *r: held_sm90._emit(plan, None, *r, None), *cluster)
+            run(patched, (held_sm90, row_scale, dequant), lambda *r: held_sm90._emit(plan, None, *r, None), block)
     got = arrays[-1].astype(np.float32)
     got = got if parts == 1 else got.reshape(parts, case.m, case.n).sum(0).astype(FLOAT[plan.x_dtype])
     assert worst(case, data, got) <= 1

@@ -9,7 +9,6 @@ while it is read, or a wait that never ends (Deadlock) show here. Not modelled: 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -51,8 +50,6 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
         self.everyone = threading.Barrier(warps)
-        self.cluster = [self]
-        self.meeting = self.everyone
         self.failed: BaseException | None = None
 
     def wait(self, barrier: int, parity: int) -> None:
@@ -160,9 +157,9 @@ def mma_m16n8k16(dtype: str, acc: Sequence[np.ndarray], a: Sequence[Int], b: Seq
         return [(acc[i] + product[g + 8 * (i // 2), 2 * t + i % 2]).astype(np.float32) for i in range(4)]
 
 
-def copy(destination: Int, source: np.ndarray, size: int, barrier: Int, blocks: int = 1) -> None:
-    assert blocks in (1, len(warp.block.cluster))
-    for block, lane in itertools.product(warp.block.cluster if blocks > 1 else [warp.block], active()):
+def copy(destination: Int, source: np.ndarray, size: int, barrier: Int) -> None:
+    block = warp.block
+    for lane in active():
         array, start = divmod(int(source[lane]), 1 << 32)
         at = int(destination.value[lane])
         assert size % 16 == 0 and at % 16 == 0 and start % 16 == 0
@@ -219,8 +216,7 @@ def load_global(dtype: str, address: np.ndarray) -> np.ndarray:
 
 
 def special(name: str) -> Int:
-    rank = warp.block.cluster.index(warp.block)
-    return Int(u32({"%tid.x": warp.number * 32 + LANE, "%ctaid.x": warp.block.index, "%cluster_ctarank": rank}[name]))
+    return Int(u32({"%tid.x": warp.number * 32 + LANE, "%ctaid.x": warp.block.index}[name]))
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -302,7 +298,6 @@ PTX = {
     "mbarrier_arrive": arrive,
     "mbarrier_wait": wait,
     "syncthreads": lambda: warp.block.everyone.wait(PATIENCE),
-    "cluster_sync": lambda: warp.block.meeting.wait(PATIENCE),
     "elect": lambda: LANE == 0,
     "when": when,
     "loop": loop,
@@ -314,11 +309,8 @@ PTX = {
 }
 
 
-def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], *cluster: Block) -> None:
-    """emit(*refs) on every warp of a cluster; refs are the arrays' numbers. `modules` use MLIR beside `ptx`."""
-    meeting = threading.Barrier(sum(block.warps for block in cluster))
-    for block in cluster:
-        block.cluster, block.meeting = list(cluster), meeting
+def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], block: Block) -> None:
+    """emit(*refs) on every warp of a block; refs are the arrays' numbers. `modules` use MLIR beside `ptx`."""
     for name, value in PTX.items():
         monkeypatch.setattr(ptx, name, value)
     for module in modules:
@@ -329,24 +321,22 @@ def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], *cl
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, PTX[name])
 
-    def work(block: Block, number: int) -> None:
+    def work(number: int) -> None:
         warp.block, warp.number, warp.mask = block, number, np.ones(32, bool)
         try:
             emit(*range(len(block.arrays)))
         except BaseException as error:
-            for one in cluster:
-                with one.changed:
-                    one.failed = one.failed or error
-                    one.changed.notify_all()
-                one.everyone.abort()
-            meeting.abort()
+            with block.changed:
+                block.failed = block.failed or error
+                block.changed.notify_all()
+            block.everyone.abort()
 
-    threads = [threading.Thread(target=work, args=(block, i)) for block in cluster for i in range(block.warps)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(block.warps)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if cluster[0].failed:
-        raise cluster[0].failed
-    for address, barrier in itertools.chain(*(block.barriers.items() for block in cluster)):
+    if block.failed:
+        raise block.failed
+    for address, barrier in block.barriers.items():
         assert barrier.bytes == 0, f"a copy to the barrier at {address} was never expected, or not made"
