@@ -1,10 +1,11 @@
 """What grammar masks cost: decode steps with a constraint on every row, on one row, on none.
 
-    python -m bench.constrained --tokenizer DIR [--scheme w4a16] [--batch 64] [--budget SECONDS] [--out DIR]
+    python -m bench.constrained --tokenizer DIR [--schemes w4a16,fp8] [--contexts 1024,4] [--batch 64] [--out DIR]
     python -m bench.constrained --model-path DIR [--load-format dummy] ...
 
-The first form makes a Llama-3.1-8B-shaped model with random weights and the vocabulary of DIR's tokenizer.json
-(`bench/tekken` makes a real one of 131,072 tokens). All kinds run in one process, in turn, through the same forward
+The first form makes Llama-3.1-8B-shaped models with random weights and the vocabulary of DIR's tokenizer.json
+(`bench/tekken` makes a real one of 131,072 tokens). Prompts are declared to be in the prefix cache, as in bench.decode;
+windows start at each of the contexts. All kinds run in one process, in turn, through the same forward
 programs, at temperature 1 with a seed a row. Each constrained row has a JSON schema of its own (an array of objects,
 too long to end), so that no mask is shared. Per kind the best window counts; per step are given the wall clock, the
 host's milliseconds by phase (`mask`: computing the masks and dispatching the second half, while the device computes
@@ -14,6 +15,7 @@ the logits; `wait`: what is left for the device), and the cost beside the plain 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -51,7 +53,7 @@ def schema(number: int) -> str:
     return json.dumps({"type": "array", "items": PERSON, "minItems": ITEMS + number})
 
 
-def load(args: argparse.Namespace, folder: Path) -> Any:
+def load(args: argparse.Namespace, scheme: str, folder: Path) -> Any:
     """An engine with two forward programs (with and without prefill) and their draws, with and without masks."""
     from bench.llama8b import QUICK, make_checkpoint
     from jqserve.engine.buckets import Bucket, Buckets
@@ -64,8 +66,8 @@ def load(args: argparse.Namespace, folder: Path) -> Any:
     if path is None:
         vocabulary = len(json.loads((Path(args.tokenizer) / "tokenizer.json").read_text())["model"]["vocab"])
         changes = (QUICK if args.quick else {}) | {"vocab_size": vocabulary, "eos_token_id": 2, "bos_token_id": 1}
-        path, load_format = str(make_checkpoint(folder, args.scheme, **changes)), "dummy"
-    context = args.steps + ROOM + 64
+        path, load_format = str(make_checkpoint(folder, scheme, **changes)), "dummy"
+    context = max(args.contexts) + args.steps + ROOM + 64
     engine = load_engine(
         EngineConfig(
             model_path=path,
@@ -92,11 +94,14 @@ def load(args: argparse.Namespace, folder: Path) -> Any:
     return engine
 
 
-def rounds(engine: EngineCore, kind: str, batch: int, steps: int, first: int) -> dict[str, Any]:
-    """`batch` new sequences of a kind, numbered from `first`: the mean of `steps` steps in which all of them decode."""
+def rounds(engine: EngineCore, kind: str, batch: int, steps: int, first: int, context: int) -> dict[str, Any]:
+    """`batch` new sequences of a kind, numbered from `first`, behind prompts of `context` tokens: the mean of `steps`
+    steps in which all of them decode."""
+    from bench.decode import pretend_cached
     from jqserve.engine.request import EngineRequest, SamplingParams
 
     constrained = {"plain": 0, "one row": 1, "every row": batch}[kind]
+    engine.scheduler.pool.forget()
     for i in range(batch):
         sampling = SamplingParams(
             temperature=1.0,
@@ -105,7 +110,10 @@ def rounds(engine: EngineCore, kind: str, batch: int, steps: int, first: int) ->
             ignore_eos=True,
             constraint=("json_schema", schema(i)) if i < constrained else None,
         )
-        engine.add(EngineRequest(first + i, (5 + i, 6, 7, 8), sampling))
+        prompt = (5 + i, *(6 + (i + j) % 500 for j in range(context - 1)))
+        if context > 2 * engine.scheduler.page_size:
+            pretend_cached(engine, prompt)
+        engine.add(EngineRequest(first + i, prompt, sampling))
     started: set[int] = set()
     while len(started) < batch:
         started |= {event.rid for event in step(engine)}
@@ -144,32 +152,53 @@ def tell(text: str, began: float = time.perf_counter()) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", help="a folder with tokenizer.json, if it is not the model's")
-    parser.add_argument("--scheme", default="w4a16", help="of the model that is made: bf16, fp8, w4a16, ...")
+    parser.add_argument("--schemes", default="w4a16", help="of the models that are made: bf16,fp8,w4a16, ...")
+    parser.add_argument("--contexts", default="1024,4", help="tokens before the answers")
     parser.add_argument("--model-path", help="a model, instead of one that is made")
     parser.add_argument("--load-format", default="auto", help="dummy: random weights, with the directory's tokenizer")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=150, help="of a window")
-    parser.add_argument("--budget", type=float, default=30.0, help="seconds of windows, at least one of each kind")
+    parser.add_argument(
+        "--budget", type=float, default=15.0, help="seconds of windows at each context, at least one of each kind"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny run, to see that it works")
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
     if not (args.model_path or args.tokenizer):
         parser.error("give --tokenizer (for a model that is made) or --model-path")
+    args.contexts = [int(context) for context in args.contexts.split(",")]
     if args.quick:
-        args.batch, args.steps, args.budget = min(args.batch, 4), 12, 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        engine = load(args, Path(folder))
-    tell("ready")
-    first = 0
-    windows: list[dict[str, Any]] = []
-    rounds(engine, "every row", args.batch, 2, first)  # grammars compiled
-    until = time.perf_counter() + args.budget
-    while not windows or time.perf_counter() < until:
-        for kind in KINDS:
-            first += args.batch
-            windows.append(rounds(engine, kind, args.batch, args.steps, first))
-            tell(f"{kind:9s} {windows[-1]['step_ms']:.3f} ms a step, host {windows[-1]['host_ms']}")
-    rows = []
+        args.batch, args.steps, args.budget, args.contexts = min(args.batch, 4), 12, 0.0, [40, 4]
+    rows: list[dict[str, Any]] = []
+    for scheme in [args.model_path] if args.model_path else args.schemes.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            engine = load(args, scheme, Path(folder))
+        tell(f"{scheme} is ready")
+        first, vocabulary = 0, engine.limits.vocab_size
+        rounds(engine, "every row", args.batch, 2, first, args.contexts[0])  # grammars compiled
+        for context in args.contexts:
+            windows: list[dict[str, Any]] = []
+            until = time.perf_counter() + args.budget
+            while not windows or time.perf_counter() < until:
+                for kind in KINDS:
+                    first += args.batch
+                    windows.append(rounds(engine, kind, args.batch, args.steps, first, context))
+                    tell(f"{kind:9s} {windows[-1]['step_ms']:.3f} ms a step, host {windows[-1]['host_ms']}")
+            for row in judged(windows):
+                rows.append({"scheme": scheme, "context": context, **row})
+                said = f"{row['rate']:.0f} tokens/s, masks cost {row['cost_percent']:.1f} %"
+                tell(f"{scheme}, batch {args.batch} at {context}, {row['kind']}: {said}")
+        del engine
+        gc.collect()
+    from bench.record import write
+
+    print(write("constrained", rows, args.out, batch=args.batch, vocabulary=vocabulary))
+    return 0
+
+
+def judged(windows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best window of each kind, and what it costs beside the plain one's."""
+    rows: list[dict[str, Any]] = []
     for kind in KINDS:
         mine = [w for w in windows if w["kind"] == kind]
         best = min(mine, key=lambda w: float(w["step_ms"]))
@@ -177,12 +206,7 @@ def main() -> int:
     for row in rows:
         row["cost_percent"] = round(100 * (1 - row["rate"] / rows[0]["rate"]), 2)
         row["median_cost_percent"] = round(100 * (1 - rows[0]["median_ms"] / row["median_ms"]), 2)
-        print(f"batch {args.batch}, {row['kind']}: {row['rate']:.0f} tokens/s, masks cost {row['cost_percent']:.1f} %")
-    from bench.record import write
-
-    model = args.model_path or f"llama8b {args.scheme}"
-    print(write("constrained", rows, args.out, batch=args.batch, model=model, vocabulary=engine.limits.vocab_size))
-    return 0
+    return rows
 
 
 if __name__ == "__main__":

@@ -225,7 +225,8 @@ class Runner:
         assert half is not None and launched.forward is not None
         program = self.programs.draw(launched.plan, launched.forward, mask is not None)
         params = self._params(program)
-        output = self.dispatcher.submit(lambda: self._draw(program, half.result(), mask, params))
+        sent = None if mask is None else jax.device_put(mask, self.device)  # here: the other thread has enough to do
+        output = self.dispatcher.submit(lambda: self._draw(program, half.result(), sent, params))
         return dataclasses.replace(launched, output=output)
 
     def read(self, launched: Launched) -> Read:
@@ -294,7 +295,9 @@ class Runner:
         _copied(half.scores)
         return half
 
-    def _draw(self, program: Draw, half: Half, mask: np.ndarray | None, params: SlotParams | None) -> Sampled:
+    def _draw(
+        self, program: Draw, half: Half, mask: np.ndarray | jax.Array | None, params: SlotParams | None
+    ) -> Sampled:
         if program.masked and mask is None:
             mask = np.full((program.rows, mask_words(self.shape)), -1, np.int32)
         arguments = self.state, params, half.logits, half.slot, half.position, mask
