@@ -302,11 +302,10 @@ class Frontend:
         vocabulary, context = self.info.get("vocab_size"), self.info.get("context_length")
         if vocabulary is not None and (worst := max(prompt)) >= vocabulary:
             raise RequestError("token_ids", f"holds {worst}; the vocabulary has {vocabulary} tokens")
-        if context is not None and len(prompt) >= context:
-            raise RequestError(
-                "prompt",
-                f"has {len(prompt)} tokens; the context length is {context}, and the answer needs at least one",
-            )
+        answered = sampling.max_new_tokens != 0
+        if context is not None and len(prompt) + answered > context:
+            also = ", and the answer needs at least one" if answered else ""
+            raise RequestError("prompt", f"has {len(prompt)} tokens; the context length is {context}{also}")
         if sampling.constraint is not None and sampling.constraint[0] not in self.info.get("constraints", ()):
             why = self.info.get("no_constraints") or "this engine holds no answer to a grammar"
             raise UnsupportedError(f"constraint: {why}")

@@ -289,6 +289,17 @@ def test_scores_are_those_of_the_whole_sequence(make_core: Any, reference: Refer
     assert len(tokens(events[5])) == 4 or tokens(events[5])[-1] == EOS
 
 
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+def test_a_prompt_of_the_whole_context_is_scored(make_core: Any, reference: Reference, overlap: bool) -> None:
+    core, ids = make_core(overlap=overlap), prompt(CONTEXT, 2)
+    (event,) = run(core, [request(1, ids, max_new_tokens=0, prompt_logprobs=0)])[1]
+    told = [reference(ids)[i - 1][ids[i]] for i in range(1, CONTEXT)]
+    assert [entry.token for entry in event.prompt_logprobs] == pytest.approx(told, abs=2e-4)
+    for limit in (None, 1):
+        with pytest.raises(RequestError, match=f"{CONTEXT} tokens"):
+            core.add(request(2, ids, max_new_tokens=limit, prompt_logprobs=0))
+
+
 def test_scoring_survives_preemption(make_core: Any, reference: Reference) -> None:
     core = make_core(pages=18, conservativeness=0)
     ids = prompt(90, 7)

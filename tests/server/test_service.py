@@ -292,3 +292,13 @@ def test_a_score_that_never_fits_is_told_so_and_not_to_try_again() -> None:
     with running_server(config) as (_, client), pytest.raises(grpc.RpcError, match=r"inputs.*holds 3") as caught:
         client.stub.Score(pb.ScoreRequest(inputs=inputs))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_score_of_the_whole_context_needs_no_room_for_an_answer(client: Client) -> None:
+    context = fake_engine.INFO["context_length"]
+    (scored,) = client.score([[5] * context])
+    assert len(scored.logprobs) == context - 1
+    with pytest.raises(ServerError, match=f"has {context + 1} tokens; the context length is {context}$"):
+        client.score([[5] * (context + 1)])
+    with pytest.raises(ServerError, match="the answer needs at least one"):
+        client.generate([5] * context).wait()
