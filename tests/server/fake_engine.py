@@ -112,6 +112,8 @@ def serve(channel: Channel) -> None:
             elif isinstance(message, wire.Abort):
                 for rid in message.rids:
                     running.pop(rid, None)
+            elif isinstance(message, wire.Ask):
+                channel.send(wire.Answer(message.number, {"pages": 7}))
             changed = True
         events = [event for sequence in running.values() if (event := sequence.step())]
         for event in events:
