@@ -146,19 +146,3 @@ class Metrics:
             size.add_metric([self._frontend.config.name, scheme, kernel], total)
         yield modules
         yield size
-
-
-def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:
-    """Answers GET /metrics on a thread; (the port, what stops it). Raises OSError when the port is taken."""
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(metrics)  # type: ignore[arg-type]
-    server, thread = start_http_server(port, addr=host, registry=registry)
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(2)
-
-    return server.server_port, stop
