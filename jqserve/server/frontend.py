@@ -225,9 +225,10 @@ class Frontend:
         request_id: str = "",
         text: bool = True,
         pace: Pace | None = None,
+        scored: bool = False,
     ) -> Generation:
         """Starts n sequences. The caller iterates the result within `serving`, which ends it, whatever happens.
-        `pace`: None: the server's.
+        `pace`: None: the server's. `scored`: for a Score call, which is counted apart.
 
         Raises `RequestError`, `QueueFullError`, `EngineUnavailableError`. What only the engine can judge is raised by
         the iteration, before its first item.
@@ -254,6 +255,7 @@ class Frontend:
             ),
             pace or self.pace,
             observe=self.metrics.flushed,
+            scored=scored,
         )
         generation.start()
         self.generations[request_id] = generation

@@ -61,7 +61,7 @@ async def _item(frontend: Frontend, index: int, given: pb.ScoreInput) -> Item:
 
 async def _score(frontend: Frontend, item: Item, tops: int, context: ServicerContext) -> pb.Scored:
     sampling = SamplingParams(max_new_tokens=0, temperature=0.0, prompt_logprobs=max(1, tops), prompt_from=item.context)
-    generation = frontend.submit(item.tokens, sampling, text=False)
+    generation = frontend.submit(item.tokens, sampling, text=False, scored=True)
     with frontend.serving(generation, context) as serving:
         async for ended in generation:
             serving.finished(ended)  # type: ignore[arg-type]  # nothing is generated, so there is no delta

@@ -84,6 +84,18 @@ def test_requests_are_counted(server: tuple[Running, Client]) -> None:
     assert grew("stream_flush_tokens_sum") >= 23
 
 
+def test_scores_are_counted_apart(server: tuple[Running, Client]) -> None:
+    running, client = server
+    before = scrape(running)
+    client.score([[5, 6, 7], [5, 6, 7, 8, 9]])
+    after = scrape(running)
+    kept = {name for name in before if re.search("prompt|num_|generation|finished_seq|latency|first_token", name)}
+    assert len(kept) > 10 and {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert after["jqserve:scored_sequences_total"][()] - before["jqserve:scored_sequences_total"][()] == 2
+    assert after["jqserve:scored_tokens_total"][()] - before["jqserve:scored_tokens_total"][()] == 8
+    assert after["jqserve:grpc_requests_total"][("code", "OK"), ("method", "Score")] == 1
+
+
 def test_the_engines_numbers_and_the_plan_are_there(server: tuple[Running, Client]) -> None:
     running, _ = server
     found = scrape(running)
