@@ -52,7 +52,7 @@ class Running:
             if self._stopped():
                 self.finish = FinishReason.STOP
                 if event.finish is None:
-                    core.abort(self.request.rid)
+                    core.abort(self.request.rid, stopped=True)
                 return True
         self._append(event, watched, len(event.token_ids))
         self.finish = event.finish

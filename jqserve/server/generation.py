@@ -49,7 +49,7 @@ class Generation:
                 pace=pace,
                 wake=self._wake,
                 wait=self._start_timer,
-                stop=lambda sequence: link.abort((sequence.request.rid,)),
+                stop=lambda sequence: link.abort((sequence.request.rid,), stopped=True),
                 observe=observe,
             )
             for index, request in enumerate(requests)

@@ -16,7 +16,7 @@ LETTERS = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(chr(97
 def complete(text: str, at_once: int, finish: FinishReason = FinishReason.LENGTH, **sampling: Any) -> Completion:
     """`text`'s letters as the engine's tokens, `at_once` in each event, up to where it would be aborted."""
     aborted: list[int] = []
-    core: Any = SimpleNamespace(abort=aborted.append)
+    core: Any = SimpleNamespace(abort=lambda rid, *, stopped: aborted.append(rid if stopped else -1))
     running = Running(EngineRequest(7, (0,), SamplingParams(**sampling)), LETTERS)
     ids = [ord(letter) - 97 for letter in text]
     for start in range(0, len(ids), at_once):

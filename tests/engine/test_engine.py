@@ -297,6 +297,19 @@ def test_abort_at_any_time(make_core: MakeCore, expected: Any, overlap: bool) ->
         assert_all_free(core)
 
 
+def test_an_answer_that_a_stop_string_ended_tells_the_forecast_how_long_answers_are(make_core: MakeCore) -> None:
+    """Else it knew of the long ones only."""
+    for stopped in (False, True):
+        core = make_core()
+        before = core.scheduler.forecast.share
+        core.add(request(1, 10, max_new_tokens=100, ignore_eos=True))
+        for _ in range(6):
+            core.step()
+        assert core.abort(1, stopped=stopped)
+        drain(core)
+        assert (core.scheduler.forecast.share < before) is stopped
+
+
 @dataclasses.dataclass
 class Doomed:
     """A launched step that fails when it is read."""

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from jqserve.client import Client, ServerError
+from jqserve.engine import wire
 from jqserve.server.app import SERVICE
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
@@ -83,6 +84,23 @@ def test_stop_strings_across_tokens_end_the_sequence_and_free_the_slot(client: C
     assert result.choices[0].matched_stop == "ee fo" and result.finish_reason == "stop"
     assert result.completion_tokens == len(result.token_ids) < len(ids)
     eventually(lambda: busy(client) == 0)
+
+
+def test_the_engine_learns_which_answers_a_stop_string_has_ended(
+    server: tuple[Running, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, client = server
+    link, told = running.server.frontend.link, []
+    assert link is not None
+    send = link._send
+    monkeypatch.setattr(link, "_send", lambda message: (told.append(message), send(message)))
+    ids = client.tokenize("one two three", add_special_tokens=False)
+    client.generate(ids, max_new_tokens=400, stop="three", seed=SLOW).wait()
+    cancelled = client.generate(ids, max_new_tokens=400, stop="never", seed=SLOW)
+    next(cancelled.events())
+    cancelled.cancel()
+    eventually(lambda: sum(isinstance(message, wire.Abort) for message in told) == 2)
+    assert [message.stopped for message in told if isinstance(message, wire.Abort)] == [True, False]
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end(client: Client) -> None:
