@@ -15,6 +15,7 @@ from jqserve.errors import QueueFullError, RequestError
 from tests.engine.conftest import (
     CONTEXT,
     EOS,
+    PAGE,
     STEPS,
     MakeCore,
     Outcome,
@@ -190,6 +191,18 @@ def events_of(core: Any, requests: list[EngineRequest]) -> list[Any]:
     while core.has_work():
         events += core.step()
     return events
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_copies_of_a_prompt_compute_it_once(make_core: MakeCore, overlap: bool) -> None:
+    """And draw what they draw alone."""
+    ids = prompt(PAGE + 3, 5)
+    copies = [request(i, ids, temperature=1.0, seed=i, repetition_penalty=1.3) for i in range(5)]
+    alone = [complete(make_core(), [one])[one.rid].tokens for one in copies]
+    core = make_core(overlap=overlap)
+    outcomes = complete(core, copies)
+    assert core.scheduler.admitted_tokens == 5 * len(ids) and core.scheduler.cached_tokens == 4 * PAGE
+    assert [outcomes[one.rid].tokens for one in copies] == alone
 
 
 def test_a_preempted_sequence_finds_its_own_pages(make_core: MakeCore) -> None:
