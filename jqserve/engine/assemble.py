@@ -16,7 +16,7 @@ from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.budget import decode_tiles
 from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
-from jqserve.engine.config import EngineConfig, decode_steps, defaults_for
+from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.pages import PagePool
 from jqserve.engine.programs import Draw, Forward, Programs
@@ -56,7 +56,7 @@ def assemble(
     defaults = defaults_for(device.platform)
     slots = config.max_running_requests or defaults.max_running_requests
     tile_size = config.tile_size or defaults.tile_size
-    tiles = -(-(config.chunked_prefill_size or defaults.chunked_prefill_size) // tile_size)
+    tiles = prefill_tiles(config.chunked_prefill_size or defaults.chunked_prefill_size, tile_size)
     steps, steps_rows = decode_steps(config.num_continuous_decode_steps, defaults)
     buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
     page_size = config.page_size or defaults.page_size
