@@ -18,6 +18,7 @@ from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, p
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles
 from jqserve.engine.engine import EngineCore
+from jqserve.engine.measure import step_seconds, typical_context
 from jqserve.engine.pages import PagePool
 from jqserve.engine.programs import Draw, Forward, Programs
 from jqserve.engine.runner import Runner
@@ -114,15 +115,17 @@ def warmup_runs(engine: EngineCore) -> int:
 
 
 def choose_budget(engine: EngineCore) -> dict[str, float]:
-    """After the warm-up: sets the tiles of a step in which others decode. Returns the seconds by step, measured."""
+    """After the warm-up: sets the tiles of a step in which others decode, by steps at a typical context. Returns the
+    seconds by step, measured."""
     runner, scheduler = engine.runner, engine.scheduler
-    rows = runner.buckets.decode[-1]
-    measured = {
-        tiles: runner.idle_run(runner.programs.full_step(tiles), 2) for tiles in runner.buckets.tile_counts(rows)
-    }
-    decode = runner.idle_run(runner.programs.full_step(0), 2)
+    rows, context = runner.buckets.decode[-1], typical_context(runner)
+    measured = {tiles: step_seconds(runner, tiles, context) for tiles in runner.buckets.tile_counts(rows)}
+    decode = step_seconds(runner, 0, context)
     scheduler.decode_tiles = min(scheduler.tiles, decode_tiles(measured, decode))
-    log.info("a decode step takes %.1f ms; %d prefill tiles beside it", decode * 1e3, scheduler.decode_tiles)
+    log.info(
+        "a decode step behind %d tokens takes %.1f ms; %d prefill tiles beside it",
+        context, decode * 1e3, scheduler.decode_tiles,
+    )  # fmt: skip
     return {f"{rows}+{tiles}": round(seconds, 6) for tiles, seconds in {0: decode, **measured}.items()}
 
 
