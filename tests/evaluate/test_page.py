@@ -153,6 +153,7 @@ def test_the_exit_status(
         (["--min-recovery", "98"], "--min-recovery: is a share from 0 to 1 (0.98 for 98 %), found 98"),
         (["--html", "/no/such/place/r.html"], "--html: /no/such/place/r.html: its directory does not exist"),
         (["--json", "/no/such/place/r.json"], "--json: /no/such/place/r.json: its directory does not exist"),
+        (["--html", "/tmp"], "--html: /tmp: is a directory"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_anything_is_measured(
