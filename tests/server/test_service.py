@@ -316,7 +316,10 @@ def test_a_score_of_the_whole_context_needs_no_room_for_an_answer(client: Client
     context = fake_engine.INFO["context_length"]
     (scored,) = client.score([[5] * context])
     assert len(scored.logprobs) == context - 1
-    with pytest.raises(ServerError, match=f"has {context + 1} tokens; the context length is {context}$"):
-        client.score([[5] * (context + 1)])
+    with pytest.raises(ServerError, match=f"inputs.1.: has {context + 1} tokens; the context length is {context}$"):
+        client.score([[5, 6], [5] * (context + 1)])
+    with pytest.raises(ServerError, match=r"inputs\[2\]: token_ids: holds 4096") as caught:
+        client.score([[5, 6], [7, 8], [5, 4096], [5, 6]])
+    assert caught.value.field == "inputs[2]"
     with pytest.raises(ServerError, match="the answer needs at least one"):
         client.generate([5] * context).wait()
