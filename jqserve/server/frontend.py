@@ -320,9 +320,12 @@ class Frontend:
         limit, seed = sampling.max_new_tokens, sampling.seed
         if limit is not None and seed is not None:
             return sampling
+        room = (context or 2**31) - len(prompt)
         return dataclasses.replace(  # once: it takes 15 us
             sampling,
-            max_new_tokens=(context or 2**31) - len(prompt) if limit is None else limit,
+            max_new_tokens=room if limit is None else limit,
+            # As the engine cuts it; it would be held against a limit that nobody asked for.
+            min_new_tokens=min(sampling.min_new_tokens, room) if limit is None else sampling.min_new_tokens,
             seed=self._seeds.getrandbits(31) if seed is None else seed,
         )
 

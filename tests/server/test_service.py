@@ -86,6 +86,14 @@ def test_stop_strings_across_tokens_end_the_sequence_and_free_the_slot(client: C
     eventually(lambda: busy(client) == 0)
 
 
+def test_a_least_length_beyond_the_context_ends_with_it(client: Client) -> None:
+    context = fake_engine.INFO["context_length"]
+    result = client.generate([5] * (context - 9), min_new_tokens=2**32 - 1, seed=1).wait()
+    assert result.completion_tokens == 9 and result.finish_reason == "length"
+    with pytest.raises(ServerError, match="4 is more than max_new_tokens 3"):
+        client.generate([5], min_new_tokens=4, max_new_tokens=3).wait()
+
+
 def test_the_engine_learns_which_answers_a_stop_string_has_ended(
     server: tuple[Running, Client], monkeypatch: pytest.MonkeyPatch
 ) -> None:
