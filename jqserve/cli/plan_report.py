@@ -17,11 +17,11 @@ from jqserve.checkpoint.plan import LoadPlan, PlanRow, ranges
 from jqserve.checkpoint.quant_config import NOT_QUANTIZED
 from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli.scheme_flags import quantization_of
-from jqserve.cli.server import ENGINE_FLAGS
+from jqserve.cli.server import ENGINE_FLAGS, GIVEN_FLAGS
 from jqserve.engine.buckets import make_buckets
 from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_source
 from jqserve.engine.calibrated import open_asked
-from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles
+from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.engine.totals import MEMORY, bucket_facts, bytes_read
 from jqserve.errors import UnsupportedError
@@ -45,7 +45,7 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     if dtype is None and args.device == "cpu":
         dtype = "float32"  # as the engine computes there
     real = asked.load_format != "dummy"
-    with planned(args.model or args.model_path, args.revision, weights=real) as directory:
+    with planned(args.model_path if args.model is None else args.model, args.revision, weights=real) as directory:
         source, quantization = open_asked(directory, quantization_of(args), asked.calibration, headers_alone=True)
         config, found = _foretold(source, dtype, asked.activations, quantization)
     for row in found.plan.rows:
@@ -80,7 +80,8 @@ def _foretold(
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """What the server's flags say of the engine. Raises UnsupportedError as the engine does."""
-    given = {name: value for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None and value is not False}
+    names = (*ENGINE_FLAGS, *GIVEN_FLAGS)
+    given = {name: value for name in names if (value := getattr(args, name)) is not None and value is not False}
     return EngineConfig(**{"dtype": "auto", **given})
 
 
@@ -98,7 +99,7 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     kv_token = shape.page_bytes // page // (n if config.kv_heads % n == 0 else 1)
     free = memory * asked.mem_fraction_static - per_gpu - RESERVE
     tokens = asked.num_pages * page if asked.num_pages else max(0, int(free // kv_token))
-    context = asked.context_length or config.max_position
+    context = wanted_context(asked, config, KNOWN_DEVICES[name].platform)
     return {
         "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
         "device": {"name": name, "memory_bytes": memory, "bytes_per_second": speed},

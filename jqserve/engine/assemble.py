@@ -16,7 +16,7 @@ from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.budget import decode_tiles
 from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
-from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles
+from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.measure import step_seconds, typical_context
 from jqserve.engine.pages import PagePool
@@ -36,7 +36,6 @@ from jqserve.ops.compiler_options import compiler_options
 log = logging.getLogger(__name__)
 
 CPU_POOL_BYTES = 512 * 2**20
-CPU_CONTEXT = 4096  # the CPU's attention reads a sequence's whole page table, whatever of it is in use
 
 
 def assemble(
@@ -63,7 +62,7 @@ def assemble(
     page_size = config.page_size or defaults.page_size
     scaled = "k_scale" in params["layers"]["0"]["attn"]
     dtype = kv_dtype(config.kv_dtype, str(params["embed"]["weight"].dtype), scaled)
-    context = _wanted_context(config, model, device.platform)
+    context = wanted_context(config, model, device.platform)
     smallest = cache_shape(model, page_size=page_size, pages=1, dtype=dtype)
     shape = StepShape(slots, page_size, -(-context // page_size), tile_size, model.vocab_size)
     pages = config.num_pages or _choose_pages(
@@ -127,17 +126,6 @@ def choose_budget(engine: EngineCore) -> dict[str, float]:
         context, decode * 1e3, scheduler.decode_tiles,
     )  # fmt: skip
     return {f"{rows}+{tiles}": round(seconds, 6) for tiles, seconds in {0: decode, **measured}.items()}
-
-
-def _wanted_context(config: EngineConfig, model: ModelConfig, platform: str) -> int:
-    if config.context_length is None:
-        return min(model.max_position, CPU_CONTEXT) if platform == "cpu" else model.max_position
-    if config.context_length > model.max_position:
-        raise UnsupportedError(
-            f"context_length {config.context_length} is more than the model's {model.max_position} positions; "
-            f"choose at most {model.max_position}"
-        )
-    return config.context_length
 
 
 def _shortened(config: EngineConfig, context: int, cache: CacheShape) -> int:

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 from jqserve.engine.variant import ORDER, Variant
 from jqserve.errors import UnsupportedError
+from jqserve.models.config import ModelConfig
 
 #: in XLA_FLAGS: no kind of operation goes into command buffers
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+CPU_CONTEXT = 4096  # the CPU's attention reads a sequence's whole page table, whatever of it is in use
 #: tokens of a step's prompts: that many of one kind more, and the counts of the penalties (int16) are still right
 #: (`sampler.MAX_COUNT`); past a few thousand a larger step is not faster either
 MAX_CHUNK = 2**14
@@ -163,6 +165,19 @@ def decode_steps(asked: int | None, defaults: DeviceDefaults) -> tuple[int, int 
 def prefill_tiles(tokens: int, tile_size: int) -> int:
     """Tiles of a step that holds so many prompt tokens: rounded up, but not over MAX_CHUNK."""
     return min(-(-tokens // tile_size), MAX_CHUNK // tile_size)
+
+
+def wanted_context(config: EngineConfig, model: ModelConfig, platform: str) -> int:
+    """Tokens of prompt and answer together, if the pool holds them. Raises UnsupportedError for more than the model's
+    positions."""
+    if config.context_length is None:
+        return min(model.max_position, CPU_CONTEXT) if platform == "cpu" else model.max_position
+    if config.context_length > model.max_position:
+        raise UnsupportedError(
+            f"context_length {config.context_length} is more than the model's {model.max_position} positions; "
+            f"choose at most {model.max_position}"
+        )
+    return config.context_length
 
 
 def defaults_for(platform: str) -> DeviceDefaults:

@@ -117,6 +117,23 @@ def test_the_engine_tells_the_same_totals_when_it_has_loaded(
     assert "800 tokens fit in 50 pages" in told[1]
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([""], "the model's path is empty"),
+        (["--model-path", ""], "the model's path is empty"),
+        (["DEMO", "--context-length", "100000"], "context_length 100000 is more than the model's 2048 positions"),
+        (["DEMO", "--schedule-conservativeness", "nan"], "schedule_conservativeness nan is not in 0 .. 10"),
+        (["DEMO", "--chunked-prefill-size", "20000"], "chunked_prefill_size 20000 is more than 16384"),
+    ],
+)
+def test_what_the_server_would_refuse_is_refused(
+    demo_dir: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    assert main(["plan", *(str(demo_dir) if flag == "DEMO" else flag for flag in flags)]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_split_that_cuts_a_group_is_said(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     two, three = (planned(capsys, demo_dir, "--tp", n) for n in (2, 3))
     assert two["tp"]["problems"] == [] and two["tp"]["bytes_per_gpu"] < 0.6 * two["weight_bytes"]
