@@ -6,6 +6,7 @@ python examples/generate_offline.py [--model-path DIR] [--max-new-tokens N]
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -41,4 +42,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (jqserve.JqserveError, OSError) as error:  # what the reader can mend
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

@@ -6,6 +6,7 @@ python examples/inside_weights.py [--model-path DIR] [--compare-with DIR]
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -47,4 +48,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (jqserve.JqserveError, OSError) as error:  # what the reader can mend
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

@@ -8,6 +8,7 @@ The gradient of the winning next-token logit with respect to each input embeddin
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import jax
@@ -26,7 +27,10 @@ def main() -> None:
     args = parser.parse_args()
 
     model, params = jqserve.load(args.model_path, dtype="float32")
-    tokenizer = Tokenizer.from_file(str(Path(args.model_path) / "tokenizer.json"))
+    file = Path(args.model_path) / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is not there; this example takes a directory that has it")
+    tokenizer = Tokenizer.from_file(str(file))
     tokens = jnp.array(tokenizer.encode(args.text).ids)
 
     @jax.jit
@@ -49,4 +53,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (jqserve.JqserveError, OSError) as error:  # what the reader can mend
+        print("error:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,26 @@ def test_every_example_is_run() -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_example(name: str) -> None:
     options, expected = RUNS[name]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *options], capture_output=True, text=True, timeout=240, check=False
-    )
+    done = run(name, *options)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_the_reader_got_wrong_is_one_line(name: str, tmp_path: Path) -> None:
+    for path, says in ((tmp_path / "absent", "absent"), (tmp_path, "config.json")):
+        done = run(name, "--model-path", str(path))
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and line.startswith("error: ") and says in line
+
+
+def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """With this checkout's jqserve, whichever is installed."""
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *options],
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jqserve.checkpoint.online import ONLINE, TORCHAO, Online
-from jqserve.checkpoint.plan import activation_text, scheme_text
+from jqserve.checkpoint.plan import activation_text, input_text, scheme_text
 from jqserve.checkpoint.scheme import FP8_TOKEN, INT8_TOKEN_127
 from jqserve.errors import UnsupportedError
 from jqserve.quant import ActivationSpec, QuantSpec
@@ -137,7 +137,7 @@ def is_torchao(name: str | None) -> bool:
 def describe(method: str, spec: QuantSpec) -> str:
     """ "gptq: uint4, groups of 128", "fp8: float8_e4m3fn, per tensor, inputs fp8 per token"."""
     text = scheme_text(method, spec)
-    return text if spec.activation.kind == "none" else f"{text}, inputs {activation_text(spec.activation)}"
+    return text if spec.activation.kind == "none" else f"{text}, inputs {input_text(method, spec)}"
 
 
 def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:

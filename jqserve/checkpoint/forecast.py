@@ -13,7 +13,7 @@ from jqserve.checkpoint.fusing import fused_spec
 from jqserve.checkpoint.names import Vector, module_and_suffix
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.opening import OpenModel
-from jqserve.checkpoint.plan import LoadPlan, PlanRow, activation_text, joined_notes, scheme_text, source_text
+from jqserve.checkpoint.plan import LoadPlan, PlanRow, input_text, joined_notes, scheme_text, source_text
 from jqserve.quant import QuantSpec
 
 
@@ -123,9 +123,7 @@ def quantized_row(
     nbytes += 4 if spec.activation.kind == "static_tensor" else 0
     group = spec.group_size if spec.group_size < k else None
     text = scheme_text(method, spec, ordered)
-    return PlanRow(
-        path, source, (n, k), text, spec.bits, group, activation_text(spec.activation), scale, nbytes, note, spec
-    )
+    return PlanRow(path, source, (n, k), text, spec.bits, group, input_text(method, spec), scale, nbytes, note, spec)
 
 
 def _act_order(part: Part) -> bool:

@@ -29,6 +29,8 @@ def resolve(model_path: str, revision: str | None = None, *, weights: bool = Tru
     Raises CheckpointError where nothing is found, or the Hub cannot be reached and the cache has no copy;
     UnsupportedError for a single file.
     """
+    if not model_path:  # a variable of the shell that is not set: not the working directory
+        raise CheckpointError("the model's path is empty; give a directory or a Hub id")
     path = Path(model_path).expanduser()
     if path.is_dir():
         if revision is not None:

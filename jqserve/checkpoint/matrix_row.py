@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jqserve.checkpoint.plan import PlanRow, activation_text, scheme_text
+from jqserve.checkpoint.plan import PlanRow, input_text, scheme_text
 from jqserve.quant import QuantizedTensor
 
 
@@ -20,5 +20,5 @@ def matrix_row(path: str, source: str, method: str, weight: Any, note: str = "")
     spec = weight.spec
     group = spec.group_size if spec.group_size < spec.shape[1] else None
     text = scheme_text(method, spec, weight.perm is not None)
-    scales, activation = np.dtype(weight.scale.dtype).name, activation_text(spec.activation)
+    scales, activation = np.dtype(weight.scale.dtype).name, input_text(method, spec)
     return PlanRow(path, source, spec.shape, text, spec.bits, group, activation, scales, weight.nbytes, note, spec)

@@ -149,7 +149,7 @@ TORCHAO: dict[str, Online] = {
     "int8wo": Online("torchao:int8wo", "int8 torchao"),
     "int8dq": Online("torchao:int8dq", "int8 torchao", activation=INT8_TOKEN),
     "fp8wo": Online("torchao:fp8wo", "fp8 row"),
-    # torchao scales the whole input by one number there; a scale a token keeps a request apart from its company.
+    # torchao scales the whole input by one number there; see `plan.input_text`, which says so.
     "fp8dq-per_tensor": Online("torchao:fp8dq-per_tensor", "fp8 tensor", activation=FP8_TOKEN),
     "fp8dq-per_row": Online("torchao:fp8dq-per_row", "fp8 row", activation=FP8_TOKEN),
     **{f"int4wo-{group}": Online(f"torchao:int4wo-{group}", "int4 tinygemm", group) for group in GROUPS},

@@ -138,6 +138,16 @@ def activation_text(activation: ActivationSpec) -> str:
     return f"{name} {kind[activation.kind]}{divisor}"
 
 
+def input_text(method: str, spec: QuantSpec) -> str:
+    """How the matmul quantizes its input. torchao scales the whole input by one number where its weight has one scale;
+    a scale a token keeps a request apart from its company, so that is what runs, and it is said."""
+    text = activation_text(spec.activation)
+    torchao = method == "torchao" or (method == "online" and spec.activation.qtype == "float8_e4m3fn")
+    if torchao and spec.group_shape == spec.shape and spec.activation.kind == "dynamic_token":
+        text += " (torchao: per tensor)"
+    return text
+
+
 def scheme_text(method: str, spec: QuantSpec | None, perm: bool = False) -> str:
     """ "awq: uint4, groups of 128, zero points", "dense"."""
     if spec is None:

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     for flag, target in (("--json", args.json), ("--html", args.html)):
         if target and target != "-" and not Path(target).resolve().parent.is_dir():
             raise RequestError(flag, f"{target}: its directory does not exist")
+        if target and Path(target).is_dir():
+            raise RequestError(flag, f"{target}: is a directory; give the file to write in it")
     question = Question(
         model=args.model_path,
         base=args.base,

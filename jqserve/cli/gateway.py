@@ -28,7 +28,7 @@ from pathlib import Path
 
 from jqserve.cli import server
 from jqserve.cli.defaults_shown import DefaultsShown
-from jqserve.cli.gateway_flags import check_smg_flags, check_worker_flags
+from jqserve.cli.gateway_flags import check_policy, check_smg_flags, check_worker_flags
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.server.transport import address
 
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     smg = find_smg(args.smg)
     check_worker_flags(args.worker_args)
     check_smg_flags(smg, args.smg_args)
+    check_policy(smg, args.policy)
     check_host(args.host)
     port = free_port(args.host, "--port", args.port)
     metrics = free_port("127.0.0.1", "--prometheus-port", args.prometheus_port)

@@ -16,6 +16,11 @@ from jqserve.errors import UnsupportedError
 OURS = ("model_path", "host", "port", "ready_file")  # what `jqserve gateway` sets itself
 #: smg 1.13.0 sends its workers no token, opens no TLS to them and knows no Unix sockets
 UNREACHABLE = ("api_key", "api_key_file", "tls_cert", "tls_key", "tls_client_ca", "unix_socket")
+#: of smg 1.13.0, where its own help names none
+POLICIES = (
+    "random", "round_robin", "passthrough", "cache_aware", "power_of_two", "least_load", "manual",
+    "consistent_hashing", "prefix_hash",
+)  # fmt: skip
 
 
 def check_worker_flags(text: str) -> None:
@@ -51,12 +56,28 @@ def check_smg_flags(smg: str, words: Sequence[str]) -> None:
     asked = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--"]
     if not asked:
         return
-    known = flags_in(subprocess.run([smg, "launch", "--help"], capture_output=True, text=True, check=False).stdout)
+    known = flags_in(help_of(smg))
     for word in asked:
         if known and not any(name.startswith(word) for name in known):  # argparse takes a flag's beginning, too
             theirs = word in flags_in(server.parser().format_help())
             hint = f"; for the workers: --worker-args '{word} ...'" if theirs else ""
             raise UnsupportedError(f"-- {word}: smg launch has no such flag{hint}")
+
+
+def check_policy(smg: str, policy: str) -> None:
+    """Raises `UnsupportedError` for a --policy that this smg does not have."""
+    listed = re.search(r"--policy \{([a-z0-9_,\s]+)\}", help_of(smg))
+    known = re.split(r"[,\s]+", listed[1].strip()) if listed else POLICIES
+    if policy not in known:
+        raise UnsupportedError(f"--policy {policy}: smg has no such policy; supported: {', '.join(known)}")
+
+
+def help_of(smg: str) -> str:
+    """`smg launch --help`; what cannot be run says nothing."""
+    try:
+        return subprocess.run([smg, "launch", "--help"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
 
 
 def flags_in(text: str) -> set[str]:

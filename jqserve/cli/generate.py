@@ -36,6 +36,14 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("--prompt", "no prompt; give --prompt TEXT or --prompts-file FILE")
     import dataclasses
 
+    from jqserve.engine.request import SamplingParams
+    from jqserve.engine.validate import Limits, check_sampling
+
+    asked = {name: value for name in ("temperature", "top_p", "top_k") if (value := getattr(args, name)) is not None}
+    asked |= {"max_new_tokens": args.max_new_tokens, "stop": tuple(args.stop)}
+    for seed in {args.seed, None if args.seed is None else args.seed + len(prompts) - 1}:
+        check_sampling(SamplingParams(seed=seed, **asked), Limits(2**31, 2**31))  # loading may take minutes
+
     from jqserve.engine.api import Engine
 
     engine = Engine(
@@ -46,13 +54,7 @@ def run(args: argparse.Namespace) -> int:
         quantization=quantization_of(args),
         calibration=args.calibration,
     )
-    asked = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k")}
-    sampling = dataclasses.replace(
-        engine.default_sampling,
-        max_new_tokens=args.max_new_tokens,
-        stop=tuple(args.stop),
-        **{name: value for name, value in asked.items() if value is not None},
-    )
+    sampling = dataclasses.replace(engine.default_sampling, **asked)
     seeds = [None if args.seed is None else args.seed + i for i in range(len(prompts))]
     completions = engine.generate(prompts, [dataclasses.replace(sampling, seed=seed) for seed in seeds])
     for prompt, done in zip(prompts, completions):

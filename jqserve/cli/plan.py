@@ -50,23 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
 def lines(facts: dict[str, Any]) -> list[str]:
     """The totals in words."""
-    gib, device, kv, buckets = 2**30, facts["device"], facts["kv_cache"], facts["buckets"]
-    found = [
-        f"on {device['name']} ({device['memory_bytes'] / gib:.0f} GiB, {device['bytes_per_second'] / 1e12:.2f} TB/s)"
-        + (f", tensor parallel {facts['tp']['size']}" if facts["tp"]["size"] > 1 else ""),
-        f"weights            {facts['weight_bytes'] / gib:9.3f} GiB",
-        f"peak while loading {facts['peak_device_bytes'] / gib:9.3f} GiB of the device, "
-        f"{facts['peak_host_bytes'] / gib:.3f} GiB of the host",
-        f"KV cache           {kv['bytes_per_token'] / 1024:9.2f} KiB a token in {kv['dtype']}"
-        f"{f' ({kv["scales"]})' if kv['scales'] else ''}; "
-        f"about {kv['tokens']:,} tokens fit beside the weights",
-        f"bound              {facts['bound_tokens_per_second']:9.1f} tokens/s at batch 1: "
-        f"{facts['read_bytes_per_step'] / gib:.3f} GiB of weights are read a step",
-        f"compile buckets    decode {', '.join(map(str, buckets['decode']))}"
-        f"{f' (up to {buckets["steps_rows"]} also of {buckets["steps"]} steps)' if buckets['steps'] > 1 else ''}; "
-        f"prefill {', '.join(buckets['mixed'])}",
-    ]
+    from jqserve.engine.totals import lines as totals
+
+    found = totals(facts)
     if facts["tp"]["size"] > 1:
-        found.append(f"per GPU            {facts['tp']['bytes_per_gpu'] / gib:9.3f} GiB of weights")
+        found.append(f"per GPU            {facts['tp']['bytes_per_gpu'] / 2**30:9.3f} GiB of weights")
     found += [f"unquantized: {name}: {reason}" for name, reason in facts["unquantized"].items()]
     return found + [f"warning: {warning}" for warning in facts["warnings"]]

@@ -17,12 +17,13 @@ from jqserve.checkpoint.plan import LoadPlan, PlanRow, ranges
 from jqserve.checkpoint.quant_config import NOT_QUANTIZED
 from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli.scheme_flags import quantization_of
-from jqserve.cli.server import ENGINE_FLAGS
+from jqserve.cli.server import ENGINE_FLAGS, GIVEN_FLAGS
 from jqserve.engine.buckets import make_buckets
 from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_source
 from jqserve.engine.calibrated import open_asked
-from jqserve.engine.config import EngineConfig, decode_steps, defaults_for
+from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.kernel_plan import with_kernels
+from jqserve.engine.totals import MEMORY, bucket_facts, bytes_read
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
 from jqserve.ops.kernels import GENERIC
@@ -31,16 +32,6 @@ from pallas_kernels import KNOWN_DEVICES
 
 EMBEDDING = "model.embed_tokens"
 DUMMY = "--load-format dummy: the tensors are those that config.json describes, their values random"
-#: Data-sheet memory in bytes (GB are 10^9) and bytes a second.
-MEMORY: dict[str, tuple[float, float]] = {
-    "h200": (141e9, 4.8e12),
-    "h100": (80e9, 3.35e12),
-    "a100": (80e9, 2.039e12),
-    "l40s": (48e9, 0.864e12),
-    "l4": (24e9, 0.3e12),
-    "b200": (180e9, 8.0e12),
-    "cpu": (16e9, 0.05e12),
-}
 #: What the engine keeps for activations and libraries beside weights and pages, roughly; it measures, we do not.
 RESERVE = 1.5e9
 
@@ -54,7 +45,7 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     if dtype is None and args.device == "cpu":
         dtype = "float32"  # as the engine computes there
     real = asked.load_format != "dummy"
-    with planned(args.model or args.model_path, args.revision, weights=real) as directory:
+    with planned(args.model_path if args.model is None else args.model, args.revision, weights=real) as directory:
         source, quantization = open_asked(directory, quantization_of(args), asked.calibration, headers_alone=True)
         config, found = _foretold(source, dtype, asked.activations, quantization)
     for row in found.plan.rows:
@@ -66,16 +57,11 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     chunk = asked.chunked_prefill_size or defaults.chunked_prefill_size
     steps, steps_rows = decode_steps(asked.num_continuous_decode_steps, defaults)
     plan = with_kernels(found.plan, device, config.dtype, min(running, 16), chunk)
-    tiles = -(-chunk // defaults.tile_size)
+    tiles = prefill_tiles(chunk, defaults.tile_size)
     buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
     facts = _totals(asked, args.device, args.tp, config, found)
     facts |= {
-        "buckets": {
-            "decode": list(buckets.decode),
-            "steps": steps,
-            "steps_rows": buckets.decode[-1] if steps_rows is None else steps_rows,
-            "mixed": [f"{b.decode_rows}+{b.tiles * defaults.tile_size}" for b in buckets.mixed],
-        },
+        "buckets": bucket_facts(buckets, defaults.tile_size),
         "unquantized": _folded(found.unquantized),
         "warnings": _warnings(plan, facts, found.kv_missing) + ([] if real else [DUMMY]),
     }
@@ -94,7 +80,8 @@ def _foretold(
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """What the server's flags say of the engine. Raises UnsupportedError as the engine does."""
-    given = {name: value for name in ENGINE_FLAGS if (value := getattr(args, name)) is not None and value is not False}
+    names = (*ENGINE_FLAGS, *GIVEN_FLAGS)
+    given = {name: value for name in names if (value := getattr(args, name)) is not None and value is not False}
     return EngineConfig(**{"dtype": "auto", **given})
 
 
@@ -103,8 +90,7 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     memory, speed = MEMORY[name]
     rows = found.plan.rows
     weights = sum(row.bytes for row in rows) + found.vectors
-    head = [row for row in rows if row.path == "lm_head"]
-    read = weights - (sum(row.bytes for row in rows if row.path == "embed") if head else 0)
+    read = bytes_read(found.plan, weights)
     problems = [p for row in rows for p in _cuts(row, config, n)] if n > 1 else []
     per_gpu = weights if n == 1 else -(-sum(row.bytes for row in rows) // n) + found.vectors
     dtype = kv_dtype(asked.kv_dtype, config.dtype, found.kv_scaled)
@@ -113,7 +99,7 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     kv_token = shape.page_bytes // page // (n if config.kv_heads % n == 0 else 1)
     free = memory * asked.mem_fraction_static - per_gpu - RESERVE
     tokens = asked.num_pages * page if asked.num_pages else max(0, int(free // kv_token))
-    context = asked.context_length or config.max_position
+    context = wanted_context(asked, config, KNOWN_DEVICES[name].platform)
     return {
         "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
         "device": {"name": name, "memory_bytes": memory, "bytes_per_second": speed},

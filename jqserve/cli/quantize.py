@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         kv_cache=args.kv_cache,
         ignore=tuple(args.ignore),
     )
+    if args.chunk_tokens < 1:
+        raise RequestError("--chunk-tokens", f"must be at least 1, found {args.chunk_tokens}")
     from jqserve.checkpoint.hub import resolve
     from jqserve.quantize.job import quantize
 

@@ -18,6 +18,7 @@ from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.server.pb import jqserve_pb2 as pb
 
 PATIENCE = 5.0  # seconds for an answer
+MAX_INTERVAL = 86_400
 
 #: status -> the flags that may help
 HINTS = {
@@ -50,12 +51,15 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
     from rich.text import Text
 
+    check_target(args.target)
+    if not 0 < args.interval <= MAX_INTERVAL:
+        raise UnsupportedError(f"--interval {args.interval:g}: expected seconds, above 0, at most {MAX_INTERVAL}")
     console = Console()
     with Client(args.target, token=token(args), tls=tls(args)) as client:
         try:
             before, since = client.server_info(timeout=PATIENCE), time.monotonic()
         except ServerError as error:
-            hint = HINTS.get(error.code)
+            hint = HINTS.get(error.code) if "nothing listens there" not in str(error) else ""
             raise JqserveError(f"{args.target}: {error}" + (f" ({hint})" if hint else "")) from error
         if args.once or not console.is_terminal:
             console.print(table(args.target, before, None))
@@ -75,6 +79,18 @@ def run(args: argparse.Namespace) -> int:
                     before, since = info, now
         except KeyboardInterrupt:
             return 0
+
+
+def check_target(target: str) -> None:
+    """Raises `UnsupportedError`: gRPC would take a URL for a host's name, and a host without a port for port 443."""
+    host, _, port = target.rpartition(":")
+    scheme = host.partition("://")[0] if "://" in host else ""
+    bare_ipv6 = ":" in host and not host.endswith("]") and not host.startswith(("dns:", "ipv4:", "ipv6:"))
+    if target.startswith("unix:"):
+        return
+    if not host or bare_ipv6 or not port.isdecimal() or not 0 < int(port) < 2**16:
+        hint = f"; leave {scheme}:// out" if scheme else "; an IPv6 address is in brackets" if bare_ipv6 else ""
+        raise UnsupportedError(f"{target!r} is no target: expected host:port or unix:/path{hint}")
 
 
 def token(args: argparse.Namespace) -> str | None:

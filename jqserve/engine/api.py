@@ -106,6 +106,8 @@ class Engine:
             ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             tokens = tuple(operator.index(token) for token in ids)  # of whatever integers; 1.5 is not taken for 1
         except TypeError:
+            if isinstance(prompt, str):  # the tokenizer takes no such text, and calls it no text at all
+                raise RequestError("prompt", f"holds half of a surrogate pair, no character (prompt {index})") from None
             raise RequestError("prompt", f"found {prompt!r:.80}; expected text or token ids (prompt {index})") from None
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=((self.config.random_seed << 32) + index) % 2**64)

@@ -16,8 +16,9 @@ from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.budget import decode_tiles
 from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
-from jqserve.engine.config import EngineConfig, decode_steps, defaults_for
+from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.engine import EngineCore
+from jqserve.engine.measure import step_seconds, typical_context
 from jqserve.engine.pages import PagePool
 from jqserve.engine.programs import Draw, Forward, Programs
 from jqserve.engine.runner import Runner
@@ -35,7 +36,6 @@ from jqserve.ops.compiler_options import compiler_options
 log = logging.getLogger(__name__)
 
 CPU_POOL_BYTES = 512 * 2**20
-CPU_CONTEXT = 4096  # the CPU's attention reads a sequence's whole page table, whatever of it is in use
 
 
 def assemble(
@@ -56,13 +56,13 @@ def assemble(
     defaults = defaults_for(device.platform)
     slots = config.max_running_requests or defaults.max_running_requests
     tile_size = config.tile_size or defaults.tile_size
-    tiles = -(-(config.chunked_prefill_size or defaults.chunked_prefill_size) // tile_size)
+    tiles = prefill_tiles(config.chunked_prefill_size or defaults.chunked_prefill_size, tile_size)
     steps, steps_rows = decode_steps(config.num_continuous_decode_steps, defaults)
     buckets = make_buckets(slots, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
     page_size = config.page_size or defaults.page_size
     scaled = "k_scale" in params["layers"]["0"]["attn"]
     dtype = kv_dtype(config.kv_dtype, str(params["embed"]["weight"].dtype), scaled)
-    context = _wanted_context(config, model, device.platform)
+    context = wanted_context(config, model, device.platform)
     smallest = cache_shape(model, page_size=page_size, pages=1, dtype=dtype)
     shape = StepShape(slots, page_size, -(-context // page_size), tile_size, model.vocab_size)
     pages = config.num_pages or _choose_pages(
@@ -114,27 +114,18 @@ def warmup_runs(engine: EngineCore) -> int:
 
 
 def choose_budget(engine: EngineCore) -> dict[str, float]:
-    """After the warm-up: sets the tiles of a step in which others decode. Returns the seconds by step, measured."""
+    """After the warm-up: sets the tiles of a step in which others decode, by steps at a typical context. Returns the
+    seconds by step, measured."""
     runner, scheduler = engine.runner, engine.scheduler
-    rows = runner.buckets.decode[-1]
-    measured = {
-        tiles: runner.idle_run(runner.programs.full_step(tiles), 2) for tiles in runner.buckets.tile_counts(rows)
-    }
-    decode = runner.idle_run(runner.programs.full_step(0), 2)
+    rows, context = runner.buckets.decode[-1], typical_context(runner)
+    measured = {tiles: step_seconds(runner, tiles, context) for tiles in runner.buckets.tile_counts(rows)}
+    decode = step_seconds(runner, 0, context)
     scheduler.decode_tiles = min(scheduler.tiles, decode_tiles(measured, decode))
-    log.info("a decode step takes %.1f ms; %d prefill tiles beside it", decode * 1e3, scheduler.decode_tiles)
+    log.info(
+        "a decode step behind %d tokens takes %.1f ms; %d prefill tiles beside it",
+        context, decode * 1e3, scheduler.decode_tiles,
+    )  # fmt: skip
     return {f"{rows}+{tiles}": round(seconds, 6) for tiles, seconds in {0: decode, **measured}.items()}
-
-
-def _wanted_context(config: EngineConfig, model: ModelConfig, platform: str) -> int:
-    if config.context_length is None:
-        return min(model.max_position, CPU_CONTEXT) if platform == "cpu" else model.max_position
-    if config.context_length > model.max_position:
-        raise UnsupportedError(
-            f"context_length {config.context_length} is more than the model's {model.max_position} positions; "
-            f"choose at most {model.max_position}"
-        )
-    return config.context_length
 
 
 def _shortened(config: EngineConfig, context: int, cache: CacheShape) -> int:

@@ -13,7 +13,8 @@ The engine process (`jqserve.engine.process`) is expected to do this:
         for message in messages:
             wire.Add   -> engine.add(message.request), or on RequestError / QueueFullError / EngineUnavailableError
                           channel.send(wire.Rejected(rid, "request" | "queue_full" | "unavailable", text, field))
-            wire.Abort -> engine.abort(rid) for each; no answer; an event for it that is already packed does no harm
+            wire.Abort -> engine.abort(rid, stopped=message.stopped) for each; no answer; an event for it that is
+                          already packed does no harm
         events = engine.step()
         channel.send(wire.Step(tuple(events), stats))      # one message a step, after the next step is dispatched
 

@@ -10,6 +10,7 @@ from jqserve.engine.request import EngineRequest, FinishReason, StepEvent, Token
 from jqserve.errors import JqserveError, RequestError
 
 UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not a character yet
+PATIENCE = 8  # of them; a longer run of broken bytes will never become one, and is text (`server/detokenize`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Running:
             if self._stopped():
                 self.finish = FinishReason.STOP
                 if event.finish is None:
-                    core.abort(self.request.rid)
+                    core.abort(self.request.rid, stopped=True)
                 return True
         self._append(event, watched, len(event.token_ids))
         self.finish = event.finish
@@ -65,7 +66,7 @@ class Running:
 
     def _stopped(self) -> bool:
         """Whether the newest token completes a stop string; cuts the text before the one that begins first then."""
-        text = self.text()
+        text = self._decoded()
         if len(self.ids) < self.request.sampling.min_new_tokens:
             self.searched = len(text.rstrip(UNFINISHED))
             return False
@@ -74,8 +75,16 @@ class Running:
         return bool(found)
 
     def text(self) -> str:
+        """Without the beginning of a character that did not come to its end, as the server tells it."""
+        text = self._decoded()
+        if self.cut is not None:
+            return text[: self.cut]
+        whole = text.rstrip(UNFINISHED)
+        return text[:-1] if len(text) - len(whole) > PATIENCE else whole
+
+    def _decoded(self) -> str:
         ids = self.ids[: len(self.ids) - self.hidden]
-        return self.tokenizer.decode(ids, skip_special_tokens=self.request.sampling.skip_special_tokens)[: self.cut]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=self.request.sampling.skip_special_tokens))
 
     def completion(self) -> Completion:
         assert self.finish is not None

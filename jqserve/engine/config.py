@@ -7,9 +7,14 @@ from typing import Any, Literal
 
 from jqserve.engine.variant import ORDER, Variant
 from jqserve.errors import UnsupportedError
+from jqserve.models.config import ModelConfig
 
 #: in XLA_FLAGS: no kind of operation goes into command buffers
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+CPU_CONTEXT = 4096  # the CPU's attention reads a sequence's whole page table, whatever of it is in use
+#: tokens of a step's prompts: that many of one kind more, and the counts of the penalties (int16) are still right
+#: (`sampler.MAX_COUNT`); past a few thousand a larger step is not faster either
+MAX_CHUNK = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +28,9 @@ class EngineConfig:
     context_length         tokens of prompt and answer together
     mem_fraction_static    share of the GPU's memory for weights and KV pages; xla_fraction: the share that XLA may
                            allocate (its own default is 0.75; `engine/process` sets more before jax is imported)
-    chunked_prefill_size   most prompt tokens in one step, rounded up to whole tiles of `tile_size`. None: the device's
-                           usual, and beside running answers what the measured step times allow (`engine/budget`)
+    chunked_prefill_size   most prompt tokens in one step, rounded up to whole tiles of `tile_size`; at most 16384.
+                           None: the device's usual, and beside running answers what the measured step times allow
+                           (`engine/budget`)
     num_continuous_decode_steps  decode steps of one dispatch when nobody waits to prefill; 1: always one; None: the
                            device's usual, for few rows
     schedule_conservativeness    of the forecast of KV pages by which requests are admitted; 0 admits as soon as a
@@ -98,6 +104,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UnsupportedError(f"{name} must be at least 1, found {value}")
+        for name in ("chunked_prefill_size", "tile_size"):
+            if (getattr(self, name) or 0) > MAX_CHUNK:
+                raise UnsupportedError(
+                    f"{name} {getattr(self, name)} is more than {MAX_CHUNK} (usual: 2048); a longer prompt takes "
+                    "several steps"
+                )
         if not 0 <= self.schedule_conservativeness <= 10:
             raise UnsupportedError(
                 f"schedule_conservativeness {self.schedule_conservativeness} is not in 0 .. 10 (usual: 0 .. 1)"
@@ -148,6 +160,24 @@ GPU = DeviceDefaults(256, 2048, 64, 128, True, ORDER, True, 2, 8, 3)
 def decode_steps(asked: int | None, defaults: DeviceDefaults) -> tuple[int, int | None]:
     """(decode steps of a dispatch, the rows up to which it has them): what was asked for holds for every batch."""
     return (asked, None) if asked else (defaults.decode_steps, defaults.decode_steps_rows)
+
+
+def prefill_tiles(tokens: int, tile_size: int) -> int:
+    """Tiles of a step that holds so many prompt tokens: rounded up, but not over MAX_CHUNK."""
+    return min(-(-tokens // tile_size), MAX_CHUNK // tile_size)
+
+
+def wanted_context(config: EngineConfig, model: ModelConfig, platform: str) -> int:
+    """Tokens of prompt and answer together, if the pool holds them. Raises UnsupportedError for more than the model's
+    positions."""
+    if config.context_length is None:
+        return min(model.max_position, CPU_CONTEXT) if platform == "cpu" else model.max_position
+    if config.context_length > model.max_position:
+        raise UnsupportedError(
+            f"context_length {config.context_length} is more than the model's {model.max_position} positions; "
+            f"choose at most {model.max_position}"
+        )
+    return config.context_length
 
 
 def defaults_for(platform: str) -> DeviceDefaults:

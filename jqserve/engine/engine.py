@@ -85,12 +85,13 @@ class EngineCore:
         self._arrivals += 1
         self._sequences[request.rid] = sequence
 
-    def abort(self, rid: int) -> bool:
-        """Forgets a request at once, wherever it is; no event follows. False when there is no such request."""
+    def abort(self, rid: int, *, stopped: bool = False) -> bool:
+        """Forgets a request at once, wherever it is; no event follows. False when there is no such request.
+        `stopped`: a stop string, which only the caller sees, has ended its answer."""
         sequence = self._sequences.pop(rid, None)
         if sequence is None:
             return False
-        sequence.finish = FinishReason.ABORT
+        sequence.finish = FinishReason.STOP if stopped else FinishReason.ABORT
         if not self.preparing.remove(sequence):
             self.scheduler.remove(sequence)
         return True

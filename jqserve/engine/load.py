@@ -30,6 +30,7 @@ from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.grammar import Grammars, why_not
 from jqserve.engine.kernel_plan import with_kernels
+from jqserve.engine.totals import lines, measured, peaks
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.build import quantized_weights
 from jqserve.ops.device import current_device
@@ -56,7 +57,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     use_jax_cache(programs)
     began = time.perf_counter()
     loaded = read_checkpoint(config, tell)
-    load_seconds = time.perf_counter() - began
+    load_seconds, loading = time.perf_counter() - began, peaks(jax.devices()[0])
     loaded = with_kernel_plan(config, loaded)
     tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
     if config.self_test is not False:
@@ -64,6 +65,8 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds), programs=programs)
     _prepare_grammars(engine, config)
     engine.describe(sampling_defaults=sampling_defaults(loaded.generation_config, engine.limits))
+    totals = measured(engine, loaded.plan, current_device(), loading)
+    tell("plan", "\n".join(lines(totals)), totals)
     kv = engine.model_info()["kv"]
     tell("cache", f"{kv['pages']:,} KV pages of {kv['page_size']} tokens, {kv['bytes'] / 2**30:.2f} GiB", kv)
     began = time.perf_counter()

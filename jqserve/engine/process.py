@@ -90,7 +90,7 @@ def run(channel: Channel, config: EngineConfig) -> int:
 def _take(engine: EngineCore, channel: Channel, message: wire.Message) -> None:
     if isinstance(message, wire.Abort):
         for rid in message.rids:
-            engine.abort(rid)
+            engine.abort(rid, stopped=message.stopped)
     elif isinstance(message, wire.Add):
         rid = message.request.rid
         try:

@@ -160,8 +160,8 @@ class Runner:
 
     def prepare(self) -> concurrent.futures.Future[None]:
         """Compiles what constrained requests and scored prompts need, in threads; the first call starts it, every call
-        gives the same future."""
-        if self._prepared is None:
+        gives the same future; one after it has failed (for want of memory, say) starts it again."""
+        if self._prepared is None or (self._prepared.done() and self._prepared.exception() is not None):
             workers = max(1, (os.cpu_count() or 1) // 2)  # the other half goes on serving
             pool = concurrent.futures.ThreadPoolExecutor(workers + 1, "compile")
             self._prepared = pool.submit(self._compile_on_demand, pool)

@@ -25,8 +25,8 @@ from jax import lax
 from jqserve.ops.device import current_device
 
 MAX_TOP_LOGPROBS = 20
-#: Beyond it a token is not counted on. int16 wraps at 32,767: a step whose rows all hold one token, at most so many,
-#: must not get there from here. At the least penalty that tells (0.001) it is worth 16 logits.
+#: Beyond it a token is not counted on. int16 wraps at 32,767: a step whose rows all hold one token, at most so many
+#: (`config.MAX_CHUNK`), must not get there from here. At the least penalty that tells (0.001) it is worth 16 logits.
 MAX_COUNT = 2**14
 _HIGH_BIT = np.uint32(0x80000000)
 _GPU_BITS = 4  # bits of a threshold found per pass over the row: 8 passes of 15 candidates each

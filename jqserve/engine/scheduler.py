@@ -103,9 +103,15 @@ class Scheduler:
         for sequence in prompts:
             if tiles and sequence.slot is not None and sequence.remaining > 0:
                 tiles -= self._add_chunk(sequence, tiles, chunks)
+        at = 0  # in `waiting`: those before it wait for a prompt that this step computes
         # Who was preempted just now is not admitted again at once: those pages are wanted.
-        while only is None and tiles and self.preemptions == preemptions and self._admissible():
-            sequence = self.waiting.pop(0)
+        while only is None and tiles and self.preemptions == preemptions and self.free_slots:
+            if at < len(self.waiting) and self._comes_cheaper(self.waiting[at], [*prompts, *admitted]):
+                at += 1
+                continue
+            if not self._admissible(at):
+                break
+            sequence = self.waiting.pop(at)
             self._admit(sequence, adopted)
             admitted.append(sequence)
             tiles -= self._add_chunk(sequence, tiles, chunks)
@@ -201,11 +207,28 @@ class Scheduler:
     def _pages_at_limit(self, sequence: Sequence) -> int:
         return -(-sequence.limit // self.page_size)
 
-    def _admissible(self) -> bool:
-        """The head of the queue may start: first come, first served, so nobody overtakes it."""
-        if not self.waiting or not self.free_slots or self.waiting[0].pending:
+    def _comes_cheaper(self, sequence: Sequence, filling: list[Sequence]) -> bool:
+        """Whether somebody before it is having half or more of what it has to compute computed, so that it will find
+        that in the prefix cache: the copies of a prompt (n > 1) wait for the first. That goes on with every step, and
+        takes all of its tiles but in its last one, so this is for one step, in which others may overtake it."""
+        if not filling or not self.prefix_cache or sequence.wants_scores:
             return False
-        head = self.waiting[0]
+        found, size = len(self._find(sequence)), self.page_size
+        half = found - (found * size - len(sequence.tokens)) // (2 * size)  # pages, with those found, rounded up
+        if half > (len(sequence.tokens) - 1) // size:
+            return False
+        name = sequence.names[half - 1]  # which says what stands in all pages before it, too
+        return any(
+            len(one.names) >= half > one.named_pages and one.names[half - 1] == name and _order(one) < _order(sequence)
+            for one in filling
+            if one.slot is not None
+        )
+
+    def _admissible(self, at: int = 0) -> bool:
+        """The head of the queue, or the one at `at`, may start: first come, first served, so nobody overtakes it."""
+        if len(self.waiting) <= at or not self.free_slots or self.waiting[at].pending:
+            return False
+        head = self.waiting[at]
         if self.at_limits + self._pages_at_limit(head) + self.reserve <= self.pool.total:
             return True  # whatever comes; what follows takes a millisecond for 400 running sequences
         found = self._find(head)
@@ -225,11 +248,11 @@ class Scheduler:
 
     def _find(self, sequence: Sequence) -> list[int]:
         """Pages of its first tokens that are in the prefix cache; the last token is always computed."""
-        if not self.prefix_cache or sequence.wants_scores:
+        if not self.prefix_cache:
             return []
         pages = (len(sequence.tokens) - 1) // self.page_size
         extend(sequence.names, sequence.tokens, self.page_size, pages)
-        return self.pool.find(sequence.names[:pages])
+        return [] if sequence.wants_scores else self.pool.find(sequence.names[:pages])
 
     def _admit(self, sequence: Sequence, adopted: list[Adopted]) -> None:
         sequence.slot = self.free_slots.pop()

@@ -73,7 +73,7 @@ def check_request(request: EngineRequest, limits: Limits) -> EngineRequest:
     prompt = request.prompt
     if not prompt:
         raise RequestError("prompt", "it is empty; at least one token is needed")
-    if len(prompt) >= limits.context_length:
+    if len(prompt) + (request.sampling.max_new_tokens != 0) > limits.context_length:
         raise RequestError(
             "prompt",
             f"it has {len(prompt)} tokens; prompt and answer together may have {limits.context_length}. "

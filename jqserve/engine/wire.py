@@ -52,9 +52,13 @@ class Add:
 
 @dataclasses.dataclass(frozen=True)
 class Abort:
-    """Front end -> engine: forget these sequences now. Unknown ids are not an error. No event answers it."""
+    """Front end -> engine: forget these sequences now. Unknown ids are not an error. No event answers it.
+
+    `stopped`: their answers are complete, for a stop string has ended them; else they are not wanted any more.
+    """
 
     rids: tuple[int, ...]
+    stopped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,11 +203,12 @@ def _unpack_add(body: bytes) -> Add:
 
 
 def _pack_abort(message: Abort) -> bytes:
-    return struct.pack(f"<{len(message.rids)}Q", *message.rids)
+    return struct.pack(f"<?{len(message.rids)}Q", message.stopped, *message.rids)
 
 
 def _unpack_abort(body: bytes) -> Abort:
-    return Abort(struct.unpack(f"<{len(body) // 8}Q", body))
+    stopped, *rids = struct.unpack(f"<?{(len(body) - 1) // 8}Q", body)
+    return Abort(tuple(rids), stopped)
 
 
 def _pack_step(message: Step) -> bytes:

@@ -29,6 +29,7 @@ def page(result: dict[str, Any]) -> str:
     body = [
         f"<h1>{html.escape(str(result['model']))}</h1>",
         f"<p class='{'pass' if verdict['passed'] else 'fail'}'>{html.escape(verdict['line'])}</p>",
+        *(f"<p class='fail'>{html.escape(warning)}</p>" for warning in result.get("warnings", ())),
         _table(result),
     ]
     for title, plot, words in (

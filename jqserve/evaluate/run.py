@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from jqserve.evaluate.tasks import read_tasks, score
 from jqserve.evaluate.verdict import judge
 from jqserve.evaluate.windows import read_windows
 from jqserve.library import Model, Params, load
+
+log = logging.getLogger(__name__)
 
 #: Windows that errors by layer are measured on.
 LAYER_WINDOWS = 4
@@ -65,6 +68,9 @@ def evaluate(question: Question, progress: Progress | None = None) -> dict[str, 
         base_path = str(resolve(question.base))
         base = load(base_path, dtype=question.dtype)
         _comparable(question, model, base[0])
+    warnings = _warnings(question, None if base is None else base[0])
+    for warning in warnings:
+        log.warning("warning: %s", warning)  # now: what follows may take long
 
     def told(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, of: progress(stage, done, of)
@@ -73,6 +79,8 @@ def evaluate(question: Question, progress: Progress | None = None) -> dict[str, 
         "model": question.model,
         "base": question.base,
         "scheme": _scheme(model),
+        "base_scheme": None if base is None else _scheme(base[0]),
+        "warnings": warnings,
         "size": {"model": _bytes(path), "base": None if base_path is None else _bytes(base_path)},
     }
     result["text"] = result["layers"] = result["tasks"] = None
@@ -102,6 +110,16 @@ def _comparable(question: Question, model: Model, base: Model) -> None:
         mine, other = getattr(model.config, what), getattr(base.config, what)
         if mine != other:
             raise RequestError("--base", f"{question.base} has {what} {other}, the model {mine}: not its base")
+
+
+def _warnings(question: Question, base: Model | None) -> list[str]:
+    """A base may be quantized (two schemes can be compared so), but then the verdict is not what it is taken for."""
+    if base is None or all(row.spec is None for row in base.plan.rows):
+        return []
+    return [
+        f"--base {question.base} is quantized itself ({_scheme(base)}): the verdict is on what is lost beside it, not "
+        "beside the unquantized model"
+    ]
 
 
 def _text(found: Any, question: Question, windows: int) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Only what was measured."""
     size, text, tasks = result["size"], result["text"], result["tasks"]
-    found = [("scheme", str(result["scheme"]), ""), ("size, MiB", _mebi(size["model"]), _mebi(size["base"]))]
+    base_scheme = result.get("base_scheme") or ""
+    found = [("scheme", str(result["scheme"]), base_scheme), ("size, MiB", _mebi(size["model"]), _mebi(size["base"]))]
     if text:
         found.append(("perplexity", f"{text['perplexity']:.3f}", _number(text["base_perplexity"], ".3f")))
         if text["kl"] is not None:

@@ -115,6 +115,10 @@ def _jsonl(file: Path, text: str, tokenizer: Encoder) -> Iterator[str]:
         except ValueError as error:
             raise RequestError(FLAG, f"{file}, line {number}: not JSON: {error}") from None
         if isinstance(row, dict) and isinstance(row.get("text"), str):
+            if any("\ud800" <= c <= "\udfff" for c in row["text"]):  # which JSON can write, and UTF-8 cannot
+                raise RequestError(
+                    FLAG, f"{file}, line {number}: holds half of a surrogate pair, which is no character"
+                )
             yield row["text"]
         elif isinstance(row, dict) and isinstance(row.get("messages"), list):
             try:

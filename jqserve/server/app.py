@@ -26,7 +26,7 @@ from jqserve.server.config import ServerConfig
 from jqserve.server.frontend import Frontend, State
 from jqserve.server.guard import Guard
 from jqserve.server.launch import Launch, RunningEngine
-from jqserve.server.metrics import serve_metrics
+from jqserve.server.metrics_http import serve_metrics
 from jqserve.server.pb import jqserve_pb2, jqserve_pb2_grpc, sglang_scheduler_pb2_grpc, vllm_engine_pb2_grpc
 from jqserve.server.receive import Receiving
 from jqserve.server.servicer import InferenceServicer

@@ -225,9 +225,10 @@ class Frontend:
         request_id: str = "",
         text: bool = True,
         pace: Pace | None = None,
+        scored: bool = False,
     ) -> Generation:
         """Starts n sequences. The caller iterates the result within `serving`, which ends it, whatever happens.
-        `pace`: None: the server's.
+        `pace`: None: the server's. `scored`: for a Score call, which is counted apart.
 
         Raises `RequestError`, `QueueFullError`, `EngineUnavailableError`. What only the engine can judge is raised by
         the iteration, before its first item.
@@ -254,6 +255,7 @@ class Frontend:
             ),
             pace or self.pace,
             observe=self.metrics.flushed,
+            scored=scored,
         )
         generation.start()
         self.generations[request_id] = generation
@@ -302,11 +304,10 @@ class Frontend:
         vocabulary, context = self.info.get("vocab_size"), self.info.get("context_length")
         if vocabulary is not None and (worst := max(prompt)) >= vocabulary:
             raise RequestError("token_ids", f"holds {worst}; the vocabulary has {vocabulary} tokens")
-        if context is not None and len(prompt) >= context:
-            raise RequestError(
-                "prompt",
-                f"has {len(prompt)} tokens; the context length is {context}, and the answer needs at least one",
-            )
+        answered = sampling.max_new_tokens != 0
+        if context is not None and len(prompt) + answered > context:
+            also = ", and the answer needs at least one" if answered else ""
+            raise RequestError("prompt", f"has {len(prompt)} tokens; the context length is {context}{also}")
         if sampling.constraint is not None and sampling.constraint[0] not in self.info.get("constraints", ()):
             why = self.info.get("no_constraints") or "this engine holds no answer to a grammar"
             raise UnsupportedError(f"constraint: {why}")
@@ -319,9 +320,12 @@ class Frontend:
         limit, seed = sampling.max_new_tokens, sampling.seed
         if limit is not None and seed is not None:
             return sampling
+        room = (context or 2**31) - len(prompt)
         return dataclasses.replace(  # once: it takes 15 us
             sampling,
-            max_new_tokens=(context or 2**31) - len(prompt) if limit is None else limit,
+            max_new_tokens=room if limit is None else limit,
+            # As the engine cuts it; it would be held against a limit that nobody asked for.
+            min_new_tokens=min(sampling.min_new_tokens, room) if limit is None else sampling.min_new_tokens,
             seed=self._seeds.getrandbits(31) if seed is None else seed,
         )
 

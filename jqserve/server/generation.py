@@ -29,9 +29,12 @@ class Generation:
         pace: Pace,
         *,
         observe: Callable[[int, float | None], None] = lambda tokens, seconds: None,
+        scored: bool = False,
     ) -> None:
-        """`observe` is told of every flush: its tokens, and the seconds since the one before it (None: the first)."""
+        """`observe` is told of every flush: its tokens, and the seconds since the one before it (None: the first).
+        `scored`: it is a sequence of a Score call."""
         self.request_id = request_id
+        self.scored = scored
         self.prompt_tokens = len(requests[0].prompt)
         self._link = link
         self._pace = pace
@@ -46,7 +49,7 @@ class Generation:
                 pace=pace,
                 wake=self._wake,
                 wait=self._start_timer,
-                stop=lambda sequence: link.abort((sequence.request.rid,)),
+                stop=lambda sequence: link.abort((sequence.request.rid,), stopped=True),
                 observe=observe,
             )
             for index, request in enumerate(requests)

@@ -73,11 +73,12 @@ class EngineLink(asyncio.Protocol):
         self._send(wire.Add(request))
         self._sinks[request.rid] = sink
 
-    def abort(self, rids: Iterable[int]) -> None:
-        """Forgets the sequences and frees their slots. Ids that have finished are ignored."""
+    def abort(self, rids: Iterable[int], *, stopped: bool = False) -> None:
+        """Forgets the sequences and frees their slots. Ids that have finished are ignored. `stopped`: a stop string has
+        ended their answers, which tells the engine how long answers are."""
         live = tuple(rid for rid in rids if self._sinks.pop(rid, None) is not None)
         if live and self.up:
-            self._send(wire.Abort(live))
+            self._send(wire.Abort(live, stopped))
 
     async def ask(self, verb: str) -> dict[str, Any]:
         """What the engine does for an operator (`wire.Ask`). Raises `PreconditionError`, `EngineUnavailableError`."""

@@ -40,7 +40,10 @@ GAUGES: dict[str, tuple[str, Callable[[Frontend], float]]] = {
     "free_pages": ("KV pages that nobody uses.", lambda f: f.stats.pages_total - f.stats.pages_used),
     "cached_pages": ("Free KV pages that still hold a prefix.", lambda f: f.stats.pages_cached),
     "mean_batch": ("Sequences in a step, on average since the start.", lambda f: f.stats.mean_batch),
-    "streams": ("Generate calls that are being answered.", lambda f: len(f.generations)),
+    "streams": (
+        "Generate calls that are being answered.",
+        lambda f: sum(not generation.scored for generation in list(f.generations.values())),
+    ),
     "tasks": ("Tasks of the front end's event loop.", lambda f: f.tasks),
     "ready": ("1 while requests are served.", lambda f: float(f.is_ready)),
 }
@@ -70,11 +73,17 @@ class Metrics:
         self.rpcs: collections.Counter[tuple[str, str]] = collections.Counter()
         self._finishes: collections.Counter[str] = collections.Counter()
         self._prompt_tokens = self._requests = self._aborted = 0
+        self._scored_sequences = self._scored_tokens = 0
 
     def rpc(self, method: str, code: str) -> None:
         self.rpcs[method, code] += 1
 
     def started(self, generation: Generation) -> None:
+        """A Generate call, or a sequence of a Score call, was admitted."""
+        if generation.scored:
+            self._scored_sequences += 1
+            self._scored_tokens += generation.prompt_tokens
+            return
         self._requests += 1
         self._prompt_tokens += generation.prompt_tokens
         self.prompts.observe(generation.prompt_tokens)
@@ -85,8 +94,10 @@ class Metrics:
         if seconds is not None:
             self.between.observe(seconds / tokens, tokens)
 
-    def finished(self, item: Finished, prompt_tokens: int) -> None:
+    def finished(self, item: Finished, generation: Generation) -> None:
         """A sequence has ended by itself."""
+        if generation.scored:
+            return
         self._finishes[item.reason.name.lower()] += 1
         self.answers.observe(item.completion_tokens)
         self.whole.observe(item.total_seconds)
@@ -95,7 +106,7 @@ class Metrics:
 
     def ended(self, generation: Generation, tokens: int) -> None:
         """A Generate call is over, with or without the ends of its sequences."""
-        if any(sequence.finish is None for sequence in generation.sequences):
+        if not generation.scored and any(sequence.finish is None for sequence in generation.sequences):
             self._aborted += 1
 
     def collect(self) -> Iterable[Metric]:
@@ -119,6 +130,8 @@ class Metrics:
         yield counter("num_requests", "Generate calls that were admitted.", [([], self._requests)])
         yield counter("num_aborted_requests", "Those that ended before their sequences did.", [([], self._aborted)])
         yield counter("prompt_tokens", "Tokens of admitted prompts.", [([], self._prompt_tokens)])
+        yield counter("scored_sequences", "Sequences of Score calls.", [([], self._scored_sequences)])
+        yield counter("scored_tokens", "Their tokens, which prompt_tokens does not count.", [([], self._scored_tokens)])
         finishes = [([reason], float(n)) for reason, n in sorted(self._finishes.items())]
         yield counter("finished_sequences", "Sequences by how they ended.", finishes, "reason")
         rpcs = [([method, code], float(n)) for (method, code), n in sorted(self.rpcs.items())]
@@ -146,19 +159,3 @@ class Metrics:
             size.add_metric([self._frontend.config.name, scheme, kernel], total)
         yield modules
         yield size
-
-
-def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:
-    """Answers GET /metrics on a thread; (the port, what stops it). Raises OSError when the port is taken."""
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(metrics)  # type: ignore[arg-type]
-    server, thread = start_http_server(port, addr=host, registry=registry)
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(2)
-
-    return server.server_port, stop

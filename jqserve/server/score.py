@@ -20,8 +20,9 @@ MAX_TOP = 20
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One sequence: its first `context` tokens are given, the others scored."""
+    """One sequence: its first `context` tokens are given, the others scored. `field`: its place in the request."""
 
+    field: str
     tokens: list[int]
     context: int
 
@@ -56,15 +57,18 @@ async def _item(frontend: Frontend, index: int, given: pb.ScoreInput) -> Item:
     before = given.context if given.HasField("context") else 1
     if not 1 <= before < len(tokens):
         raise RequestError(f"{field}.context", f"is {before}; expected 1 to {len(tokens) - 1}")
-    return Item(tokens, before)
+    return Item(field, tokens, before)
 
 
 async def _score(frontend: Frontend, item: Item, tops: int, context: ServicerContext) -> pb.Scored:
     sampling = SamplingParams(max_new_tokens=0, temperature=0.0, prompt_logprobs=max(1, tops), prompt_from=item.context)
-    generation = frontend.submit(item.tokens, sampling, text=False)
-    with frontend.serving(generation, context) as serving:
-        async for ended in generation:
-            serving.finished(ended)  # type: ignore[arg-type]  # nothing is generated, so there is no delta
+    try:
+        generation = frontend.submit(item.tokens, sampling, text=False, scored=True)
+        with frontend.serving(generation, context) as serving:
+            async for ended in generation:
+                serving.finished(ended)  # type: ignore[arg-type]  # nothing is generated, so there is no delta
+    except RequestError as error:  # of up to 64: which one
+        raise RequestError(item.field, str(error).removeprefix("prompt: ")) from None
     entries = generation.sequences[0].prompt_logprobs
     scored = item.tokens[item.context :]
     return pb.Scored(

@@ -46,7 +46,7 @@ class Serving:
     def finished(self, item: Finished) -> None:
         """One of the sequences has ended by itself."""
         self._reasons.append(item.reason.name.lower())
-        self._frontend.metrics.finished(item, self.generation.prompt_tokens)
+        self._frontend.metrics.finished(item, self.generation)
 
     def check(self, now: float, max_seconds: float, unread_seconds: float) -> None:
         """Ends the call when it is over one of the limits (seconds; 0: none)."""

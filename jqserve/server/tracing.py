@@ -1,4 +1,5 @@
-"""OpenTelemetry: one span per Generate, a child of the caller's `traceparent`, when --otlp-traces-endpoint is given."""
+"""OpenTelemetry: one span per Generate, and per sequence of a Score, a child of the caller's `traceparent`, when
+--otlp-traces-endpoint is given."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Tracer:
     def start(self, context: ServicerContext, generation: Generation) -> Trace:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         parent = self._propagator.extract(metadata)
-        span = self._tracer.start_span("jqserve.generate", context=parent, kind=self._kind)
+        what = "score" if generation.scored else "generate"
+        span = self._tracer.start_span(f"jqserve.{what}", context=parent, kind=self._kind)
         span.set_attribute("gen_ai.request.id", generation.request_id)
         span.set_attribute("gen_ai.usage.input_tokens", generation.prompt_tokens)
         span.set_attribute("gen_ai.request.n", len(generation.sequences))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.errors import UnsupportedError
 from tests.checkpoint import configs as c
@@ -87,3 +88,19 @@ def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
     tiny.make(tmp_path)
     with pytest.raises(UnsupportedError, match=r"int3: there is no such scheme.*fp8_block.*int4wo-128.*awq_marlin"):
         load(str(tmp_path), quantization="int3", device_put=keep_on_host)
+
+
+@pytest.mark.parametrize("asked", ["torchao:fp8dq-per_tensor", "torchao:fp8dq-per_row", None])
+def test_inputs_that_torchao_scales_otherwise_are_told(tmp_path: Path, asked: str | None) -> None:
+    """In the row of the plan, stored or quantized while loading; not where no input is quantized."""
+    name = "torchao fp8dq-per_tensor" if asked is None else "unquantized"
+    made = tiny.make(tmp_path / "made", *flag_table.CHECKPOINTS[name], num_hidden_layers=1, hidden_size=256)
+    said = asked != "torchao:fp8dq-per_row"
+    store.convert(made.path, tmp_path / "store", quantization=asked)
+    for path, quantization in ((made.path, asked), (tmp_path / "store", None)):
+        plan = load(path, quantization=quantization, device_put=keep_on_host).plan
+        (row,) = (row for row in plan.rows if row.path == "layers.0.attn.o")
+        assert row.activation == "fp8 per token" + (" (torchao: per tensor)" if said else "")
+        assert (" (torchao: per tensor)" in plan.to_text()) is said
+        alone = load(path, quantization=quantization, activations="none", device_put=keep_on_host).plan
+        assert "torchao: per tensor" not in alone.to_text()

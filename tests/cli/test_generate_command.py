@@ -9,6 +9,7 @@ import pytest
 
 from jqserve.cli.generate import read_prompts
 from jqserve.cli.main import main
+from jqserve.engine import api
 from jqserve.errors import RequestError
 
 
@@ -29,3 +30,22 @@ def test_mistakes_are_named(demo_dir: Path, tmp_path: Path, capsys: pytest.Captu
         (tmp_path / "p.jsonl").write_text(text)
         with pytest.raises(RequestError, match=words):
             read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--temperature", "nan"], "temperature: nan is not a finite number"),
+        (["--max-new-tokens", "0"], "max_new_tokens: 0 is not in 1 .."),
+        (["--stop", ""], "stop: a stop string is empty"),
+        (["--top-p", "0"], "top_p: 0.0 is not in (0, 1]"),
+        (["--top-k", "-5"], "top_k: -5 is not in -1"),
+        (["--prompt", "b", "--seed", str(2**64 - 1)], "seed: 18446744073709551616 is not in"),
+    ],
+)
+def test_what_cannot_be_sampled_so_is_refused_before_anything_loads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: list[str], says: str
+) -> None:
+    monkeypatch.setattr(api, "Engine", None)
+    assert main(["generate", "--model-path", "/large", "--prompt", "a", *flags]) == 2
+    assert says in capsys.readouterr().err

@@ -22,6 +22,8 @@ from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli.main import main
 from jqserve.cli.plan import add_arguments
 from jqserve.cli.server import parser
+from jqserve.engine.config import EngineConfig
+from jqserve.engine.load import load_engine
 from jqserve.ops.kernels import GENERIC
 from tests.checkpoint import configs, gguf_files, tiny
 from tests.checkpoint.flag_table import CHECKPOINTS
@@ -93,6 +95,43 @@ def test_nothing_heavy_is_imported(name: str, options: list[str], tmp_path: Path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "h200" in done.stdout or "a100" in done.stdout
+
+
+def test_the_engine_tells_the_same_totals_when_it_has_loaded(
+    demo_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    options: dict[str, Any] = {"max_running_requests": 8, "chunked_prefill_size": 64, "num_pages": 50}
+    config = EngineConfig(str(demo_dir), context_length=64, disable_warmup=True, **options)
+    load_engine(config, lambda stage, text, _: told.append(text) if stage == "plan" else None)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    assert main(["plan", str(demo_dir), "--device", "cpu", *flags]) == 0
+    foretold = [
+        line for line in capsys.readouterr().out.splitlines() if line[:2] in ("on", "we", "pe", "KV", "bo", "co")
+    ]
+    loaded = told[1].splitlines()
+    assert [line[:18] for line in loaded] == [line[:18] for line in foretold] and len(loaded) == 6
+    for measured in ("peak", "KV cache"):  # not foretold to the byte, and "tokens fit in ... pages"
+        loaded, foretold = ([line for line in lines if not line.startswith(measured)] for lines in (loaded, foretold))
+    assert loaded == foretold
+    assert "800 tokens fit in 50 pages" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([""], "the model's path is empty"),
+        (["--model-path", ""], "the model's path is empty"),
+        (["DEMO", "--context-length", "100000"], "context_length 100000 is more than the model's 2048 positions"),
+        (["DEMO", "--schedule-conservativeness", "nan"], "schedule_conservativeness nan is not in 0 .. 10"),
+        (["DEMO", "--chunked-prefill-size", "20000"], "chunked_prefill_size 20000 is more than 16384"),
+    ],
+)
+def test_what_the_server_would_refuse_is_refused(
+    demo_dir: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    assert main(["plan", *(str(demo_dir) if flag == "DEMO" else flag for flag in flags)]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_split_that_cuts_a_group_is_said(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jqserve.cli.main import main
+from jqserve.cli.top import check_target
 from jqserve.server.config import ServerConfig
 from tests.server.authority import Authority
 from tests.server.running_server import Running, running_server
@@ -85,7 +86,34 @@ def test_a_plain_server_and_none(authority: Authority, capfd: pytest.CaptureFixt
     with serving() as running:
         shows(capfd, running.target)
         assert "does not speak TLS" in says(capfd, running.target, "--tls-ca", authority.ca)
-    assert "nothing listens there" in says(capfd, running.target)
+    assert "nothing listens there" in (text := says(capfd, running.target)) and "--tls-ca" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([""], "'' is no target: expected host:port or unix:/path"),
+        (["localhost"], "'localhost' is no target"),
+        (["http://127.0.0.1:30000"], "leave http:// out"),
+        (["http://127.0.0.1:30000/metrics"], "leave http:// out"),
+        (["127.0.0.1:99999"], "'127.0.0.1:99999' is no target"),
+        (["::1:30000"], "an IPv6 address is in brackets"),
+        (["--interval", "nan"], "--interval nan: expected seconds, above 0"),
+        (["--interval", "inf"], "--interval inf: expected seconds, above 0"),
+        (["--interval", "0"], "--interval 0: expected seconds, above 0"),
+    ],
+)
+def test_what_can_be_no_target_is_told_at_once(
+    capfd: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    assert expected in says(capfd, *words)
+
+
+@pytest.mark.parametrize(
+    "target", ["localhost:1", "[::1]:30000", "dns:///host:1", "ipv6:[::1]:1", "unix:/a/b", "unix:x"]
+)
+def test_what_can_is_not(target: str) -> None:
+    check_target(target)
 
 
 def test_a_unix_socket(tmp_path: Path, authority: Authority, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "a dict": ("x", {"temperature": 0}, r"sampling: found a dict; expected SamplingParams"),
     "a dict among them": (["x", "y"], [GREEDY, {}], r"sampling: found a dict"),
     "too few": (["x", "y"], [GREEDY], r"sampling: 1 for 2 prompts"),
+    "half a pair": (["x", "\ud83d y"], GREEDY, r"prompt: holds half of a surrogate pair, no character \(prompt 1\)"),
     "half a token": ([[5, 6.5]], GREEDY, r"prompt: found \[5, 6.5\]; expected text or token ids \(prompt 0\)"),
     "no prompt": (["x", None], GREEDY, r"prompt: found None; .*\(prompt 1\)"),
     "one stop string": ("x", SamplingParams(stop="abc"), r"stop: is one string; give a tuple of them: \('abc',\)"),  # type: ignore[arg-type]

@@ -9,6 +9,8 @@ import pytest
 
 from jqserve.engine.completion import Completion, Running
 from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams, StepEvent, TokenLogprobs
+from jqserve.server.detokenize import Detokenizer
+from jqserve.server.stops import StopStrings
 
 LETTERS = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(chr(97 + i) for i in ids))
 
@@ -16,7 +18,7 @@ LETTERS = SimpleNamespace(decode=lambda ids, skip_special_tokens: "".join(chr(97
 def complete(text: str, at_once: int, finish: FinishReason = FinishReason.LENGTH, **sampling: Any) -> Completion:
     """`text`'s letters as the engine's tokens, `at_once` in each event, up to where it would be aborted."""
     aborted: list[int] = []
-    core: Any = SimpleNamespace(abort=aborted.append)
+    core: Any = SimpleNamespace(abort=lambda rid, *, stopped: aborted.append(rid if stopped else -1))
     running = Running(EngineRequest(7, (0,), SamplingParams(**sampling)), LETTERS)
     ids = [ord(letter) - 97 for letter in text]
     for start in range(0, len(ids), at_once):
@@ -64,3 +66,33 @@ def test_logprobs_of_the_prompt_are_kept() -> None:
     assert running.take(StepEvent(7, (), FinishReason.LENGTH, prompt_logprobs=scores), core)
     done = running.completion()
     assert done.prompt_logprobs == scores and done.token_ids == () and done.text == ""
+
+
+BYTES = SimpleNamespace(decode=lambda ids, skip_special_tokens: bytes(ids).decode("utf-8", "replace"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "stop", "expected"),
+    [
+        pytest.param("Grün 日".encode(), (), "Grün 日", id="whole"),
+        pytest.param("Grün 日".encode()[:-1], (), "Grün ", id="cut by its limit"),
+        pytest.param("a😀".encode()[:-2], (), "a", id="cut in the middle"),
+        pytest.param(b"a\xff!b", ("!",), "a\ufffd", id="broken, and cut by a stop string"),
+        pytest.param(b"a\xffb", (), "a\ufffdb", id="broken in the middle"),
+        pytest.param(b"a" + b"\xff" * 8, (), "a", id="broken at the end"),
+        pytest.param(b"a" + b"\xff" * 9, (), "a" + 8 * "\ufffd", id="broken for long"),
+    ],
+)
+def test_half_a_character_at_the_end_is_no_text_as_on_the_server(ids: bytes, stop: Any, expected: str) -> None:
+    core: Any = SimpleNamespace(abort=lambda rid, *, stopped: None)
+    running = Running(EngineRequest(7, (0,), SamplingParams(stop=stop)), BYTES)
+    server = Detokenizer(lambda ids: BYTES.decode(ids, True))
+    pieces, stops = [], StopStrings(stop)
+    for i, token in enumerate(ids):
+        piece, matched = stops.feed(server.feed([token]))
+        pieces.append(piece)
+        ended = running.take(StepEvent(7, (token,), FinishReason.LENGTH if i == len(ids) - 1 else None), core)
+        assert ended == (matched is not None or i == len(ids) - 1)
+        if ended:
+            break
+    assert running.completion().text == "".join(pieces) == expected

@@ -15,6 +15,7 @@ from jqserve.errors import QueueFullError, RequestError
 from tests.engine.conftest import (
     CONTEXT,
     EOS,
+    PAGE,
     STEPS,
     MakeCore,
     Outcome,
@@ -192,6 +193,18 @@ def events_of(core: Any, requests: list[EngineRequest]) -> list[Any]:
     return events
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_copies_of_a_prompt_compute_it_once(make_core: MakeCore, overlap: bool) -> None:
+    """And draw what they draw alone."""
+    ids = prompt(PAGE + 3, 5)
+    copies = [request(i, ids, temperature=1.0, seed=i, repetition_penalty=1.3) for i in range(5)]
+    alone = [complete(make_core(), [one])[one.rid].tokens for one in copies]
+    core = make_core(overlap=overlap)
+    outcomes = complete(core, copies)
+    assert core.scheduler.admitted_tokens == 5 * len(ids) and core.scheduler.cached_tokens == 4 * PAGE
+    assert [outcomes[one.rid].tokens for one in copies] == alone
+
+
 def test_a_preempted_sequence_finds_its_own_pages(make_core: MakeCore) -> None:
     requests = [request(i, 6 + i, max_new_tokens=50, ignore_eos=True) for i in range(4)]
     computed = {}
@@ -295,6 +308,19 @@ def test_abort_at_any_time(make_core: MakeCore, expected: Any, overlap: bool) ->
             if rid not in gone:
                 assert outcome.tokens == expected[rid].tokens
         assert_all_free(core)
+
+
+def test_an_answer_that_a_stop_string_ended_tells_the_forecast_how_long_answers_are(make_core: MakeCore) -> None:
+    """Else it knew of the long ones only."""
+    for stopped in (False, True):
+        core = make_core()
+        before = core.scheduler.forecast.share
+        core.add(request(1, 10, max_new_tokens=100, ignore_eos=True))
+        for _ in range(6):
+            core.step()
+        assert core.abort(1, stopped=stopped)
+        drain(core)
+        assert (core.scheduler.forecast.share < before) is stopped
 
 
 @dataclasses.dataclass

@@ -208,6 +208,67 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert (s.cached_tokens, s.admitted_tokens) == (16, 10 + 13 + 7)
 
 
+def prefill(s: Scheduler, todo: list[Sequence]) -> tuple[int, list[list[int]]]:
+    """Runs them all; (prompt tokens computed, who had a chunk in each step)."""
+    for q in todo:
+        s.add(q)
+    tokens, steps = 0, []
+    while any(q.finish is None for q in todo):
+        plan = s.schedule()
+        assert plan, "nothing can be scheduled"
+        check_pages(s)
+        tokens += sum(c.length for c in plan.chunks)
+        steps.append([c.sequence.rid for c in plan.chunks])
+        resolve(plan, s)
+    return tokens, [rids for rids in steps if rids]
+
+
+@pytest.mark.parametrize("length", [5, 7, 8, 9, 30, 61])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_copies_of_a_prompt_wait_for_its_first(length: int, mixed: bool) -> None:
+    """Each computed the whole prompt, because nothing of it was in the cache yet when they were admitted together."""
+    s = scheduler(200, slots=8, tiles=64, mixed=mixed)
+    tokens, _ = prefill(s, [sequence(i, tuple(range(length))) for i in range(6)])
+    assert tokens == length + 5 * (length - (length - 1) // PAGE * PAGE)
+    s = scheduler(200, slots=8, tiles=64, mixed=mixed, prefix_cache=False)
+    assert prefill(s, [sequence(i, tuple(range(length))) for i in range(6)]) == (6 * length, [[0, 1, 2, 3, 4, 5]])
+
+
+def test_copies_wait_for_one_step_in_which_others_may_start() -> None:
+    s = scheduler(slots=8, tiles=16)
+    copies, other, short = [sequence(i, tuple(range(20))) for i in range(3)], sequence(3, 20), sequence(4, (1, 2))
+    tokens, steps = prefill(s, [*copies, other, short])
+    assert steps == [[0, 3, 4], [1, 2]] and tokens == 20 + 20 + 2 + 4 + 4
+    # A prompt over several steps: its copies come with the step after its last.
+    s = scheduler(slots=8, tiles=2)
+    tokens, steps = prefill(s, [sequence(i, tuple(range(40))) for i in range(3)])
+    assert steps == [[0], [0], [0], [1, 2]] and tokens == 40 + 4 + 4
+    # Less than half in common is not worth a step; more is.
+    for same, expected in ((8, [[0, 1]]), (12, [[0], [1]])):
+        s = scheduler(slots=8, tiles=16)
+        todo = [sequence(0, tuple(range(20))), sequence(1, (*range(same), *range(100, 120 - same)))]
+        assert prefill(s, todo)[1] == expected
+
+
+def test_nobody_waits_for_a_prompt_that_comes_after_it_or_is_gone() -> None:
+    s = scheduler(slots=8, tiles=2)
+    low, high = sequence(0, tuple(range(40))), sequence(1, tuple(range(40)), priority=1)
+    s.add(low)
+    s.schedule()
+    s.add(high)
+    s.add(sequence(2, tuple(range(40))))
+    steps = [[c.sequence.rid for c in s.schedule().chunks] for _ in range(3)]
+    assert steps == [[0], [0, 1], [2]]
+    s = scheduler(slots=8, tiles=4)
+    first, second = sequence(0, tuple(range(30))), sequence(1, tuple(range(30)))
+    s.add(first)
+    s.add(second)
+    assert [c.sequence.rid for c in s.schedule().chunks] == [0]
+    first.finish = FinishReason.ABORT
+    s.remove(first)
+    assert [c.sequence.rid for c in s.schedule().chunks] == [1]
+
+
 def test_the_last_token_is_always_computed() -> None:
     s = scheduler()
     finish(s, sequence(0, tuple(range(12)), new=1))

@@ -289,6 +289,40 @@ def test_scores_are_those_of_the_whole_sequence(make_core: Any, reference: Refer
     assert len(tokens(events[5])) == 4 or tokens(events[5])[-1] == EOS
 
 
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+def test_a_prompt_of_the_whole_context_is_scored(make_core: Any, reference: Reference, overlap: bool) -> None:
+    core, ids = make_core(overlap=overlap), prompt(CONTEXT, 2)
+    (event,) = run(core, [request(1, ids, max_new_tokens=0, prompt_logprobs=0)])[1]
+    told = [reference(ids)[i - 1][ids[i]] for i in range(1, CONTEXT)]
+    assert [entry.token for entry in event.prompt_logprobs] == pytest.approx(told, abs=2e-4)
+    for limit in (None, 1):
+        with pytest.raises(RequestError, match=f"{CONTEXT} tokens"):
+            core.add(request(2, ids, max_new_tokens=limit, prompt_logprobs=0))
+
+
+def test_programs_that_did_not_compile_are_tried_again(
+    make_core: Any, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One failure, while memory was short, failed every constrained and scored request from then on."""
+    real = runner.compile
+
+    def fails(program: Any) -> Any:
+        raise MemoryError("made up")
+
+    monkeypatch.setattr(
+        runner, "_compiled", {p: c for p, c in runner._compiled.items() if p in runner.programs.always()}
+    )
+    monkeypatch.setattr(runner, "_prepared", None)
+    monkeypatch.setattr(runner, "compile", fails)
+    core, scored = make_core(), {"max_new_tokens": 0, "prompt_logprobs": 0}
+    (failed,) = run(core, [request(1, 9, **scored)])[1]
+    assert failed.finish is FinishReason.ERROR and "made up" in failed.error
+    monkeypatch.setattr(runner, "compile", real)
+    (told,) = run(core, [request(2, 9, **scored)])[2]
+    assert told.finish is FinishReason.LENGTH and len(told.prompt_logprobs) == 8
+    assert runner.prepare() is runner.prepare()
+
+
 def test_scoring_survives_preemption(make_core: Any, reference: Reference) -> None:
     core = make_core(pages=18, conservativeness=0)
     ids = prompt(90, 7)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from jqserve.engine.config import EngineConfig
+from jqserve.engine.config import EngineConfig, prefill_tiles
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.request import EngineRequest, SamplingParams
+from jqserve.engine.sampler import MAX_COUNT
 from jqserve.engine.validate import Limits, check_request, check_sampling, stop_ids
 from jqserve.errors import RequestError, UnsupportedError
 
@@ -120,8 +121,26 @@ def test_engine_config_from_the_link() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"load_format": "pt"}, {"mem_fraction_static": 1.0}, {"page_size": 0}, {"max_queued": -1}]
+    "bad",
+    [
+        {"load_format": "pt"},
+        {"mem_fraction_static": 1.0},
+        {"page_size": 0},
+        {"max_queued": -1},
+        {"chunked_prefill_size": 2**14 + 1},
+        {"tile_size": 2**14 + 1},
+    ],
 )
 def test_engine_options_out_of_range(bad: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=next(iter(bad))):
         EngineConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tile", "tiles"), [(1, 128, 1), (128, 128, 1), (129, 128, 2), (2**14, 128, 128), (2**14, 100, 163)]
+)
+def test_no_step_has_more_tokens_than_the_penalties_can_count(tokens: int, tile: int, tiles: int) -> None:
+    """One count below `sampler.MAX_COUNT`, and a whole step of that token more, is still an int16."""
+    EngineConfig(chunked_prefill_size=tokens)
+    assert prefill_tiles(tokens, tile) == tiles
+    assert (MAX_COUNT - 1) + tiles * tile < 2**15

@@ -29,6 +29,7 @@ MESSAGES: list[wire.Message] = [
     wire.Add(EngineRequest(1, (5,), SamplingParams())),
     wire.Abort((1, 2**63)),
     wire.Abort(()),
+    wire.Abort((7, 8), stopped=True),
     wire.Progress("load", "3/42", {"rows": [1, 2]}),
     wire.Ready({"vocab_size": 4096}),
     wire.Failed("no such file", user=True),

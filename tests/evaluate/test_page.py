@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import itertools
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jqserve.cli.main import main
@@ -101,6 +104,21 @@ def test_rows() -> None:
     assert found["tokens a second"] == ("2,000", "1,000")
 
 
+def test_a_quantized_base_is_not_taken_for_an_unquantized_one(
+    demo_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(3, 40))
+    monkeypatch.setattr(run, "predict", lambda *_: None)
+    monkeypatch.setattr(run, "_text", lambda *_: result()["text"])
+    question = run.Question(str(demo_dir), str(demo_dir), tmp_path / "ids.npy", 1, 16, layers=False, speed=False)
+    found = run.evaluate(question)
+    (warning,) = found["warnings"]
+    assert warning in caplog.text and "is quantized itself (gptq: uint4, groups of 128)" in warning
+    assert html.escape(warning) in page(found) and rows(found)[0] == ("scheme", *["gptq: uint4, groups of 128"] * 2)
+    dense = SimpleNamespace(plan=SimpleNamespace(rows=[SimpleNamespace(spec=None)]))
+    assert run._warnings(question, None) == run._warnings(question, dense) == []  # type: ignore[arg-type]
+
+
 def test_bars_are_as_high_as_their_values() -> None:
     axes = Axes((0, 1), (0, 1), "", "")
     axes.bar(0.5, 0.2, 0.5, "red", "x")
@@ -135,6 +153,7 @@ def test_the_exit_status(
         (["--min-recovery", "98"], "--min-recovery: is a share from 0 to 1 (0.98 for 98 %), found 98"),
         (["--html", "/no/such/place/r.html"], "--html: /no/such/place/r.html: its directory does not exist"),
         (["--json", "/no/such/place/r.json"], "--json: /no/such/place/r.json: its directory does not exist"),
+        (["--html", "/tmp"], "--html: /tmp: is a directory"),
     ],
 )
 def test_what_cannot_end_well_is_refused_before_anything_is_measured(

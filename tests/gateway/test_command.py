@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jqserve.cli import gateway as cli
-from jqserve.cli.gateway_flags import check_smg_flags, check_worker_flags
+from jqserve.cli.gateway_flags import POLICIES, check_policy, check_smg_flags, check_worker_flags
 from jqserve.errors import UnsupportedError
 from tests.gateway.smg import DEMO, Gateway, Worker, eventually, free_port, program
 from tests.server.program import compilation_cache
@@ -102,6 +102,19 @@ def test_flags_that_smg_does_not_have_are_refused_before_a_worker_loads() -> Non
         check_smg_flags(smg, ["--", "--grpc-compat", "sglang"])
     with pytest.raises(UnsupportedError, match=r"no such flag$"):
         check_smg_flags(smg, ["--absent"])
+
+
+def test_a_policy_that_smg_does_not_have_is_refused_before_a_worker_loads(tmp_path: Path) -> None:
+    silent = tmp_path / "smg"  # its help names no policies
+    silent.write_text("#!/bin/sh\n")
+    silent.chmod(0o755)
+    for smg in (program(), str(silent)):
+        for policy in POLICIES:
+            check_policy(smg, policy)
+        with pytest.raises(UnsupportedError, match=r"--policy fastest: .*supported: random, round_robin"):
+            check_policy(smg, "fastest")
+    with pytest.raises(UnsupportedError, match="--policy round-robin"):
+        cli.run(parse("--model-path", "absent", "--policy", "round-robin", "--smg", program()))
 
 
 def test_what_may_not_work_with_running_workers_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -84,6 +84,7 @@ def test_a_chat_that_cannot_be_rendered_is_named(tmp_path: Path) -> None:
     [
         ("x.jsonl", b'{"text": "a"}\n{"prompt": 3}', "line 2: expected"),
         ("x.jsonl", b"{", "line 1: not JSON"),
+        ("x.jsonl", b'{"text": "abcd"}\n{"text": "\\ud83d abcd"}', "line 2: holds half of a surrogate pair"),
         ("x.txt", b"\xff\xfe\xfa", "cannot be read as text"),
         ("x.txt", b"ab", "holds 2 tokens, fewer than one row"),
         ("x.npy", b"nonsense", "is not a .npy of plain numbers"),

@@ -254,6 +254,7 @@ def test_what_is_no_hugging_face_directory(tmp_path: Path) -> None:
         (["--scheme", "gptq", "--no-clip"], "--no-clip: belongs to AWQ"),
         (["--scheme", "gptq", "--search-tokens", "64"], "--search-tokens: belongs to AWQ"),
         (["--scheme", "w4a16", "--calibration", "x.txt"], "--calibration: --scheme w4a16 as asked for here takes no"),
+        (["--scheme", "gptq", "--chunk-tokens", "0"], "--chunk-tokens: must be at least 1, found 0"),
     ],
 )
 def test_flags_that_would_do_nothing(

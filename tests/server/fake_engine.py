@@ -40,6 +40,7 @@ INFO = {
     ],
     "kv": {"dtype": "float32", "page_size": 16, "pages": 100, "bytes": 12345, "tokens": 1600},
     "device": "fake",
+    "scores": True,
 }  # fmt: skip
 
 
@@ -54,6 +55,8 @@ class Running:
         if sampling.seed == STUCK or time.monotonic() - self.last < self.delay:
             return None
         self.last = time.monotonic()
+        if sampling.max_new_tokens == 0:
+            return StepEvent(request.rid, (), FinishReason.LENGTH, prompt_logprobs=self._scores())
         if sampling.seed == BROKEN and self.tokens == 3:
             return StepEvent(request.rid, (), FinishReason.ERROR, error="the fake is broken")
         token = request.prompt[self.tokens % len(request.prompt)]
@@ -67,6 +70,11 @@ class Running:
         if (k := sampling.logprobs) is not None:
             logprobs = (TokenLogprobs(-0.5, tuple(range(k)), (-0.5,) * k),)
         return StepEvent(request.rid, (token,), finish, matched, logprobs)
+
+    def _scores(self) -> tuple[TokenLogprobs, ...]:
+        sampling, tops = self.request.sampling, tuple(range(self.request.sampling.prompt_logprobs or 0))
+        entry = TokenLogprobs(-0.5, tops, (-0.5,) * len(tops))
+        return (entry,) * (len(self.request.prompt) - sampling.prompt_from)
 
 
 def serve(channel: Channel) -> None:
@@ -104,6 +112,8 @@ def serve(channel: Channel) -> None:
             elif isinstance(message, wire.Abort):
                 for rid in message.rids:
                     running.pop(rid, None)
+            elif isinstance(message, wire.Ask):
+                channel.send(wire.Answer(message.number, {"pages": 7}))
             changed = True
         events = [event for sequence in running.values() if (event := sequence.step())]
         for event in events:

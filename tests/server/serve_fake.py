@@ -7,14 +7,18 @@ import asyncio
 import functools
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
-from jqserve.server.app import Server
-from jqserve.server.config import ServerConfig
-from jqserve.server.launch import launch_process
-
 HERE = Path(__file__).resolve().parent
+# This checkout's jqserve, here and in the engine's process, whichever one is installed.
+sys.path.insert(0, ROOT := str(HERE.parents[1]))
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+from jqserve.server.app import Server  # noqa: E402
+from jqserve.server.config import ServerConfig  # noqa: E402
+from jqserve.server.launch import launch_process  # noqa: E402
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO")

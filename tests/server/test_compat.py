@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import threading
 import types
 import zipfile
 from collections.abc import Iterator
@@ -58,9 +59,9 @@ class Dialect:
 
 
 @contextlib.contextmanager
-def serving(name: str) -> Iterator[Dialect]:
+def serving(name: str, **settings: Any) -> Iterator[Dialect]:
     with (
-        running_server(dataclasses.replace(CONFIG, grpc_compat=name)) as (running, _),
+        running_server(dataclasses.replace(CONFIG, grpc_compat=name, **settings)) as (running, _),
         grpc.insecure_channel(running.target) as channel,
     ):
         if name == "vllm":
@@ -198,6 +199,27 @@ def test_operations_need_admin(dialect: Dialect) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         dialect.stub.FlushCache(common_pb2.FlushCacheRequest())
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED and "--admin" in caught.value.details()
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_the_cache_is_flushed_once_nothing_runs(name: str) -> None:
+    with serving(name, admin=True, engine={"token_seconds": 0.02}) as dialect:
+
+        def flush(seconds: float) -> Any:
+            return dialect.stub.FlushCache(common_pb2.FlushCacheRequest(timeout_s=seconds), timeout=20)
+
+        assert flush(0).success
+        running = dialect.stub.Generate(dialect.request([5], 400))
+        next(running)
+        refused = flush(0.05)
+        assert not refused.success and "still run: 1" in refused.message
+        threading.Timer(0.3, running.cancel).start()
+        flushed = flush(10)
+        assert flushed.success and flushed.message.startswith("7 pages")
+        for bad in (-1, float("nan"), float("inf")):
+            with pytest.raises(grpc.RpcError, match="timeout_s") as caught:
+                flush(bad)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_profiles_and_loads_are_not_asked_for_what_they_are_not(dialect: Dialect) -> None:

@@ -69,6 +69,16 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_the_program_under_test_is_this_checkouts(program: Program, tmp_path: Path) -> None:
+    """A checkout beside the installed one tested the installed one's server."""
+    root = str(SCRIPT.parents[2])
+    code = f"import runpy; runpy.run_path({str(SCRIPT)!r}); import jqserve; print(jqserve.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == f"{root}/jqserve/__init__.py"
+    environment = Path(f"/proc/{program.engine_pid}/environ").read_text().split("\0")
+    assert any(variable.startswith(f"PYTHONPATH={root}") for variable in environment)
+
+
 def in_background(stream: Iterator[str]) -> tuple[threading.Thread, list[object]]:
     """Reads a stream on a thread; the list ends with what ended it."""
     seen: list[object] = []

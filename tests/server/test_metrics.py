@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jqserve.cli import top
 from jqserve.client import Client, ServerError
+from jqserve.server import metrics_http
 from jqserve.server.config import ServerConfig
 from jqserve.server.histogram import Histogram
 from jqserve.server.pb import jqserve_pb2 as pb
@@ -81,6 +84,18 @@ def test_requests_are_counted(server: tuple[Running, Client]) -> None:
     assert grew("stream_flush_tokens_sum") >= 23
 
 
+def test_scores_are_counted_apart(server: tuple[Running, Client]) -> None:
+    running, client = server
+    before = scrape(running)
+    client.score([[5, 6, 7], [5, 6, 7, 8, 9]])
+    after = scrape(running)
+    kept = {name for name in before if re.search("prompt|num_|generation|finished_seq|latency|first_token", name)}
+    assert len(kept) > 10 and {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert after["jqserve:scored_sequences_total"][()] - before["jqserve:scored_sequences_total"][()] == 2
+    assert after["jqserve:scored_tokens_total"][()] - before["jqserve:scored_tokens_total"][()] == 8
+    assert after["jqserve:grpc_requests_total"][("code", "OK"), ("method", "Score")] == 1
+
+
 def test_the_engines_numbers_and_the_plan_are_there(server: tuple[Running, Client]) -> None:
     running, _ = server
     found = scrape(running)
@@ -109,6 +124,33 @@ def test_a_metrics_port_in_use_is_the_users_to_change(server: tuple[Running, Cli
     config = dataclasses.replace(CONFIG, metrics_port=server[0].server.metrics_port)
     second = Running(config, wait=False)
     assert second.over.wait(20) and second.code == 2
+
+
+def test_the_metrics_port_bounds_its_threads_and_hangs_up_on_idlers(
+    server: tuple[Running, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections that say nothing, or a byte at a time, cost 16 threads at most, and not for long."""
+    running, _ = server
+    monkeypatch.setattr(metrics_http, "MAX_SECONDS", 1.5)
+    before, began = threading.active_count(), time.monotonic()
+    where = ("127.0.0.1", running.server.metrics_port)
+    idlers = [socket.create_connection(where, timeout=10) for _ in range(60)]
+    dripping, refused = idlers[0], idlers[-1]
+    try:
+        assert refused.recv(100).startswith(b"HTTP/1.0 503")
+        assert threading.active_count() - before <= metrics_http.MAX_CONNECTIONS
+        with pytest.raises(OSError):
+            while time.monotonic() - began < 20:
+                dripping.sendall(b"G")
+                time.sleep(0.1)
+        assert 1 < time.monotonic() - began < 10
+        while threading.active_count() > before:
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+        assert scrape(running)["jqserve:ready"][()] == 1
+    finally:
+        for idler in idlers:
+            idler.close()
 
 
 def test_histograms_count_as_prometheus_does() -> None:

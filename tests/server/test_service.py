@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from jqserve.client import Client, ServerError
+from jqserve.engine import wire
 from jqserve.server.app import SERVICE
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
@@ -83,6 +84,31 @@ def test_stop_strings_across_tokens_end_the_sequence_and_free_the_slot(client: C
     assert result.choices[0].matched_stop == "ee fo" and result.finish_reason == "stop"
     assert result.completion_tokens == len(result.token_ids) < len(ids)
     eventually(lambda: busy(client) == 0)
+
+
+def test_a_least_length_beyond_the_context_ends_with_it(client: Client) -> None:
+    context = fake_engine.INFO["context_length"]
+    result = client.generate([5] * (context - 9), min_new_tokens=2**32 - 1, seed=1).wait()
+    assert result.completion_tokens == 9 and result.finish_reason == "length"
+    with pytest.raises(ServerError, match="4 is more than max_new_tokens 3"):
+        client.generate([5], min_new_tokens=4, max_new_tokens=3).wait()
+
+
+def test_the_engine_learns_which_answers_a_stop_string_has_ended(
+    server: tuple[Running, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, client = server
+    link, told = running.server.frontend.link, []
+    assert link is not None
+    send = link._send
+    monkeypatch.setattr(link, "_send", lambda message: (told.append(message), send(message)))
+    ids = client.tokenize("one two three", add_special_tokens=False)
+    client.generate(ids, max_new_tokens=400, stop="three", seed=SLOW).wait()
+    cancelled = client.generate(ids, max_new_tokens=400, stop="never", seed=SLOW)
+    next(cancelled.events())
+    cancelled.cancel()
+    eventually(lambda: sum(isinstance(message, wire.Abort) for message in told) == 2)
+    assert [message.stopped for message in told if isinstance(message, wire.Abort)] == [True, False]
 
 
 def test_text_held_back_for_a_stop_string_comes_at_the_end(client: Client) -> None:
@@ -292,3 +318,16 @@ def test_a_score_that_never_fits_is_told_so_and_not_to_try_again() -> None:
     with running_server(config) as (_, client), pytest.raises(grpc.RpcError, match=r"inputs.*holds 3") as caught:
         client.stub.Score(pb.ScoreRequest(inputs=inputs))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_score_of_the_whole_context_needs_no_room_for_an_answer(client: Client) -> None:
+    context = fake_engine.INFO["context_length"]
+    (scored,) = client.score([[5] * context])
+    assert len(scored.logprobs) == context - 1
+    with pytest.raises(ServerError, match=f"inputs.1.: has {context + 1} tokens; the context length is {context}$"):
+        client.score([[5, 6], [5] * (context + 1)])
+    with pytest.raises(ServerError, match=r"inputs\[2\]: token_ids: holds 4096") as caught:
+        client.score([[5, 6], [7, 8], [5, 4096], [5, 6]])
+    assert caught.value.field == "inputs[2]"
+    with pytest.raises(ServerError, match="the answer needs at least one"):
+        client.generate([5] * context).wait()

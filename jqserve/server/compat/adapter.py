@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from jqserve.engine.request import FinishReason, TokenLogprobs
-from jqserve.errors import RequestError, UnsupportedError
+from jqserve.errors import PreconditionError, RequestError, UnsupportedError
 from jqserve.server.admin import Admin
 from jqserve.server.compat.call import Call, default_sampling, refuse_rank, refuse_undeclared
 from jqserve.server.frontend import Frontend, State
@@ -213,7 +213,11 @@ class Adapter:
 
     @with_status
     async def FlushCache(self, request: common_pb2.FlushCacheRequest, context: ServicerContext) -> Any:
-        pages = await self.admin.flush_cache()
+        """As SGLang: only when nothing runs, which `timeout_s` waits for; the answer tells what could not be done."""
+        try:
+            pages = await self.admin.flush_cache_when_idle(request.timeout_s)
+        except PreconditionError as error:
+            return common_pb2.FlushCacheResponse(success=False, message=str(error))
         return common_pb2.FlushCacheResponse(success=True, message=f"{pages} pages were given back")
 
     @with_status
