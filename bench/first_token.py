@@ -2,8 +2,9 @@
 
 Rows for `bench.serve --first-token`, measured on the engine's own clock, medians of `REPEATS` prompts:
 
-    {"prompt": 1000, "ttft_ms", "prefill_ms", "ttft_to_prefill"}    prefill_ms: the step programs of that prompt run on
-                                                                    padding, so without its attention
+    {"prompt": 1000, "ttft_ms", "prefill_ms", "ttft_to_prefill"}    prefill_ms: the step programs of that prompt alone,
+                                                                    from their launch to their end, run on padding
+                    "kernels_ms", "ttft_to_kernels"                 its kernels' own time by CUPTI, on the prompt itself
     {"prompt": 8192, "cached": 7372, "ttft_ms", "ttft_ms_without", "speedup"}
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
+from bench.kernel_times import kernel_times
 from bench.load_inprocess import drive
 from bench.workload import random_items, shared_prefix_items
 
@@ -45,13 +47,19 @@ def alone(engine: EngineCore, length: int) -> dict[str, Any]:
         bucket = runner.buckets.choose(0, min(rest, engine.scheduler.tiles), size)
         prefill += runner.idle_run(runner.programs.cheapest(bucket), 3)
         rest -= bucket.tiles
-    return {
+    row = {
         "mode": "first_token",
         "prompt": length,
         "ttft_ms": round(measured * 1e3, 3),
         "prefill_ms": round(prefill * 1e3, 3),
         "ttft_to_prefill": round(measured / prefill, 3),
     }
+    one = random_items(3, length, 1, vocabulary=vocabulary, ratio=1.0, seed=72)
+    timings = kernel_times(lambda: [ttft(engine, [item]) for item in one])
+    if timings:
+        kernels = sum(microseconds for _, microseconds in timings) / len(one) / 1e3
+        row |= {"kernels_ms": round(kernels, 3), "ttft_to_kernels": round(measured * 1e3 / kernels, 3)}
+    return row
 
 
 def hit(engine: EngineCore, length: int, share: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ either cost. A process per variant:
 
     as is           the engine as it is served
     log             the same with XLA's own account of a few launches: what was updated, what was skipped, how long
-    holes           places for small buffers that nothing can merge with the temporary one's (`make_holes`)
+    no places       without the places for small buffers that the engine holds (`jqserve/engine/places`)
     separate color  temporary buffers come from an allocator of their own, at the same address each time
     skip temp       temporary buffers are mapped to fixed addresses (takes XLA's VMM allocator)
     skip profiled   the same, and whatever else had a stable address in the first launches
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 VARIANTS = {
     "as is": "",
     "log": "",
-    "holes": "",
+    "no places": "",
     "separate color": "--xla_gpu_temp_buffer_use_separate_color=true",
     "skip temp": "--xla_gpu_command_buffer_update_mode=SKIP_TEMP",
     "skip profiled": "--xla_gpu_command_buffer_update_mode=SKIP_PROFILED",
@@ -60,26 +60,6 @@ LOG = {
     "TF_CPP_VMODULE": "command_buffer_thunk=3,command_executor=1,command_buffer_cmd=1,traced_command_buffer=6",
 }
 WINDOWS = 5
-
-
-def make_holes(kinds: int = 12, count: int = 16) -> list[Any]:
-    """`count` free places of each of `kinds` sizes from 256 bytes on, each between two buffers that stay: those.
-
-    BFC gives a small buffer the smallest free chunk that holds it, and merges a chunk that becomes free with free
-    neighbours. Without holes the small buffers of a step are cut from the beginning of the large free chunk in which
-    the next temporary buffer is then placed.
-    """
-    import jax
-    import numpy as np
-
-    stay, go = [], []
-    for kind in range(kinds):
-        for _ in range(count):
-            stay.append(jax.device_put(np.zeros(64, np.int32)))
-            go.append(jax.device_put(np.zeros(64 << kind, np.int32)))
-    stay.append(jax.device_put(np.zeros(64, np.int32)))
-    jax.block_until_ready((stay, go))
-    return stay
 
 
 def measure(engine: EngineCore, batch: int, context: int, steps: int) -> dict[str, Any]:
@@ -104,13 +84,16 @@ def child(args: argparse.Namespace) -> None:
     """One variant, its rows on stdout."""
     points = points_of(args.points)
     steps = 4 if args.variant == "log" or args.quick else 40
+    if args.variant == "no places":
+        from jqserve.engine import load as loading
+
+        loading.hold_places = lambda device: []
     engine, facts = load(args.scheme, points, [1], 32 + (WINDOWS + 1) * steps, args)
-    holes = make_holes() if args.variant == "holes" else []
     for batch, context in points:
         row = {"variant": args.variant, "scheme": args.scheme, "batch": batch, "context": context}
         print("ROW " + json.dumps(row | measure(engine, batch, context, steps)), flush=True)
         print(f"{args.variant}: {batch} x {context} measured", file=sys.stderr, flush=True)
-    print("ROW " + json.dumps({"variant": args.variant, **facts, "holes": len(holes)}), flush=True)
+    print("ROW " + json.dumps({"variant": args.variant, **facts, "places": len(engine.runner.places)}), flush=True)
 
 
 def told(log: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, pref
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.measure import step_seconds, typical_context
 from jqserve.engine.pages import PagePool
+from jqserve.engine.places import places
 from jqserve.engine.programs import Draw, Forward, Programs
 from jqserve.engine.runner import Runner
 from jqserve.engine.scheduler import Scheduler
@@ -187,7 +188,8 @@ def _choose_pages(
         limit=limit,
         in_use=int(stats["bytes_in_use"]) + state_bytes,
         static_bytes=int(limit / config.xla_fraction * config.mem_fraction_static),
-        activation_bytes=int(1.1 * temporary) + 2**28,  # a tenth for fragmentation, 256 MiB for outputs and libraries
+        # a tenth for fragmentation, 256 MiB for outputs and libraries
+        activation_bytes=int(1.1 * temporary) + 2**28 + sum(places(limit)),
         most=most,
     )
     pages = round_pages(pages)

@@ -30,6 +30,7 @@ from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.grammar import Grammars, why_not
 from jqserve.engine.kernel_plan import with_kernels
+from jqserve.engine.places import hold_places
 from jqserve.engine.totals import lines, measured, peaks
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.build import quantized_weights
@@ -69,6 +70,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     tell("plan", "\n".join(lines(totals)), totals)
     kv = engine.model_info()["kv"]
     tell("cache", f"{kv['pages']:,} KV pages of {kv['page_size']} tokens, {kv['bytes'] / 2**30:.2f} GiB", kv)
+    engine.runner.places = hold_places(engine.runner.device)
     began = time.perf_counter()
     if not config.disable_warmup:
         engine.runner.warm_up(

@@ -45,7 +45,12 @@ class Forward:
     asked: int
     scored: bool = False
     begun: bool = False
-    captured = True
+
+    @property
+    def captured(self) -> bool:
+        """Not where prompts are alone, whose first token waits: a captured step begins on the device when all of it has
+        been handed over, any other when its first kernel has."""
+        return bool(self.bucket.decode_rows) or not self.bucket.tiles
 
     @property
     def name(self) -> str:

@@ -96,6 +96,7 @@ class Runner:
         self.compilations_after_warmup = 0
         arguments = self.leaves, self.kv, self.state, empty(shape.slots)
         self._abstract = jax.tree.map(_abstract, arguments)  # now: a compilation may run beside steps that donate them
+        self.places: list[jax.Array] = []  # see `engine/places`
         self.dispatcher = Dispatcher()
         self._adopt = Adopter(shape)
         self._warm = False
