@@ -1,6 +1,7 @@
 """scaled_matmul and quantize_rows on this GPU: correctness first, then microseconds per call.
 
-    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--sweep] [--variants] [--dry]
+    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--ms M,...] [--sweep] [--variants]
+                                  [--dry]
 
 A call's time is a jitted chain of calls, each with a weight (an input) of its own so that it comes from HBM and each
 waiting for the one before, replayed by XLA from a command buffer: wall clock / calls. Beside it the sum of CUPTI kernel
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--budget", type=float, default=110)
     parser.add_argument("--only", help=f"of {', '.join(dict.fromkeys(WORKERS + VARIANT_WORKERS))}")
+    parser.add_argument("--ms", help="of the products: rows of x; default: all")
     parser.add_argument("--sweep", action="store_true", help="other configs too (their compilation takes a minute)")
     parser.add_argument("--variants", action="store_true", help="structures of bench/kernel_variants.py")
     parser.add_argument("--dry", action="store_true", help="compile for an absent H200, run nothing")
@@ -122,7 +124,7 @@ def main() -> None:
         command += (
             ["--budget", str(args.budget), "--start", str(args.start)] + ["--dry"] * args.dry + ["--sweep"] * args.sweep
         )
-        command += ["--variants"] * args.variants
+        command += ["--variants"] * args.variants + ["--ms", args.ms] * bool(args.ms)
         clocks = (
             variant_workers.watch_clocks(Path(args.out) / "clocks.csv", args.start)
             if args.variants and not args.dry

@@ -22,6 +22,7 @@ class Session:
     def __init__(self, worker: str, args: argparse.Namespace):
         self.worker, self.start, self.budget, self.dry = worker, args.start, args.budget, args.dry
         self.sweep, self.variants = args.sweep, args.variants
+        self.ms: tuple[int, ...] | None = tuple(map(int, args.ms.split(","))) if args.ms else None
         self.folder = Path(args.folder)
         self.log_file = os.open(args.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self.beat, self.doing = 0.0, ""
