@@ -16,7 +16,7 @@ everything for an H200 where there is no GPU, and runs nothing.
 `--variants` times the structures of bench/kernel_variants.py instead of `--sweep`'s, the heuristic's choice once more
 behind them, and at M = 4096 also on zeros and on random bits (what the power limit costs); DIR/clocks.csv has the GPU's
 clock and power meanwhile (seconds since the start, MHz, W, reasons). It adds the worker "prefill" and, where torch is
-installed, "torch" (_scaled_mm, row-wise), and leaves out int8 and the MLP.
+installed, "torch" (_scaled_mm, row-wise), and leaves out int8 and the MLP. With `--ms` no zeros and bits.
 """
 
 from __future__ import annotations

@@ -74,8 +74,9 @@ def compiler(session: Session) -> Callable[..., Any]:
 
     def compile_dry(fn: Any, *shapes: Any) -> Any:
         compiled = compile_for_h200(fn, *shapes)
-        if compiled.spill_bytes:
-            session.log(spill_bytes=compiled.spill_bytes, registers=compiled.registers)
+        if compiled.spill_bytes or "serialized" in compiled.report:
+            serialized = "serialized" in compiled.report  # ptxas awaits each product by itself
+            session.log(spill_bytes=compiled.spill_bytes, registers=compiled.registers, serialized=serialized)
         return compiled
 
     return compile_dry

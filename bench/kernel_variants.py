@@ -105,6 +105,8 @@ def _sketch(mode: str, m: int, shape: str, n: int) -> list[Config]:
             other(narrow, turns=True),
             other(narrow, turns=True, tile_k=256),
             C(128, 2, epilogue_n=32, stripe=16, turns=True, tile_k=256),
+            *([C(128, 2, epilogue_n=64, out_slots=1, stripe=16, turns=True, deferred=True)] if tile == 112 else []),
+            *([C(64, 4, epilogue_n=32, stripe=16)] if tile == 112 else []),
             other(narrow, overlap=4),
             *([other(narrow, overlap=8)] if tile == 112 else []),  # 64 and 96 wide it spills
             C(128, 2, epilogue_n=32, stripe=16, overlap=4),
@@ -112,6 +114,7 @@ def _sketch(mode: str, m: int, shape: str, n: int) -> list[Config]:
             other(narrow, overlap=4, cluster_axis="n", **pair),
             other(narrow, overlap=4, **pair),
             split,  # with overlap 4 ptxas spills and serializes it
+            other(split, turns=True),
             C(192, 2, epilogue_n=32, cluster=2, cluster_axis="k"),
         ]
     if mode == "block":  # M <= 64: promotion every 128 of long steps
