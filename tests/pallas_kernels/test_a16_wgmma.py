@@ -6,6 +6,7 @@ place stands what they are to do.
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import jax.numpy as jnp
@@ -54,16 +55,16 @@ def wgmma_rs(dtype: str, n: int, acc, a, at: Int) -> list[np.ndarray]:
 
 
 class Barriers:
-    """Named barriers of one block."""
+    """Each block's named barriers."""
 
     def __init__(self) -> None:
-        self.found: dict[tuple[int, int], threading.Barrier] = {}
+        self.found: dict[tuple[int, int, int], threading.Barrier] = {}
         self.lock = threading.Lock()
 
     def __call__(self, index: Int | int, threads: int) -> None:
         number = index if isinstance(index, int) else int(index.value[0])
         with self.lock:
-            barrier = self.found.setdefault((number, threads), threading.Barrier(threads // 32))
+            barrier = self.found.setdefault((warp.block.index, number, threads), threading.Barrier(threads // 32))
         barrier.wait(PATIENCE)
 
 
@@ -124,12 +125,44 @@ def write(plan: Plan, ctx, b, n_tile: Int, m_tile: Int, acc, s_ref, y_ref: int) 
                 y[m[lane], n[lane]] = value[lane].astype(dtype)
 
 
+RANK = 1 << 24  # addresses of a cluster's shared memory: the block's rank above its own
+
+
+def arrive_remote(address: Int) -> None:
+    for lane in warps.active():
+        rank, at = divmod(int(address.value[lane]), RANK)
+        block = warp.block.cluster[rank]
+        with block.changed:
+            block.barriers[at].pending -= 1
+            block.barriers[at].settle()
+            block.changed.notify_all()
+
+
+def load_remote(address: Int, cluster: bool) -> list[np.ndarray]:
+    out = np.zeros((32, 4), np.float32)
+    for lane in warps.active():
+        rank, at = divmod(int(address.value[lane]), RANK)
+        assert cluster and at % 16 == 0
+        out[lane] = warp.block.cluster[rank].shared[at : at + 16].view(np.float32)
+    return list(out.T)
+
+
+def store_words(address: np.ndarray, words) -> None:
+    for i, word in enumerate(words):
+        warps.store_global(word.value, address + 4 * i)
+
+
+def pack16(dtype: str, low: np.ndarray, high: np.ndarray) -> Int:
+    return warps.words_of(np.stack([low, high], -1), dtype)
+
+
 def either(condition: np.ndarray, then, other) -> None:
     assert condition.all() or not condition.any(), "a warp in two branches"
     (then if condition.all() else other)()
 
 
-# k_groups of 1, 2, 4; groups of scales over and under a warpgroup's columns; several tiles a block; a ring that wraps.
+# k_groups of 1, 2, 4; clusters that split K; groups of scales over and under a warpgroup's columns; several tiles a
+# block; rings that wrap.
 CASES = [
     (Case("uint4", 16, 128, 512), Config(2, 16, 128), 1),
     (Case("uint4", 40, 128, 1024), Config(2, 48, 64, stages=3), 2),
@@ -142,6 +175,11 @@ CASES = [
     (Case("int8", 64, 64, 512, scales="row"), Config(2, 64, 128, stages=2, k_groups=2), 1),
     (Case("uint8", 5, 64, 1024, 32, "int"), Config(4, 16, 256, stages=3, k_groups=4), 1),
     (Case("float8_e4m3fn", 16, 64, 512, scales="one"), Config(2, 16, 256, k_groups=2), 1),
+    (Case("uint4", 20, 128, 512), Config(2, 32, 64, 2), 2),
+    (Case("uint4", 16, 128, 1024), Config(4, 16, 256, 2, k_groups=2), 2),
+    (Case("uint4", 11, 64, 1024, 64), Config(4, 16, 256, 2, k_groups=4), 2),
+    (Case("int8", 64, 64, 1024), Config(4, 64, 256, 2, k_groups=4), 2),
+    (Case("uint8", 40, 128, 512, zero="int", scales="row"), Config(2, 48, 128, 2, k_groups=2), 4),
 ]
 
 
@@ -160,17 +198,25 @@ def test_device_code_on_numpy(monkeypatch, case: Case, config: Config, sms: int)
         "wgmma_wait": lambda pending, acc=(): list(acc),
         "either": either,
         "opaque": lambda value: Int(u32(value)),
+        "cluster_map": lambda at, rank: at + Int.of(rank) * RANK,
+        "mbarrier_arrive_remote": arrive_remote,
+        "mbarrier_wait_cluster": warps.wait,
+        "load_shared_f32x4": load_remote,
+        "store_global": store_words,
+        "pack16": pack16,
         **dict.fromkeys(("wgmma_fence", "wgmma_commit", "bulk_store_read"), lambda: None),
     }
-    for index in range(plan.clusters):
-        size = plan.data_bytes + 16 * plan.stages + 24
-        block = Block(index, 4 * config.warpgroups + 4, size, arrays)
+    for first in range(0, plan.clusters * config.split, config.split):
+        size, count = plan.data_bytes + 16 * plan.stages + 24, 4 * config.warpgroups + 4
+        cluster = [Block(first + rank, count, size, arrays) for rank in range(config.split)]
+        meet = functools.partial(threading.Barrier(count * config.split).wait, PATIENCE)
+        named = {"named_barrier": Barriers(), "cluster_sync": meet, "cluster_leave": meet}
         with monkeypatch.context() as patched:
-            for name, value in (instructions | {"named_barrier": Barriers()}).items():
+            for name, value in (instructions | named).items():
                 patched.setattr(wgmma_sm90.ptx, name, value)
             patched.setattr(wgmma_produce, "_Copies", Copies)
             patched.setattr(wgmma_sm90, "_write", write)
             modules = (wgmma_sm90, wgmma_produce, row_scale, dequant)
-            run(patched, modules, lambda *r: wgmma_sm90._emit(plan, None, *r, None), block)
+            run(patched, modules, lambda *r: wgmma_sm90._emit(plan, None, *r, None), *cluster)
     got = arrays[-1].astype(np.float32)
     assert worst(case, data, got) <= 1 and jnp.isfinite(got).all()
