@@ -1,13 +1,14 @@
 """Variants of the w4a16 and w8a16 kernels beside what the heuristics pick, on this GPU, in one run.
 
-    python -m bench.a16_variants [--budget 330] [--out DIR] [--only check,u4,s8g] [--m 1,16,64,256,4096]
+    python -m bench.a16_variants [--budget 330] [--out DIR] [--only check,u4,s8g:64] [--m 1,16,64,256,4096]
 
 A process for every kind of weight and layer: it compiles all its variants in threads, waits until all processes have
-compiled, then takes turns on the GPU (a file lock). Every variant is first compared with XLA on the same weights (and
-with itself, twice), then timed: CUPTI kernel time, median of 16 calls, weights rotated over 300 MB. The heuristic's
-config is timed first and last. A kernel that hangs ends its process (15 s); the parent starts the rest of the list
-again without it, so every case has a row: `us`, `WRONG`, `refused`, `failed` or `HUNG`. Rows go to
-DIR/a16_variants.<group>.jsonl as they come and to DIR/a16_variants.json in the end, with the best of each case and the
+compiled, then takes turns on the GPU (a file lock). `s8g:64+256` takes these M instead of --m's. Every variant is first
+compared with XLA on the same weights (and with itself, twice), then timed: CUPTI kernel time, median of 16 calls,
+weights rotated over 300 MB. The heuristic's config is timed first and last. A kernel that hangs ends its process (15
+s); the parent starts the rest of the list again without it, so every case has a row: `us`, `WRONG`, `refused`, `failed`
+or `HUNG`. Rows go to DIR/a16_variants.<group>.jsonl as they come and to
+DIR/a16_variants.json in the end, with the best of each case and the
 sums beside the bars; DIR/clocks.csv has the GPU's clock and power meanwhile.
 
 Without a GPU: --dry compiles every variant for an H200 (registers and spills to DIR); --reference goes the whole way
@@ -50,13 +51,13 @@ from bench.kernel_a16 import (
     shapes_of,
 )
 from bench.kernel_a16 import packed as packed_case
-from pallas_kernels.a16 import decode_config, decode_sm90, held_sm90, wgmma_config, wgmma_sm90
+from pallas_kernels.a16 import decode_config, decode_sm90, held_config, held_sm90, wgmma_config, wgmma_sm90
 from pallas_kernels.a16.cases import CASES, LLAMA_8B, make, worst
 from pallas_kernels.a16.problem import Problem
 from pallas_kernels.a16.stored import KINDS
 
 SHAPES = {"8b": LLAMA_8B, "quick": {"small": (1024, 1024)}}
-CHECKS = ("held", "wgmma")
+CHECKS = ("held", "wgmma", "groups")
 RESTARTS = 3
 
 
@@ -85,6 +86,23 @@ def held_configs(problem: Problem) -> list[Any]:
     return [c.config for c in sorted(plans, key=lambda p: (p.config.parts, p.config.pieces, -p.config.warps))][:10]
 
 
+def group_configs(m: int) -> list[Any]:
+    """Warpgroups along K: a layer of few rows fills the multiprocessors with fewer parts of K, or none, whose sums XLA
+    would add in a kernel of its own (some 2 us of a down projection's 14 at M = 16)."""
+    m_tile = min(64, -(-m // 16) * 16)
+    shapes = ((4, 256, 4), (4, 256, 2), (4, 128, 2), (2, 256, 2), (2, 128, 2))
+    return [
+        wgmma_sm90.Config(warpgroups, m_tile, k_step, split, k_groups=k_groups)
+        for warpgroups, k_step, k_groups in shapes
+        for split in (1, 2)
+    ]
+
+
+def fills(plan: Any) -> bool:
+    """Whether most multiprocessors have a block."""
+    return plan.clusters * plan.config.split >= 0.7 * plan.sms
+
+
 def variants(weights: str, m: int, n: int, k: int) -> list[tuple[Any, Any]]:
     """(module, plan): the heuristic's choice, then what is to beat it."""
     decode, wgmma = plan_of(decode_sm90, weights, m, n, k), plan_of(wgmma_sm90, weights, m, n, k)
@@ -93,7 +111,12 @@ def variants(weights: str, m: int, n: int, k: int) -> list[tuple[Any, Any]]:
     wgmmas = wgmma_config.search_space(wgmma)
     out: list[tuple[Any, Any]] = []
     small = decodes and (m <= 8 or decode_config.best_estimate(decode) <= wgmma_config.best_estimate(wgmma))
-    out.append((decode_sm90, decodes[0]) if small else (wgmma_sm90, wgmmas[0]))
+    held = held_sm90.Plan(**vars(problem), config=held_sm90.Config())
+    try:
+        held_config.check_faster(held)
+        out.append((held_sm90, held_config.heuristic(held)))
+    except NotImplementedError:
+        out.append((decode_sm90, decodes[0]) if small else (wgmma_sm90, wgmmas[0]))
     if m <= 16:
         out += [(held_sm90, c) for c in held_configs(problem)]
         out += [(decode_sm90, c) for c in decodes if c.split == 1 and c.unit > 1][:2]
@@ -106,6 +129,9 @@ def variants(weights: str, m: int, n: int, k: int) -> list[tuple[Any, Any]]:
             picked += [wgmma_sm90.Config(3, 128, 64), wgmma_sm90.Config(4, 128, 128)]
         picked = list(dict.fromkeys(picked))
         out += [(wgmma_sm90, c) for c in picked]
+        if m <= 64:
+            plans_of = [(c, dataclasses.replace(wgmma, config=c)) for c in group_configs(m)]
+            out += [(wgmma_sm90, c) for c, plan in plans_of if legal(plan) and fills(plan)]
     if m == 16:
         out += [(decode_sm90, c) for c in decodes if c.split == 2 and c.unit > 1][:3]
     plans = {decode_sm90: decode, wgmma_sm90: wgmma, held_sm90: plan_of(held_sm90, weights, m, n, k)}
@@ -134,7 +160,7 @@ def variant_of(what: str, problem: Problem) -> tuple[Any, Any]:
             return held_sm90, held_sm90.Plan(**vars(problem), config=config)
         raise NotImplementedError("no held config")
     plan = wgmma_sm90.Plan(**vars(problem), config=wgmma_sm90.Config())
-    for config in wgmma_config.search_space(plan):
+    for config in group_configs(problem.m)[::-1] if what == "groups" else wgmma_config.search_space(plan):
         if legal(found := dataclasses.replace(plan, config=config)):
             return wgmma_sm90, found
     raise NotImplementedError(f"no {what} config")
@@ -194,7 +220,7 @@ def build(weights: str, module: Any, plan: Any, as_xla: bool) -> Any:
 
 def timed(log: Log, weights: str, shape: str, args: Any, done: set[str], ready: Callable[[], None]) -> None:
     n, k = SHAPES[args.shapes][shape]
-    jobs = [(m, module, plan) for m in args.ms for module, plan in variants(weights, m, n, k)]
+    jobs = [(m, module, plan) for m in args.ms_of[weights] for module, plan in variants(weights, m, n, k)]
     keys = [key_of(weights, shape, *job) for job in jobs]
     firsts = {job[0]: i for i, job in reversed(list(enumerate(jobs)))}
     todo = [i for i in range(len(jobs)) if keys[i] not in done or i in firsts.values()]
@@ -287,7 +313,7 @@ def every(args: argparse.Namespace) -> Iterator[tuple[str, str, int, Any, Any]]:
         for weights in args.only
         if weights in WEIGHTS
         for shape, (n, k) in SHAPES[args.shapes].items()
-        for m in args.ms
+        for m in args.ms_of[weights]
         for module, plan in variants(weights, m, n, k)
     ]
     yield from cases[:: args.every]
@@ -335,7 +361,7 @@ def start(args: argparse.Namespace, group: str, groups: list[str]) -> subprocess
     }
     command = [sys.executable, "-m", "bench.a16_variants", "--group", group, "--groups", ",".join(groups)]
     command += ["--budget", str(args.budget), "--start", str(args.start), "--compile-s", str(args.compile_s)]
-    command += ["--m", args.m, "--out", args.out, "--shapes", args.shapes]
+    command += ["--only", ",".join(args.only_given), "--m", args.m, "--out", args.out, "--shapes", args.shapes]
     command += ["--reference"] * args.reference
     with (Path(args.out) / f"a16_variants.{group}.log").open("ab") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=log)
@@ -408,7 +434,10 @@ def main() -> None:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.ms, args.only = [int(m) for m in args.m.split(",")], args.only.split(",")
+    args.only_given = args.only.split(",")
+    told = {name: ms for name, _, ms in (given.partition(":") for given in args.only_given)}
+    args.only = list(told)
+    args.ms_of = {name: [int(m) for m in (ms.split("+") if ms else args.m.split(","))] for name, ms in told.items()}
     if args.group:
         worker(args)
         return

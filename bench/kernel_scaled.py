@@ -1,6 +1,7 @@
 """scaled_matmul and quantize_rows on this GPU: correctness first, then microseconds per call.
 
-    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--sweep] [--variants] [--dry]
+    python -m bench.kernel_scaled [--out DIR] [--budget SECONDS] [--only WORKER,...] [--ms M,...] [--sweep] [--variants]
+                                  [--dry]
 
 A call's time is a jitted chain of calls, each with a weight (an input) of its own so that it comes from HBM and each
 waiting for the one before, replayed by XLA from a command buffer: wall clock / calls. Beside it the sum of CUPTI kernel
@@ -15,7 +16,7 @@ everything for an H200 where there is no GPU, and runs nothing.
 `--variants` times the structures of bench/kernel_variants.py instead of `--sweep`'s, the heuristic's choice once more
 behind them, and at M = 4096 also on zeros and on random bits (what the power limit costs); DIR/clocks.csv has the GPU's
 clock and power meanwhile (seconds since the start, MHz, W, reasons). It adds the worker "prefill" and, where torch is
-installed, "torch" (_scaled_mm, row-wise), and leaves out int8 and the MLP.
+installed, "torch" (_scaled_mm, row-wise), and leaves out int8 and the MLP. With `--ms` no zeros and bits.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--out", default=os.environ.get("OUT", "."))
     parser.add_argument("--budget", type=float, default=110)
     parser.add_argument("--only", help=f"of {', '.join(dict.fromkeys(WORKERS + VARIANT_WORKERS))}")
+    parser.add_argument("--ms", help="of the products: rows of x; default: all")
     parser.add_argument("--sweep", action="store_true", help="other configs too (their compilation takes a minute)")
     parser.add_argument("--variants", action="store_true", help="structures of bench/kernel_variants.py")
     parser.add_argument("--dry", action="store_true", help="compile for an absent H200, run nothing")
@@ -122,7 +124,7 @@ def main() -> None:
         command += (
             ["--budget", str(args.budget), "--start", str(args.start)] + ["--dry"] * args.dry + ["--sweep"] * args.sweep
         )
-        command += ["--variants"] * args.variants
+        command += ["--variants"] * args.variants + ["--ms", args.ms] * bool(args.ms)
         clocks = (
             variant_workers.watch_clocks(Path(args.out) / "clocks.csv", args.start)
             if args.variants and not args.dry

@@ -110,7 +110,7 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
     from pallas_kernels.scaled_matmul.config import fill_stages, heuristic
 
     n, k = LLAMA_8B[shape]
-    ms = kernel_variants.MS if session.variants else MS
+    ms = session.ms or (kernel_variants.MS if session.variants else MS)
     weights = max(6, math.ceil(300e6 / (n * k)))
     block = mode == "block"
     compile_ = compiler(session)
@@ -163,7 +163,7 @@ def matmul_worker(session: Session, shape: str, mode: str) -> None:
     for rank, some in enumerate(passes):
         with session.gpu(3 * rank):
             time_matmuls(session, shape, mode, some, ws, calls_of, make, reference)
-        if rank == 0 and session.variants:
+        if rank == 0 and session.variants and 4096 in ms and not session.ms:
             with session.gpu(1):
                 time_data(session, shape, mode, some, ws, calls_of)
 
@@ -205,7 +205,7 @@ def time_matmuls(
     import numpy as np
 
     n, k = ws[0].shape
-    for m in MS:
+    for m in sorted({job[0] for job, _ in pairs}, key=lambda m: MS.index(m) if m in MS else m):
         session.beat = 0.0
         mine = [(job, fn) for job, fn in pairs if job[0] == m and fn is not None]
         if not mine:

@@ -22,6 +22,7 @@ class Session:
     def __init__(self, worker: str, args: argparse.Namespace):
         self.worker, self.start, self.budget, self.dry = worker, args.start, args.budget, args.dry
         self.sweep, self.variants = args.sweep, args.variants
+        self.ms: tuple[int, ...] | None = tuple(map(int, args.ms.split(","))) if args.ms else None
         self.folder = Path(args.folder)
         self.log_file = os.open(args.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self.beat, self.doing = 0.0, ""
@@ -73,8 +74,9 @@ def compiler(session: Session) -> Callable[..., Any]:
 
     def compile_dry(fn: Any, *shapes: Any) -> Any:
         compiled = compile_for_h200(fn, *shapes)
-        if compiled.spill_bytes:
-            session.log(spill_bytes=compiled.spill_bytes, registers=compiled.registers)
+        if compiled.spill_bytes or "serialized" in compiled.report:
+            serialized = "serialized" in compiled.report  # ptxas awaits each product by itself
+            session.log(spill_bytes=compiled.spill_bytes, registers=compiled.registers, serialized=serialized)
         return compiled
 
     return compile_dry

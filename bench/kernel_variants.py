@@ -8,6 +8,11 @@ Each names what it is meant to show. By machine code and arithmetic (no device; 
   instead of 64.
 - Block scales: ptxas puts both waits in front of all 128 FFMA of a 256-step, so that promotion hides behind nothing of
   its own warpgroup. `overlap` keeps a wgmma in flight under each.
+- A row tile's 2.15 us: scaling and rounding are 320 instructions a warp, 0.4 us; the rest waits for eight copies out,
+  each with two barriers, through two buffers. `deferred` stores them under the next tile's products; `one_commit` has
+  one barrier for all.
+- Two warpgroups that run in step promote at the same time, and no product runs meanwhile: a step of 256 takes 1024
+  clocks of tensor core and a promotion some 250. `turns` makes one promote while the other multiplies.
 - M = 256: a tile of 128 x 64 asks 96 bytes a clock of the L2; two blocks that split K and take 128 x 128 ask 64.
 """
 
@@ -36,15 +41,20 @@ def _sketch(mode: str, m: int, shape: str, n: int) -> list[Config]:
         pp192 = C(192, m_groups=2, teams=2, epilogue_n=32, stripe=16)
         other = dataclasses.replace
         return [
+            other(wide, deferred=True),
+            other(wide, deferred=True, late_scales=True),
+            other(wide, deferred=True, epilogue_n=64, out_slots=1),
             other(wide, late_scales=True),
             other(wide, late_scales=True, out_slots=3),
             other(wide, late_scales=True, epilogue_n=64, out_slots=4),  # 3 stages; all columns of a tile staged
+            other(wide, late_scales=True, epilogue_n=64, out_slots=4, one_commit=True),
             other(wide, stripe=8, late_scales=True),
             other(wide, minor="n", stripe=8, late_scales=True),
             pp192,
             other(pp192, stripe=8),
             C(128, m_groups=3, teams=2, epilogue_n=32, stripe=11),  # 192 x 128
             pp,
+            other(wide, deferred=True, late_scales=True, **pair),
             other(wide, late_scales=True, out_slots=3, **pair),
             other(wide, late_scales=True, out_slots=3, cluster_axis="n", **pair),
             other(pp192, **pair),
@@ -56,13 +66,19 @@ def _sketch(mode: str, m: int, shape: str, n: int) -> list[Config]:
         wide = C(128, 2, epilogue_n=32, stripe=16)
         other = dataclasses.replace
         return [
+            other(wide, turns=True),
+            other(wide, turns=True, tile_k=256),
+            other(wide, turns=True, deferred=True, epilogue_n=64, out_slots=1),
+            other(wide, deferred=True),
             other(wide, overlap=4),
             other(wide, overlap=2),
             other(wide, overlap=4, late_scales=True, out_slots=3),
+            other(wide, overlap=4, out_slots=4, one_commit=True),
             C(112, 2, epilogue_n=16, stripe=16, overlap=8),
             C(192, 2, epilogue_n=32, stripe=16),
             C(160, 2, epilogue_n=32, stripe=16),
             C(128, 3, epilogue_n=32, stripe=11),
+            other(wide, turns=True, deferred=True, epilogue_n=64, out_slots=1, **pair),
             other(wide, tile_k=256, **pair),
             other(wide, overlap=4, **pair),
             other(wide, overlap=4, cluster_axis="n", **pair),
@@ -86,6 +102,11 @@ def _sketch(mode: str, m: int, shape: str, n: int) -> list[Config]:
         other = dataclasses.replace
         return [
             narrow,
+            other(narrow, turns=True),
+            other(narrow, turns=True, tile_k=256),
+            C(128, 2, epilogue_n=32, stripe=16, turns=True, tile_k=256),
+            *([C(128, 2, epilogue_n=64, out_slots=1, stripe=16, turns=True, deferred=True)] if tile == 112 else []),
+            *([C(64, 4, epilogue_n=32, stripe=16)] if tile == 112 else []),
             other(narrow, overlap=4),
             *([other(narrow, overlap=8)] if tile == 112 else []),  # 64 and 96 wide it spills
             C(128, 2, epilogue_n=32, stripe=16, overlap=4),
@@ -93,6 +114,7 @@ def _sketch(mode: str, m: int, shape: str, n: int) -> list[Config]:
             other(narrow, overlap=4, cluster_axis="n", **pair),
             other(narrow, overlap=4, **pair),
             split,  # with overlap 4 ptxas spills and serializes it
+            other(split, turns=True),
             C(192, 2, epilogue_n=32, cluster=2, cluster_axis="k"),
         ]
     if mode == "block":  # M <= 64: promotion every 128 of long steps
@@ -114,6 +136,12 @@ def matmul_variants(shape: str, n: int, k: int, mode: str, m: int) -> list[Confi
 
 # Small cases with tails and bias for every structure, checked on the device against float64.
 CHECKS: tuple[tuple[Case, Config], ...] = (
+    (Case(4100, 3072, 1152, bias=True), Config(256, 2, epilogue_n=32, deferred=True)),
+    (Case(4100, 3072, 1152, bias=True), Config(256, 2, epilogue_n=64, out_slots=1, deferred=True, late_scales=True)),
+    (Case(4100, 3072, 1152, scales="block"), Config(128, 2, epilogue_n=32, turns=True)),
+    (Case(700, 2048, 1024, scales="block"), Config(128, 2, tile_k=256, epilogue_n=32, stages=3, turns=True)),
+    (Case(4100, 2048, 1152, scales="block"), Config(128, 2, epilogue_n=64, out_slots=1, turns=True, deferred=True)),
+    (Case(700, 4096, 640, bias=True), Config(256, 2, epilogue_n=64, stages=3, out_slots=4, one_commit=True)),
     (Case(700, 1536, 896, bias=True), Config(128, m_groups=2, teams=2, epilogue_n=32)),
     (Case(4100, 3072, 1152, bias=True), Config(192, m_groups=2, teams=2, epilogue_n=32, stages=3)),
     (Case(700, 1536, 896, scales="block", bias=True), Config(128, teams=2, tile_k=128, epilogue_n=32)),

@@ -1,12 +1,14 @@
 """Searches the ops' config spaces on the present GPU and writes pallas_kernels/tuned/<device>.json.
 
     python -m bench.tune [--budget SECONDS] [--groups w4a16,fp8_row,...] [--shapes 8b] [--ms 1,16,64,256,4096]
-                         [--most 24] [--out FILE]
+                         [--most 10] [--out FILE]
 
 A problem is one of the bench's (bench/matmul_tasks.py, bench/kernel_paged_attention.py). Tracing it tells what its op
-wants to have chosen (pallas_kernels/tuning.py); every candidate is compiled beforehand in threads, checked and timed as
-in the table. The file is written after every problem; what stands in it for others is kept. A candidate has to win by
-1 % over the heuristic's config to be written: two runs of one config differ by about that.
+wants to have chosen (pallas_kernels/tuning.py); every candidate is compiled beforehand, checked and timed as in the
+table. A process for every group compiles some problems ahead and takes the GPU in turns with the others; M by M, so
+that a short budget reaches all shapes. One whose kernel hangs is started again behind that problem. The file is written
+after every problem; what stands in it for others is kept. A candidate has to win by 1 % over the heuristic's config to
+be written: two runs of one config differ by about that.
 """
 
 from __future__ import annotations
@@ -14,20 +16,27 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import itertools
+import functools
 import json
 import os
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.tasks import Task
+from bench.timing import GpuLock, time_chain
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
 
 GROUPS = ("w4a16", "fp8_row", "fp8_block", "int8_row", "w8a16", "prefill", "decode")
 MARGIN = 0.01
+AHEAD = 3  # problems of a group that compile while one is timed
+HANG, HUNG = 20.0, 3  # seconds that one candidate may take, and the exit status of a process whose kernel took more
 
 
 def problems(group: str, shapes: dict[str, tuple[int, int]], ms: Sequence[int], quick: bool = False) -> list[Callable]:
@@ -49,33 +58,53 @@ def problems(group: str, shapes: dict[str, tuple[int, int]], ms: Sequence[int], 
 
 
 def candidates(request: tuning.Request, most: int) -> list[Any]:
-    """The heuristic's config and `most` others, evenly over the search space."""
+    """The heuristic's config and `most` others: the space's first (likeliest, where an op ranks it), then evenly."""
     others = request.space[1:]
-    step = max(1.0, len(others) / most)
-    chosen = [others[int(i * step)] for i in range(min(most, len(others)))]
-    return [request.heuristic, *chosen]
+    first, rest = others[: (most + 1) // 2], others[(most + 1) // 2 :]
+    left = min(most - len(first), len(rest))
+    step = max(1.0, len(rest) / left) if left else 1.0
+    return [request.heuristic, *first, *(rest[int(i * step)] for i in range(left))]
 
 
-def tune(make: Callable[[], Task], most: int, deadline: float, executor: concurrent.futures.Executor) -> list[dict]:
-    """Tunes every request of one problem, one after another; returns what was measured."""
-    with tuning.recording() as requests:
-        make().compile()
-    results = []
-    for request in {(r.op, r.key): r for r in requests}.values():
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One question of a problem and its candidates as they compile: (config, (task, compiled))."""
 
-        def build(config: Any, request: tuning.Request = request) -> tuple[Task, Any]:
-            with tuning.forcing(request.op, request.key, config):
-                task = make()
-                return task, task.compile()
+    request: tuning.Request
+    tried: list[tuple[Any, concurrent.futures.Future[tuple[Task, Any]]]]
 
-        tried = candidates(request, most)
-        measured: list[tuple[float, Any]] = []
-        refused: list[str] = []
-        futures = [executor.submit(build, config) for config in tried]
-        for config, future in zip(tried, futures):
-            if time.time() > deadline:
+
+def prepare(make: Callable[[], Task], most: int, executor: concurrent.futures.Executor) -> list[Prepared]:
+    """Traces a problem to learn what its ops ask, and has every candidate compiled."""
+    with tuning.recording() as asked:
+        task = make()
+        compiled = task.compile()
+    requests = list({(r.op, r.key): r for r in asked}.values())
+
+    def build(request: tuning.Request, config: Any) -> tuple[Task, Any]:
+        if config == request.heuristic and len(requests) == 1:
+            return task, compiled  # what the trace came to
+        with tuning.forcing(request.op, request.key, config):
+            other = make()
+            return other, other.compile()
+
+    return [
+        Prepared(r, [(config, executor.submit(build, r, config)) for config in candidates(r, most)]) for r in requests
+    ]
+
+
+def measure(prepared: Prepared, deadline: float, lock: GpuLock, beat: Callable[[str], None]) -> dict[str, Any]:
+    """Checks and times the candidates of one question, under the GPU's lock."""
+    measured: list[tuple[float, Any]] = []
+    refused: list[str] = []
+    request = prepared.request
+    concurrent.futures.wait([f for _, f in prepared.tried], timeout=max(0.0, deadline - time.time()))
+    with lock.hold(f"{request.op} {request.key}"):
+        for config, future in prepared.tried:
+            if time.time() > deadline or not future.done():
                 future.cancel()
                 continue
+            beat(f"{request.op} {request.key} {config}")
             try:
                 task, compiled = future.result()
                 row = task.run(compiled)
@@ -86,8 +115,13 @@ def tune(make: Callable[[], Task], most: int, deadline: float, executor: concurr
                 measured.append((row["kernel_us"] or row["us"], config))
             else:
                 refused.append(f"{config}: wrong by {row.get('error')}")
-        results.append(result_of(request, measured, refused))
-    return results
+        beat("")
+    return result_of(request, measured, refused)
+
+
+def tune(make: Callable[[], Task], most: int, deadline: float, executor: concurrent.futures.Executor) -> list[dict]:
+    """Tunes every request of one problem, one after another; returns what was measured."""
+    return [measure(p, deadline, GpuLock(None), lambda _: None) for p in prepare(make, most, executor)]
 
 
 def result_of(request: tuning.Request, measured: list[tuple[float, Any]], refused: list[str]) -> dict[str, Any]:
@@ -117,37 +151,121 @@ def merge(path: Path, results: Sequence[dict[str, Any]], frame: dict[str, Any]) 
     partial.replace(path)
 
 
+# --- one process a group ---
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Tunes one group's problems in order, compiling some ahead; a line of JSON for every result, and before it the
+    number of its problem, so that a successor goes on behind one that hung."""
+    from bench import matmul_tasks
+    from bench.bars import SHAPES
+
+    # The kernels' durations decide, and one chain has enough of them: the wall clock is hardly needed.
+    matmul_tasks.time_chain = functools.partial(time_chain, seconds=0.004, repeats=1)
+    deadline, folder = args.start + args.budget, Path(args.folder)
+    log = folder / f"{args.worker}.jsonl"
+    begun = {row["begun"] for row in lines(log) if "begun" in row}
+    makers = problems(args.worker, SHAPES["tiny" if args.quick else args.shapes], args.ms, args.quick)
+    doing: list[Any] = ["", 0.0]
+
+    def beat(what: str) -> None:
+        doing[:] = what, time.time()
+
+    def write(row: dict[str, Any]) -> None:
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.5)
+            if doing[0] and time.time() - doing[1] > HANG:
+                write({"hung": doing[0]})
+                os._exit(HUNG)
+
+    threading.Thread(target=watch, daemon=True).start()
+    todo = [(i, make) for i, make in enumerate(makers) if i not in begun]
+    with concurrent.futures.ThreadPoolExecutor(args.threads) as executor:
+        ahead: list[concurrent.futures.Future[list[Prepared]]] = []
+        for at, (i, _) in enumerate(todo):
+            while len(ahead) < min(len(todo), at + AHEAD):
+                ahead.append(executor.submit(prepare, todo[len(ahead)][1], args.most, executor))
+            if time.time() > deadline:
+                break
+            write({"begun": i})
+            try:
+                for prepared in ahead[at].result(timeout=max(1.0, deadline - time.time())):
+                    write(measure(prepared, deadline, GpuLock(folder), beat))
+            except Exception as error:
+                write({"failed": repr(error)[:300], "problem": i})
+            ahead[at] = concurrent.futures.Future()  # frees its executables
+        for future in ahead:
+            future.cancel()
+        executor.shutdown(wait=False, cancel_futures=True)
+    os._exit(0)  # threads that still compile would be waited for
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def run_workers(args: argparse.Namespace, given: list[str], path: Path, frame: dict[str, Any]) -> list[dict[str, Any]]:
+    """All groups side by side; merges what they write into `path` as it comes."""
+    groups = args.groups.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start(group: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "bench.tune", *given, "--worker", group, "--folder", folder]
+            return subprocess.Popen([*command, "--start", str(args.start)])
+
+        running, restarts, written = {g: start(g) for g in groups}, dict.fromkeys(groups, 0), 0
+        results: list[dict[str, Any]] = []
+        while running or written < len(results):
+            results = [row for g in groups for row in lines(Path(folder) / f"{g}.jsonl") if "begun" not in row]
+            if len(results) > written:
+                merge(path, results, frame)
+                written = len(results)
+            for group, process in list(running.items()):
+                if process.poll() is None and time.time() > args.start + args.budget + 10:
+                    process.kill()
+                    process.wait()
+                if (code := process.poll()) is None:
+                    continue
+                del running[group]
+                if code and restarts[group] < 3 and time.time() < args.start + args.budget:
+                    restarts[group] += 1
+                    running[group] = start(group)
+            time.sleep(0.2)
+        return [row for g in groups for row in lines(Path(folder) / f"{g}.jsonl") if "begun" not in row]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=280, help="seconds")
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--shapes", default="8b")
     parser.add_argument("--ms", default="1,16,64,256,4096")
-    parser.add_argument("--most", type=int, default=24, help="candidates of a problem, besides the heuristic's")
-    parser.add_argument("--threads", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--most", type=int, default=10, help="candidates of a problem, besides the heuristic's")
+    parser.add_argument("--threads", type=int, default=3, help="that compile, of each group's process")
     parser.add_argument("--out", help="default: pallas_kernels/tuned/<device>.json")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to run without a GPU")
+    for internal in ("--worker", "--folder"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from bench.bars import SHAPES
+    args.ms = [int(m) for m in args.ms.split(",")]
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # of this process too, which only asks what the device is
+    if args.worker:
+        return worker(args)
     from bench.record import frame
 
-    deadline = time.time() + args.budget
     path = Path(args.out) if args.out else tuning.path_for(current_device())
-    shapes = SHAPES["tiny" if args.quick else args.shapes]
-    ms = [int(m) for m in args.ms.split(",")]
-    by_group = [problems(g, shapes, ms, args.quick) for g in args.groups.split(",")]
-    # The groups take turns, so that a short budget reaches all of them.
-    makers = [m for row in itertools.zip_longest(*by_group) for m in row if m is not None]
-    results: list[dict[str, Any]] = []
-    with concurrent.futures.ThreadPoolExecutor(args.threads) as executor:
-        for make in makers:
-            if time.time() > deadline:
-                break
-            for result in tune(make, args.most, deadline, executor):
-                print(json.dumps(result), flush=True)
-                results.append(result)
-            merge(path, results, frame())
-    print(path)
+    results = run_workers(args, sys.argv[1:], path, frame())
+    for result in results:
+        print(json.dumps(result))
+    entries = [r["entry"] for r in results if "entry" in r]
+    won = sum(e["us"] < e.get("heuristic_us", 0.0) for e in entries)
+    print(f"{path}: {len(entries)} questions answered, {won} better than the heuristic")
 
 
 if __name__ == "__main__":

@@ -131,6 +131,11 @@ def special(name: str) -> Int:
     return Int(asm(f"mov.u32 $0, {name};", results=[i32_type()])[0])
 
 
+def opaque(value: int) -> Int:
+    """The same value, which LLVM does not know."""
+    return Int(asm(f"mov.u32 $0, {value};", results=[i32_type()], volatile=True)[0])
+
+
 def lop3_and_or(a: Int, mask: int, bits: int) -> Int:
     """(a & mask) | bits in one instruction."""
     return Int(asm("lop3.b32 $0, $1, $2, $3, 0xEA;", a, const(mask), const(bits), results=[i32_type()])[0])

@@ -14,7 +14,8 @@ CHUNK = 256  # bytes: the widest box of single bytes that TMA copies
 class Config:
     """warpgroups: consumers, 64 rows of W each; m_tile: rows of x; k_step: columns of a stage (multiple of 64);
     split: blocks of a cluster along K, which needs a cluster for every tile; stages: 0 is as many as fit; parts: tiles
-    along K, summed in float32 by XLA afterwards (not with split)."""
+    along K, summed in float32 by XLA afterwards (not with split); k_groups: warpgroups that share their rows and take a
+    part of each stage's columns, their sums added in shared memory (one tile a block, not with parts)."""
 
     warpgroups: int = 2
     m_tile: int = 64
@@ -22,10 +23,16 @@ class Config:
     split: int = 1
     stages: int = 0
     parts: int = 1
+    k_groups: int = 1
+
+    @property
+    def row_groups(self) -> int:
+        """Warpgroups that hold the sums of different rows."""
+        return self.warpgroups // self.k_groups
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups
+        return 64 * self.row_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +78,12 @@ class Plan(Problem):
     def unroll(self) -> int:
         """Steps of an iteration of the consumers' loop: two batches at least, in registers of their own. A product may
         still read its operand A when the next batch is dequantized, and a loop would write the same registers."""
-        return 2 if self.config.k_step == 16 * self.batch else 1
+        return 2 if self.group_step == 16 * self.batch else 1
+
+    @property
+    def group_step(self) -> int:
+        """Columns of a stage that one warpgroup multiplies."""
+        return self.config.k_step // self.config.k_groups
 
     @property
     def step_groups(self) -> int:
@@ -123,6 +135,10 @@ class Plan(Problem):
         return c.m_tile * c.rows * 2  # 16-bit [warpgroup][m_tile][64]
 
     @property
+    def exchange_bytes(self) -> int:  # float32 sums of all but the first of the warpgroups along K
+        return (self.config.warpgroups - self.config.row_groups) * 64 * self.config.m_tile * 4
+
+    @property
     def one_round(self) -> bool:
         """Every block has at most one tile: the output may lie where its stages were."""
         return self.tiles <= self.clusters
@@ -135,13 +151,15 @@ class Plan(Problem):
     @property
     def data_bytes(self) -> int:  # stages and output
         stages = self.stages * self.stage_bytes
-        return max(stages, self.out_bytes) if self.one_round else stages + self.out_bytes
+        return max(stages, self.out_bytes + self.exchange_bytes) if self.one_round else stages + self.out_bytes
 
     def check(self) -> None:
         """Raises NotImplementedError when the kernel cannot take this problem in this configuration."""
         c = self.config
         problem = None
-        if self.n % c.rows:
+        if c.k_groups > 1 and (c.warpgroups % c.k_groups or c.parts > 1 or not self.one_round or self.group_step % 64):
+            problem = f"{c.k_groups} groups along K of {c.warpgroups} warpgroups, {self.tiles} tiles"
+        elif self.n % c.rows:
             problem = f"N = {self.n} is not a multiple of {c.rows}"
         elif c.split > 1 and not self.one_round:
             problem = f"{self.tiles} tiles for {self.clusters} clusters"
@@ -153,6 +171,8 @@ class Plan(Problem):
             self.k % self.group or (c.k_step % self.group and self.group % c.k_step) or self.group % 16
         ):
             problem = f"groups of {self.group} do not fit stages of {c.k_step} columns"
+        elif not self.scales_in_epilogue and self.group_step % self.group and self.group % self.group_step:
+            problem = f"groups of {self.group} do not fit the {self.group_step} columns of a warpgroup"
         elif self.stages < 2 or self.data_bytes > SMEM_BYTES - 2048:
             problem = "the stages do not fit shared memory"
         elif c.m_tile % 16 or c.m_tile > 256 or self.m < 1:

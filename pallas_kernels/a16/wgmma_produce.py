@@ -30,6 +30,11 @@ class Block:
         self.warp = Int(mgpu.warp_idx(sync=True))
         self.lane = self.tid & 31
         self.leader = self.lane.eq(0)
+        # Which part of a stage's columns is this warpgroup's, which of its rows, and their first group of scales.
+        self.plan = plan
+        self.k_group = self.warp // (4 * c.row_groups) if c.k_groups > 1 else Int.of(0)
+        self.row_warp = self.warp % (4 * c.row_groups) if c.k_groups > 1 else self.warp
+        self.first_group = self.k_group * plan.group_step // plan.group if c.k_groups > 1 else 0
         self.rank = ptx.special("%cluster_ctarank") if c.split > 1 else Int.of(0)  # along K
         self.cluster = ptx.special("%ctaid.x") // c.split
         self.smem = smem
@@ -38,6 +43,11 @@ class Block:
         self.full = self.stages + -(-plan.data_bytes // 16) * 16
         self.empty = self.full + 8 * plan.stages
         self.ready = self.empty + 8 * plan.stages  # all blocks' sums are written
+
+    def part(self, at: Int, size: int) -> Int:
+        """Where this warpgroup's columns begin in `size` bytes of all of a stage's."""
+        groups = self.plan.config.k_groups
+        return at + self.k_group * (size // groups) if groups > 1 else at
 
 
 def coordinates(plan: Plan, b: Block, i: Int) -> tuple[Int, Int, Int]:
@@ -137,6 +147,8 @@ def _loop(copies: _Copies, tile_count: Int, x_ref, w_ref, tables: Sequence[ir.Va
             stage, phase = next_stage(stage, phase, plan.stages)
             return [stage.value, phase.value]
 
-        return ptx.loop(plan.steps, carry, step_body)
+        # LLVM unrolls a short loop of known length, for which the producer's 24 registers are too few.
+        steps = ptx.opaque(plan.steps) if c.k_groups > 1 else plan.steps
+        return ptx.loop(steps, carry, step_body)
 
     ptx.loop(tile_count, [ptx.const(0), ptx.const(0)], tile_body)

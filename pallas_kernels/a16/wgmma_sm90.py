@@ -84,7 +84,7 @@ def _emit(plan: Plan, ctx, x_ref, w_ref, s_ref, *rest):
         for stage in range(plan.stages):
             ptx.mbarrier_init(b.full + 8 * stage, 1)
             ptx.mbarrier_init(b.empty + 8 * stage, warps)
-        ptx.mbarrier_init(b.ready, warps * c.split)
+        ptx.mbarrier_init(b.ready, 4 * c.row_groups * c.split)
         ptx.fence_mbarrier_init()
     if c.split > 1:
         ptx.cluster_sync()
@@ -110,7 +110,7 @@ def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
     c = plan.config
     count = c.m_tile // 2
     y_base = ptx.global_address(y_ref)
-    batches = c.k_step // (16 * plan.batch)
+    batches = plan.group_step // (16 * plan.batch)
     held = 4 * plan.batch  # registers of a batch's operand A
 
     def tile_body(i: Int, carry):
@@ -142,7 +142,7 @@ def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
                     _free(b, last)
                 for s, a in enumerate(fragments):
                     column = 16 * (first + s)
-                    at = base + (column // 64) * c.m_tile * 128 + (column % 64) * 2
+                    at = b.part(base, plan.x_bytes) + (column // 64) * c.m_tile * 128 + (column % 64) * 2
                     acc = ptx.wgmma_rs(plan.x_dtype, c.m_tile, acc, a, ptx.b_descriptor(at))
                 ptx.wgmma_commit()
                 previous = [r for a in fragments for r in a]
@@ -154,7 +154,9 @@ def _consume(plan: Plan, ctx, b: Block, tile_count: Int, s_ref, y_ref) -> None:
         acc = ptx.wgmma_wait(0, rest[held:])
         ptx.keep_alive([Int(v) for v in rest[:held]])
         _free(b, Int(last))
-        if c.split > 1:
+        if c.k_groups > 1:
+            _join(plan, ctx, b, n_tile, m_tile, acc, s_ref, y_ref, y_base)
+        elif c.split > 1:
             _meet(plan, b, n_tile, m_tile, acc, s_ref, y_base)
         elif c.parts > 1:
             _write_part(plan, b, n_tile, m_tile, part, acc, s_ref, y_base)
@@ -177,7 +179,7 @@ def _free(b: Block, stage: Int) -> None:
 
 def _words(plan: Plan, b: Block, base: Int, block: int) -> list[Int]:
     """This lane's 16 bytes of a block."""
-    at = base + plan.x_bytes + b.warp * plan.piece + b.lane * 16
+    at = b.part(base + plan.x_bytes + b.row_warp * plan.piece, plan.piece) + b.lane * 16
     return ptx.load_shared(at + block * BLOCK_BYTES, 4)
 
 
@@ -194,13 +196,14 @@ def _fragments(plan: Plan, b: Block, base: Int, words: list[Int], first: int) ->
         group = min(16 * step // plan.group, plan.step_groups - 1)
         if group != loaded:
             loaded = group
+            at = b.first_group + group  # in the stage's
             if sizes[0]:
-                scales = _pair16(plan, table + b.warp * sizes[0] + group * plan.scale_record, b.lane)
+                scales = _pair16(plan, table + b.row_warp * sizes[0] + at * plan.scale_record, b.lane)
             if sizes[1]:
-                pair = ptx.load_shared_u16(zero_table + b.warp * sizes[1] + group * 16 + (b.lane // 4) * 2)
+                pair = ptx.load_shared_u16(zero_table + b.row_warp * sizes[1] + at * 16 + (b.lane // 4) * 2)
                 zeros = zero_pair(kind, dtype, pair, False), zero_pair(kind, dtype, pair, True)
             if sizes[2]:
-                offsets = _pair16(plan, offset_table + b.warp * sizes[2] + group * plan.scale_record, b.lane)
+                offsets = _pair16(plan, offset_table + b.row_warp * sizes[2] + at * plan.scale_record, b.lane)
         at = step % kind.steps * kind.words
         a = DEQUANT[kind.name](dtype, words[at : at + kind.words], zeros)
         if scales and offsets:
@@ -229,7 +232,7 @@ def _pair16(plan: Plan, table: Int, lane: Int) -> tuple[Int, Int]:
 
 def _row_scales(plan: Plan, b: Block, n_tile: Int, s_ref) -> tuple[ir.Value, ir.Value]:
     """The float32 scales of this lane's two rows, from the [N, 1] or [1, 1] array."""
-    row = n_tile * plan.config.rows + b.warp * ROWS + b.lane // 4
+    row = n_tile * plan.config.rows + b.row_warp * ROWS + b.lane // 4
     first = load_row_scale(plan, s_ref, row)
     return first, first if plan.one_scale else load_row_scale(plan, s_ref, row + 8)
 
@@ -241,6 +244,28 @@ def _scaled(plan: Plan, b: Block, n_tile: Int, acc, s_ref):
     return [arith.mulf(v, pair[i // 2 % 2]) for i, v in enumerate(acc)]
 
 
+def _join(plan: Plan, ctx, b: Block, n_tile: Int, m_tile: Int, acc, s_ref, y_ref, y_base) -> None:
+    """The first warpgroups of K add the others' sums to theirs, and write. All lie where the stages were."""
+    c = plan.config
+    mine = 128 * c.row_groups  # threads
+    ptx.named_barrier(1, 128 * c.warpgroups)
+    at = b.out + plan.out_bytes + (b.tid - mine) * 4
+    with ptx.when(Int.of(0).lt(b.k_group)):
+        for j, value in enumerate(acc):
+            ptx.store_shared_f32(at + j * (128 * c.warpgroups - mine) * 4, value)
+    ptx.named_barrier(1, 128 * c.warpgroups)
+    with ptx.when(b.k_group.eq(0)):
+        total = list(acc)
+        for other in range(1, c.k_groups):
+            for j in range(len(acc)):
+                more = at + (j * (128 * c.warpgroups - mine) + other * mine) * 4
+                total[j] = arith.addf(total[j], ptx.load_shared_f32(more))
+        if c.split > 1:
+            _meet(plan, b, n_tile, m_tile, total, s_ref, y_base)
+        else:
+            _write(plan, ctx, b, n_tile, m_tile, total, s_ref, y_ref)
+
+
 def _write(plan: Plan, ctx, b: Block, n_tile: Int, m_tile: Int, acc, s_ref, y_ref) -> None:
     """Sums -> shared memory as [x row][64 rows of W], transposed, in the 128-byte swizzle -> y by TMA.
 
@@ -248,7 +273,7 @@ def _write(plan: Plan, ctx, b: Block, n_tile: Int, m_tile: Int, acc, s_ref, y_re
     """
     c = plan.config
     acc = _scaled(plan, b, n_tile, acc, s_ref)
-    if plan.one_round:  # the boxes lie over stages that other warpgroups may still multiply
+    if plan.one_round and c.k_groups == 1:  # the boxes lie over stages that other warpgroups may still multiply
         ptx.named_barrier(1, 128 * c.warpgroups)
     group = b.warp // 4
     first = b.tid.eq(group * 128)
@@ -299,8 +324,8 @@ def _meet(plan: Plan, b: Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) ->
     c = plan.config
     acc = _scaled(plan, b, n_tile, acc, s_ref)
     stride = (c.rows + 4) * 4
-    # The sums lie over the stages, which other warpgroups may still multiply.
-    ptx.named_barrier(1, 128 * c.warpgroups)
+    if c.k_groups == 1:  # the sums lie over the stages, which other warpgroups may still multiply
+        ptx.named_barrier(1, 128 * c.warpgroups)
     base = b.out + (b.lane % 4) * (2 * stride) + (b.warp * ROWS + b.lane // 4) * 4
     for t in range(c.m_tile // 8):
         for j in range(4):
@@ -309,7 +334,7 @@ def _meet(plan: Plan, b: Block, n_tile: Int, m_tile: Int, acc, s_ref, y_base) ->
     ptx.mbarrier_wait_cluster(b.ready, Int.of(0))
     share = c.rows // c.split
     quads = share // 4
-    threads = 128 * c.warpgroups
+    threads = 128 * c.row_groups
     m_left = (Int.of(plan.m) - m_tile * c.m_tile).min(c.m_tile)
 
     def sum_body(j: Int, carry):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.scaled_matmul.config import SCALE_CHUNK
-from pallas_kernels.scaled_matmul.multiply import WGMMA, Consumer
+from pallas_kernels.scaled_matmul.multiply import WGMMA, Consumer, Work
 
 Sums = tuple[Any, ...]  # side by side; the columns of each have one scale
 
@@ -32,20 +33,20 @@ class BlockSum:
         self.next_row = lax.min(self.w_row + 1, jnp.int32(last_row))
         self.in_next = [lax.rem(column0, jnp.int32(128)) + start >= 128 for start in self.starts]
 
-    def over(self, slot: Any) -> tuple[Sums, Any]:
-        """All K steps, the first in `slot` -> (sums, the next tile's slot)."""
+    def over(self, slot: Any, meanwhile: Sequence[Work] = ()) -> tuple[Sums, Any]:
+        """All K steps, the first in `slot` -> (sums, the next tile's slot). `meanwhile`: see `Consumer.steps`."""
         p, c = self.consumer.walk.p, self.consumer.walk.p.config
         shape = (p.wg_rows, self.width)
         self.first_block = self.consumer.walk.first_step * self.blocks
         nothing = tuple(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA) for _ in self.starts)
         if c.overlap == 1:
-            return self.consumer.steps(self._step, nothing, slot)
+            return self.consumer.steps(self._step, nothing, slot, meanwhile)
         return lax.fori_loop(0, p.k_steps // c.overlap, self._run, (nothing, slot))
 
-    def _step(self, ki: Any, slot: Any, totals: Sums) -> Sums:
+    def _step(self, ki: Any, slot: Any, totals: Sums, work: Work | None = None) -> Sums:
         factors = self._factors(ki)
         self.consumer.await_full(slot)
-        for j, part in enumerate(self.consumer.partial_sums(slot, self.blocks, 128)):
+        for j, part in enumerate(self.consumer.partial_sums(slot, self.blocks, 128, work)):
             totals = self._promote(totals, part, factors[j], self._chunk(ki), ki * self.blocks + j)
         self.consumer.release(slot)
         return totals

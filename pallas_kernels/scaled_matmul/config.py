@@ -37,6 +37,9 @@ class Config:
     teams: int = 1  # 2: ping-pong; teams of warpgroups take output tiles in turn, one stores while the other multiplies
     overlap: int = 1  # block scales: K steps in a row of which each is promoted while the next is multiplied
     out_slots: int = 2  # staging buffers of `epilogue_n` columns
+    one_commit: bool = False  # all columns are staged, then copied out: one barrier a tile; as many slots as pieces
+    deferred: bool = False  # a tile is rounded, and stored piece by piece during the first K steps of the next
+    turns: bool = False  # block scales: two warpgroups issue their products in turn, one promotes meanwhile
     late_scales: bool = False  # a tile's vectors follow its last K step, so that operands need not wait for a store
     minor: str = "m"  # tile order: "m" walks m fastest inside stripes of `stripe` tiles
     stripe: int = 8
@@ -91,6 +94,11 @@ class Config:
         return operands + staging * out_bytes + exchange + scales + 4096  # barriers, alignment
 
     @property
+    def pieces(self) -> int:
+        """Copies out of a warpgroup's part of a tile."""
+        return self.wg_n // self.epilogue_n
+
+    @property
     def steps_per_chunk(self) -> int:
         """K steps that one copy of x's block scales serves."""
         return max(1, 128 * SCALE_CHUNK // self.tile_k)
@@ -120,6 +128,14 @@ class Config:
             return f"teams of warpgroups that split K: not both in {self}"
         if self.overlap > 1 and block and (self.tile_k != 128 or self.k_steps(k) % self.overlap or self.wgs_k > 1):
             return f"overlap takes tile_k 128, a multiple of itself of K steps and wgs_k 1, got {self} for K = {k}"
+        if self.one_commit and (self.out_slots < self.pieces or self.deferred):
+            return f"one_commit takes out_slots for {self.pieces} pieces and no deferred stores: {self}"
+        if self.deferred and (self.teams * self.wgs_k * self.split_k > 1 or self.overlap > 1 or self.promote):
+            return f"deferred stores take neither teams, parts of K nor promotion of row scales: {self}"
+        if self.deferred and self.k_steps(k) < self.pieces:
+            return f"deferred stores need a K step for each of {self.pieces} pieces, K = {k} has {self.k_steps(k)}"
+        if self.turns and (not block or self.wgs_m * self.wgs_n != 2 or self.consumers != 2 or self.overlap > 1):
+            return f"turns are for block scales and two warpgroups without overlap: {self}"
         if self.split_k > 1:
             if self.wgs_m != 2 or self.cluster != 2 or self.teams > 1 or self.wgs_k > 1 or self.early_launch:
                 return f"a cluster that splits K takes two blocks of wgs_m 2 and teams, wgs_k of 1: {self}"

@@ -17,6 +17,7 @@ Within a command buffer XLA captures each kernel by itself and the launch is an 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -29,9 +30,9 @@ from pallas_kernels.scaled_matmul.block_scales import BlockSum
 from pallas_kernels.scaled_matmul.choice import choose_config, multiprocessors, refuse, scale_kind, whole_rows
 from pallas_kernels.scaled_matmul.config import SCALE_CHUNK, Config
 from pallas_kernels.scaled_matmul.load import load
-from pallas_kernels.scaled_matmul.multiply import Consumer, plain_sum, promoted_sum
+from pallas_kernels.scaled_matmul.multiply import WGMMA, Consumer, plain_sum, promoted_sum
 from pallas_kernels.scaled_matmul.problem import Problem
-from pallas_kernels.scaled_matmul.store import join_blocks, join_warpgroups, leave, store
+from pallas_kernels.scaled_matmul.store import join_blocks, join_warpgroups, leave, put, rounded, store
 from pallas_kernels.scaled_matmul.walk import Walk
 
 
@@ -54,6 +55,11 @@ def _kernel(p: Problem, refs: dict[str, Any], scratch: dict[str, Any]) -> None:
 
 def _consume(walk: Walk) -> None:
     p, c, consumer = walk.p, walk.p.config, Consumer(walk)
+    if c.turns:
+        pl.when(consumer.owner == 1)(lambda: plgpu.barrier_arrive(walk.scratch["turn"].at[0]))
+    if c.deferred:
+        _consume_deferred(consumer)
+        return leave(consumer)
 
     def tile(turn, slot):
         i = turn * c.teams + consumer.team if c.teams > 1 else turn
@@ -79,6 +85,32 @@ def _consume(walk: Walk) -> None:
     else:
         lax.fori_loop(0, walk.tiles, tile, jnp.int32(0))
     leave(consumer)
+
+
+def _consume_deferred(consumer: Consumer) -> None:
+    """Carries a tile's rounded pieces into the next tile's first K steps, which store one each while they multiply."""
+    walk, p, c = consumer.walk, consumer.walk.p, consumer.walk.p.config
+
+    def stores(state: tuple[Any, ...], there: Any) -> list[Any]:
+        m0, n0, *pieces = state
+        return [functools.partial(put, consumer, e, piece, m0, n0, there) for e, piece in enumerate(pieces)]
+
+    def tile(i, state):
+        slot, *before = state
+        m0, n0 = walk.origin(i)
+        meanwhile = stores(before, i > 0)
+        if p.block:
+            totals, slot = BlockSum(consumer, i, n0).over(slot, meanwhile)
+        else:
+            total, slot = plain_sum(consumer, slot, meanwhile)
+            totals = (total,)
+        return slot, m0, n0, *rounded(consumer, totals)
+
+    nothing = [jnp.zeros((p.wg_rows, c.epilogue_n), p.out_dtype)] * c.pieces
+    start = (jnp.int32(0), jnp.int32(0), jnp.int32(0), *(plgpu.layout_cast(piece, WGMMA) for piece in nothing))
+    _, *last = lax.fori_loop(0, walk.tiles, tile, start)
+    for work in stores(last, walk.tiles > 0):
+        work()
 
 
 def scaled_matmul(

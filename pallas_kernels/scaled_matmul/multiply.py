@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -13,6 +13,7 @@ from jax import lax
 from pallas_kernels.scaled_matmul.walk import Walk
 
 WGMMA = plgpu.Layout.WGMMA
+Work = Callable[[], None]  # done while the tensor cores multiply
 
 
 class Consumer:
@@ -55,21 +56,34 @@ class Consumer:
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.walk.scratch["empty"].at[slot])
 
-    def partial_sums(self, slot: Any, parts: int, length: int) -> list[Any]:
-        """`parts` sums over `length` of K each, all issued before the first is awaited."""
+    def partial_sums(self, slot: Any, parts: int, length: int, meanwhile: Work | None = None) -> list[Any]:
+        """`parts` sums over `length` of K each, all issued before the first is awaited, and `meanwhile` done."""
+        turn = self.walk.scratch["turn"] if self.walk.p.config.turns else None
 
         def multiply(*accs):
             for j, acc in enumerate(accs):
                 plgpu.wgmma(acc, *self.operands(slot, j * length, length))
+            if turn is not None:
+                plgpu.barrier_arrive(turn.at[1 - self.owner])
+            if meanwhile is not None:
+                meanwhile()
             return [plgpu.wgmma_accumulator_load(acc, wait_n=parts - 1 - j) for j, acc in enumerate(accs)]
 
+        if turn is not None:
+            plgpu.barrier_wait(turn.at[self.owner])
         return pl.run_scoped(multiply, *[plgpu.ACC(self.shape, self.walk.p.accumulator)] * parts)
 
-    def steps(self, body: Callable[[Any, Any, Any], Any], init: Any, slot: Any) -> tuple[Any, Any]:
-        """Folds `body(ki, slot, carry)` over the K steps of its group -> (carry, the next tile's slot)."""
+    def steps(self, body: Callable[..., Any], init: Any, slot: Any, meanwhile: Sequence[Work] = ()) -> tuple[Any, Any]:
+        """Folds `body(ki, slot, carry)` over the K steps of its group -> (carry, the next tile's slot).
+
+        The first steps are told what else to do while they multiply: `body(ki, slot, carry, work)`.
+        """
         p, c, advance = self.walk.p, self.walk.p.config, self.walk.advance
         if c.wgs_k == 1:
-            return lax.fori_loop(0, p.k_steps, lambda ki, s: (body(ki, s[1], s[0]), advance(s[1], 1)), (init, slot))
+            for ki, work in enumerate(meanwhile):
+                init, slot = body(jnp.int32(ki), slot, init, work), advance(slot, 1)
+            step = lambda ki, s: (body(ki, s[1], s[0]), advance(s[1], 1))  # noqa: E731
+            return lax.fori_loop(len(meanwhile), p.k_steps, step, (init, slot))
 
         def mine(j, state):
             carry, slot = state
@@ -80,13 +94,15 @@ class Consumer:
         return carry, advance(slot, p.k_steps % c.stages)
 
 
-def plain_sum(consumer: Consumer, slot: Any) -> tuple[Any, Any]:
+def plain_sum(consumer: Consumer, slot: Any, meanwhile: Sequence[Work] = ()) -> tuple[Any, Any]:
     """The sum in the tensor cores' accumulator from end to end -> (sum, the next tile's slot)."""
 
     def scope(acc):
-        def step(ki, slot, previous):
+        def step(ki, slot, previous, work=None):
             consumer.await_full(slot)
             plgpu.wgmma(acc, *consumer.operands(slot, 0, consumer.walk.p.config.tile_k))
+            if work is not None:
+                work()
             plgpu.wgmma_wait(1)
 
             @pl.when(previous >= 0)
@@ -95,7 +111,7 @@ def plain_sum(consumer: Consumer, slot: Any) -> tuple[Any, Any]:
 
             return slot
 
-        last, slot_after = consumer.steps(step, jnp.int32(-1), slot)
+        last, slot_after = consumer.steps(step, jnp.int32(-1), slot, meanwhile)
         total = acc[...]
         consumer.release(last)
         return total, slot_after

@@ -132,6 +132,7 @@ class Problem:
             else plgpu.Barrier(**released),
             "scales_full": plgpu.Barrier(num_arrivals=max(1, len(self.vectors)), num_barriers=c.teams),
             "scales_empty": plgpu.Barrier(num_arrivals=self.owners // c.split_k, num_barriers=c.teams),
+            **({"turn": plgpu.Barrier(num_barriers=2)} if c.turns else {}),
         }
 
     def _exchange(self) -> dict[str, Any]:

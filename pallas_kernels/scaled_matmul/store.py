@@ -17,6 +17,21 @@ from pallas_kernels.scaled_matmul.multiply import WGMMA, Consumer
 
 def store(consumer: Consumer, totals: Sums, m0: Any, n0: Any) -> None:
     """Scales the parts (side by side, all of one width), rounds them and copies them out."""
+    pieces = rounded(consumer, totals)
+    if consumer.walk.p.config.one_commit:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for e, piece in enumerate(pieces):
+            _staging(consumer)[e] = piece
+        plgpu.commit_smem()
+        for e in range(len(pieces)):
+            _copy_out(consumer, e, m0, n0)
+        return
+    for e, piece in enumerate(pieces):
+        put(consumer, e, piece, m0, n0)
+
+
+def rounded(consumer: Consumer, totals: Sums) -> list[Any]:
+    """A tile's scaled sums in the output's dtype, in pieces of `epilogue_n` columns."""
     p, scratch, team = consumer.walk.p, consumer.walk.scratch, consumer.team
     if p.vectors:
         plgpu.barrier_wait(scratch["scales_full"].at[team])
@@ -25,20 +40,34 @@ def store(consumer: Consumer, totals: Sums, m0: Any, n0: Any) -> None:
         plgpu.barrier_arrive(scratch["scales_empty"].at[team])
     width = p.config.epilogue_n
     finished = [part.astype(p.out_dtype) for part in finished]
-    pieces = [part[:, e : e + width] for part in finished for e in range(0, part.shape[1], width)]
-    staging = scratch["out"].at[consumer.walk.wg if p.config.teams > 1 else consumer.owner]
+    return [part[:, e : e + width] for part in finished for e in range(0, part.shape[1], width)]
+
+
+def put(consumer: Consumer, e: int, piece: Any, m0: Any, n0: Any, there: Any = None) -> None:
+    """Stages piece e of a tile and starts its copy out; `there`: whether there is such a tile (None: there is)."""
+    staging = _staging(consumer)
     slots = staging.shape[0]
+    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+    staging[e % slots] = piece
+    plgpu.commit_smem()
+    if there is None:
+        _copy_out(consumer, e, m0, n0)
+    else:
+        pl.when(there)(lambda: _copy_out(consumer, e, m0, n0))
+
+
+def _staging(consumer: Consumer) -> Any:
+    walk = consumer.walk
+    return walk.scratch["out"].at[walk.wg if walk.p.config.teams > 1 else consumer.owner]
+
+
+def _copy_out(consumer: Consumer, e: int, m0: Any, n0: Any) -> None:
+    p, staging, width = consumer.walk.p, _staging(consumer), consumer.walk.p.config.epilogue_n
     rows = min(p.wg_rows, p.load_m)
-    for e, piece in enumerate(pieces):
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        staging[e % slots] = piece
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            staging.at[e % slots, pl.ds(0, rows)],
-            consumer.walk.refs["out"].at[
-                pl.ds(m0 + consumer.row, rows), pl.ds(n0 + consumer.column + e * width, width)
-            ],
-        )
+    plgpu.copy_smem_to_gmem(
+        staging.at[e % staging.shape[0], pl.ds(0, rows)],
+        consumer.walk.refs["out"].at[pl.ds(m0 + consumer.row, rows), pl.ds(n0 + consumer.column + e * width, width)],
+    )
 
 
 def join_warpgroups(consumer: Consumer, totals: Sums, i: Any, m0: Any, n0: Any) -> None:
@@ -106,6 +135,8 @@ def join_blocks(consumer: Consumer, totals: Sums, i: Any, m0: Any, n0: Any) -> N
 def leave(consumer: Consumer) -> None:
     """After the last tile: what others still signal here, or read of ours, must find this block alive."""
     walk, c, scratch = consumer.walk, consumer.walk.p.config, consumer.walk.scratch
+    if c.turns:
+        pl.when(consumer.owner == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
     if c.split_k > 1:
         sender = jnp.logical_and(consumer.wg_m != lax.axis_index("cluster"), walk.tiles > 0)
         pl.when(sender)(lambda: plgpu.barrier_wait(scratch["taken"]))

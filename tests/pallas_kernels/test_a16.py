@@ -303,7 +303,8 @@ def test_wgmma_heuristic_picks_what_won(kind: str, group: int | None, m: int, la
     assert wgmma_config.heuristic(plan) == wgmma_sm90.Config(*config)
 
 
-# What the heuristics pick for the acceptance shapes: (module, its heuristic, kind, group, M, layer, most registers).
+# What the heuristics pick for the acceptance shapes: (module, its heuristic, kind, group, M, layer, most registers); or
+# a configuration in the heuristic's place.
 # A wgmma kernel uses what the block's size allows: 168 with two consumer warpgroups, 96 with four.
 COMPILED = {
     "decode u4 1": (decode_sm90, decode_config, "u4", 128, 1, "o", 96),
@@ -314,6 +315,8 @@ COMPILED = {
     "wgmma s8 4096": (wgmma_sm90, wgmma_config, "s8", 128, 4096, "gate_up", 240),
     "wgmma fp8 4096": (wgmma_sm90, wgmma_config, "e4m3", 32, 4096, "qkv", 240),
     "wgmma u4 256": (wgmma_sm90, wgmma_config, "u4", 128, 256, "gate_up", 240),
+    "groups u4 16": (wgmma_sm90, wgmma_sm90.Config(4, 16, 256, 2, k_groups=4), "u4", 128, 16, "down", 240),
+    "groups s8 64": (wgmma_sm90, wgmma_sm90.Config(4, 64, 256, 1, k_groups=4), "s8", None, 64, "qkv", 240),
     "wgmma u4 4096": (wgmma_sm90, wgmma_config, "u4", 128, 4096, "gate_up", 240),
 }
 
@@ -336,11 +339,27 @@ def test_few_copies_by_one_lane(kind: str) -> None:
     assert "serialized" not in compiled.report
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (wgmma_sm90.Config(4, 16, 256, k_groups=3), "3 groups along K of 4"),
+        (wgmma_sm90.Config(4, 16, 128, k_groups=4), "4 groups along K"),  # 32 columns each
+        (wgmma_sm90.Config(2, 16, 128, parts=2, k_groups=2), "2 groups along K"),
+        (wgmma_sm90.Config(4, 16, 256, k_groups=2), "2 groups along K of 4 warpgroups, 224 tiles"),
+    ],
+)
+def test_groups_along_k_refuse(config, reason: str) -> None:
+    plan = dataclasses.replace(_plan(wgmma_sm90, "u4", 16, LLAMA_8B["gate_up"], 128), config=config)
+    with pytest.raises(NotImplementedError, match=reason):
+        plan.check()
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_without_spills(name: str) -> None:
     module, heuristic, kind, group, m, layer, registers = COMPILED[name]
     plan = _plan(module, kind, m, LLAMA_8B[layer], group)
-    plan = dataclasses.replace(plan, config=heuristic.heuristic(plan))
+    config = heuristic if isinstance(heuristic, wgmma_sm90.Config) else heuristic.heuristic(plan)
+    plan = dataclasses.replace(plan, config=config)
     dtype = {"u4": jnp.uint8, "s8": jnp.int8, "e4m3": jnp.float8_e4m3fn}[kind]
     scale = (plan.n, 1) if group is None else (plan.n // 16, plan.groups, 8, 2)
     compiled = compile_for_h200(
@@ -354,7 +373,7 @@ def test_compiles_without_spills(name: str) -> None:
     if module is wgmma_sm90:
         # A step's products (LLVM may unroll the loop over steps).
         products = compiled.count("wgmma.mma_async")
-        assert products and products % (plan.config.k_step // 16) == 0
+        assert products and products % (plan.group_step // 16) == 0
         assert not overwritten_operands(compiled.sass)
         assert "serialized" not in compiled.report  # C7512: too few registers for two products in flight
         pool = compiled.registers * (plan.config.warpgroups + 1)

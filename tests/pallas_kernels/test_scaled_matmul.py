@@ -113,6 +113,15 @@ INTERPRETED_VARIANTS = (
     (Case(70, 448, 512, scales="block"), Config(112, stages=3, epilogue_n=16)),
     (Case(16, 400, 512, scales="block"), Config(192, stages=2, epilogue_n=32)),
     (Case(70, 224, 1024, scales="block"), Config(112, stages=3, epilogue_n=16, overlap=4)),
+    # stores in the next tile's first steps: five tiles for three blocks, the last of one still to be stored
+    (Case(70, 320, 512, bias=True), Config(64, 2, stages=3, epilogue_n=32, deferred=True)),
+    (Case(200, 160, 640, scales="block", bias=True), Config(32, 2, stages=2, epilogue_n=16, deferred=True)),
+    (Case(200, 320, 384, scales="block"), Config(64, 2, stages=2, epilogue_n=16, turns=True)),
+    (
+        Case(200, 128, 512, scales="block"),
+        Config(32, 2, tile_k=256, stages=2, epilogue_n=16, turns=True, deferred=True),
+    ),
+    (Case(16, 400, 384), Config(64, stages=2, epilogue_n=16, out_slots=4, one_commit=True)),
 )
 
 
@@ -170,6 +179,11 @@ def test_hopper_kernel_compiles(case, config):
 COMPILED_VARIANTS = (
     (Case(4096, 6144, 4096), Config(192, m_groups=2, teams=2, epilogue_n=32, stages=4)),
     (Case(4096, 6144, 4096, scales="block"), Config(128, 2, epilogue_n=32, stages=6, overlap=4)),
+    (Case(4096, 6144, 4096), Config(256, 2, epilogue_n=32, deferred=True, late_scales=True)),
+    (
+        Case(4096, 6144, 4096, scales="block"),
+        Config(128, 2, epilogue_n=32, stages=6, stripe=16, turns=True, deferred=True),
+    ),
     (Case(256, 4096, 14336, scales="block"), Config(128, 2, epilogue_n=32, stages=5, cluster=2, cluster_axis="k")),
 )
 

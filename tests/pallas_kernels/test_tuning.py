@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import time
 
@@ -11,12 +12,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import pallas_kernels
 from bench import tune
 from bench.tasks import Task
 from pallas_kernels import tuning
+from pallas_kernels.a16 import run
+from pallas_kernels.a16.cases import LLAMA_8B
 from pallas_kernels.dispatch import KNOWN_DEVICES, use_device
 from pallas_kernels.paged_attention import mosaic_decode_sm90, mosaic_prefill_sm90
 from pallas_kernels.paged_attention.config import DecodeConfig, PrefillConfig
+from pallas_kernels.scaled_matmul import mosaic_sm90
+from pallas_kernels.scaled_matmul.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +106,62 @@ def test_a_win_within_the_noise_is_no_win():
 def test_candidates_spread_over_the_space():
     request = tuning.Request("op", "m=1", Tile(0), tuple(Tile(n) for n in range(101)))
     chosen = [tile.n for tile in tune.candidates(request, 10)]
-    assert chosen[0] == 0 and chosen[1:] == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91]
+    assert chosen == [0, 1, 2, 3, 4, 5, 6, 25, 44, 63, 82]
+    assert [tile.n for tile in tune.candidates(request, 200)] == list(range(101))
+
+
+class Now(concurrent.futures.Executor):
+    """Runs what is submitted at once, in the thread (and its context) that submits."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = concurrent.futures.Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+@pytest.mark.parametrize("op", ["w4a16_matmul", "scaled_matmul"])
+def test_what_the_tuner_writes_is_what_the_op_runs(folder, monkeypatch, op: str):
+    """From a problem by way of tuned/<device>.json to the kernel's plan, for an H200; only the times are made up."""
+    S, (n, k), m = jax.ShapeDtypeStruct, LLAMA_8B["o"], 64
+    seen: list = []  # configs that kernels were traced with
+
+    def a16(plan, x, *arrays):
+        seen.append(plan.config)
+        return jnp.zeros((plan.m, plan.n), x.dtype)
+
+    def problem(*fields):
+        seen.append(fields[-1])
+        return Problem(*fields)
+
+    monkeypatch.setattr(run, "_wgmma", a16)
+    monkeypatch.setattr(mosaic_sm90, "Problem", problem)
+    if op == "w4a16_matmul":
+        arguments = (
+            S((m, k), jnp.bfloat16),
+            S((n // 16, 8 * k), jnp.uint8),
+            S((n // 16, k // 128, 8, 2), jnp.bfloat16),
+        )
+        call = functools.partial(pallas_kernels.w4a16_matmul, group_size=128, layout="sm90")
+    else:
+        fp8, f32 = jnp.float8_e4m3fn, jnp.float32
+        arguments = (S((m, k), fp8), S((n, k), fp8), S((m, 1), f32), S((n, 1), f32))
+        call = pallas_kernels.scaled_matmul
+
+    def make() -> Task:
+        def traced():
+            jax.eval_shape(lambda *a: call(*a), *arguments)
+            return seen[-1]
+
+        return Task("t", traced, lambda config: {"us": 10.0 - (config != seen[0]), "kernel_us": None})
+
+    with use_device(KNOWN_DEVICES["h200"]):
+        results = tune.tune(make, 6, time.time() + 60, Now())
+        (result,) = results
+        assert result["op"] == op and result["tried"] >= 5 and not result["refused"]
+        tune.merge(tuning.path_for(KNOWN_DEVICES["h200"]), results, {"device": "NVIDIA H200"})
+        tuning._entries.cache_clear()
+        assert make().compile() != seen[0]
+    assert dataclasses.asdict(seen[-1]) == result["entry"]["config"]
 
 
 def test_attention_asks():

@@ -50,6 +50,7 @@ class Block:
         self.barriers: dict[int, Barrier] = {}
         self.changed = threading.Condition()
         self.everyone = threading.Barrier(warps)
+        self.cluster = [self]
         self.failed: BaseException | None = None
 
     def wait(self, barrier: int, parity: int) -> None:
@@ -216,7 +217,8 @@ def load_global(dtype: str, address: np.ndarray) -> np.ndarray:
 
 
 def special(name: str) -> Int:
-    return Int(u32({"%tid.x": warp.number * 32 + LANE, "%ctaid.x": warp.block.index}[name]))
+    rank = warp.block.cluster.index(warp.block)
+    return Int(u32({"%tid.x": warp.number * 32 + LANE, "%ctaid.x": warp.block.index, "%cluster_ctarank": rank}[name]))
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -309,8 +311,10 @@ PTX = {
 }
 
 
-def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], block: Block) -> None:
-    """emit(*refs) on every warp of a block; refs are the arrays' numbers. `modules` use MLIR beside `ptx`."""
+def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], *cluster: Block) -> None:
+    """emit(*refs) on every warp of a cluster; refs are the arrays' numbers. `modules` use MLIR beside `ptx`."""
+    for block in cluster:
+        block.cluster = list(cluster)
     for name, value in PTX.items():
         monkeypatch.setattr(ptx, name, value)
     for module in modules:
@@ -321,22 +325,23 @@ def run(monkeypatch: Any, modules: Sequence[Any], emit: Callable[..., None], blo
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, PTX[name])
 
-    def work(number: int) -> None:
+    def work(block: Block, number: int) -> None:
         warp.block, warp.number, warp.mask = block, number, np.ones(32, bool)
         try:
             emit(*range(len(block.arrays)))
         except BaseException as error:
-            with block.changed:
-                block.failed = block.failed or error
-                block.changed.notify_all()
-            block.everyone.abort()
+            for one in cluster:
+                with one.changed:
+                    one.failed = one.failed or error
+                    one.changed.notify_all()
+                one.everyone.abort()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(block.warps)]
+    threads = [threading.Thread(target=work, args=(block, i)) for block in cluster for i in range(block.warps)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if block.failed:
-        raise block.failed
-    for address, barrier in block.barriers.items():
+    if cluster[0].failed:
+        raise cluster[0].failed
+    for address, barrier in (pair for block in cluster for pair in block.barriers.items()):
         assert barrier.bytes == 0, f"a copy to the barrier at {address} was never expected, or not made"
