@@ -15,6 +15,8 @@ import jax
 from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.open import is_store, open_checkpoint
+from jqserve.checkpoint.opening import read_configs
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.compile_cache import (
@@ -24,7 +26,7 @@ from jqserve.engine.compile_cache import (
     environment_facts,
     use_jax_cache,
 )
-from jqserve.engine.config import NO_COMMAND_BUFFERS, EngineConfig, defaults_for
+from jqserve.engine.config import NO_COMMAND_BUFFERS, EngineConfig, defaults_for, wanted_context
 from jqserve.engine.constraint import KINDS
 from jqserve.engine.defaults import sampling_defaults
 from jqserve.engine.engine import EngineCore
@@ -148,6 +150,9 @@ def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:
             seed=config.random_seed,
             progress=progress,
         )
+    if config.context_length is not None and not is_store(directory):
+        with open_checkpoint(directory, weights=False) as checkpoint:  # now, and not when the weights are loaded
+            wanted_context(config, read_configs(checkpoint, dtype)[0], jax.default_backend())
     source, quantization = open_asked(directory, config.quantization, config.calibration, config.tokenizer_path)
     return load_checkpoint(
         source,

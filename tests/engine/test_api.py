@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jqserve.engine import load
 from jqserve.engine.api import Engine
 from jqserve.engine.request import SamplingParams
 from jqserve.errors import RequestError, UnsupportedError
@@ -59,3 +60,11 @@ def test_what_would_have_no_effect_is_refused(demo_dir: Path, monkeypatch: pytes
         Engine(str(demo_dir), disable_cuda_graph=True)
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
     Engine(str(demo_dir), disable_cuda_graph=True, max_running_requests=1, context_length=64, num_pages=8)
+
+
+def test_a_context_beyond_the_models_is_refused_before_anything_loads(
+    demo_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "load_checkpoint", lambda *_, **__: pytest.fail("it loads"))
+    with pytest.raises(UnsupportedError, match="context_length 99999 is more than the model's 2048 positions"):
+        Engine(str(demo_dir), context_length=99_999)

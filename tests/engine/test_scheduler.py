@@ -250,6 +250,14 @@ def test_copies_wait_for_one_step_in_which_others_may_start() -> None:
         assert prefill(s, todo)[1] == expected
 
 
+def test_copies_wait_for_a_first_that_is_scored_too() -> None:
+    """It takes nothing from the cache itself, but leaves its pages there."""
+    s = scheduler(slots=8, tiles=16)
+    first, copy = sequence(0, tuple(range(20))), sequence(1, tuple(range(20)))
+    first.scores = {}
+    assert prefill(s, [first, copy]) == (20 + 4, [[0], [1]])
+
+
 def test_nobody_waits_for_a_prompt_that_comes_after_it_or_is_gone() -> None:
     s = scheduler(slots=8, tiles=2)
     low, high = sequence(0, tuple(range(40))), sequence(1, tuple(range(40)), priority=1)
