@@ -135,10 +135,12 @@ def test_the_metrics_port_bounds_its_threads_and_hangs_up_on_idlers(
     before, began = threading.active_count(), time.monotonic()
     where = ("127.0.0.1", running.server.metrics_port)
     idlers = [socket.create_connection(where, timeout=10) for _ in range(60)]
-    dripping, refused = idlers[0], idlers[-1]
+    dripping, rest = idlers[0], idlers[1:]
     try:
-        assert refused.recv(100).startswith(b"HTTP/1.0 503")
-        assert threading.active_count() - before <= metrics_http.MAX_CONNECTIONS
+        most = threading.active_count() - before
+        # On a slow machine the first are hung up on before the last are accepted, which then wait in their place.
+        assert any(idler.recv(100).startswith(b"HTTP/1.0 503") for idler in reversed(rest))
+        assert max(most, threading.active_count() - before) <= metrics_http.MAX_CONNECTIONS
         with pytest.raises(OSError):
             while time.monotonic() - began < 20:
                 dripping.sendall(b"G")
