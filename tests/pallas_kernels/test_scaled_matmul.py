@@ -103,8 +103,8 @@ INTERPRETED = (
     (Case(8, 192, 512, bias=True), Config(48, wgs_k=2, tile_k=128, stages=2, epilogue_n=16, promote=True)),
 )
 
-# Structures that no heuristic chooses at these sizes (bench/kernel_variants.py): 3 multiprocessors, so that teams take turns and
-# rings wrap around between tiles.
+# Structures that no heuristic chooses at these sizes (bench/kernel_variants.py): 3 multiprocessors, so that teams take
+# turns and rings wrap around between tiles.
 INTERPRETED_VARIANTS = (
     # ping-pong: an odd number of tiles and of K steps
     (Case(200, 336, 384, bias=True), Config(48, teams=2, stages=4, epilogue_n=16, out_slots=3)),
