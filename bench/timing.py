@@ -45,22 +45,29 @@ def replicas(rotated_bytes: float, least: int = 2) -> int:
     return int(min(MOST_REPLICAS, max(least, math.ceil(ROTATED_BYTES / max(rotated_bytes, 1)))))
 
 
-def chain(op: Callable[..., Any], *, carried: bool = False) -> Any:
-    """A jitted run(fixed, rotated) -> [op(*fixed, *r) for r in rotated]; XLA would drop what is not returned.
+def chain(op: Callable[..., Any], *, carried: bool = False, rounds: int = 1) -> Any:
+    """A jitted run(fixed, rotated) that calls op(*fixed, *r) for r in rotated, `rounds` times over. Returns the last
+    result, and a number of every other one, for XLA would drop what nobody reads.
 
-    With `carried` the first of `fixed` is replaced by each call's result, which is then all that is returned.
+    `rounds`: to hand a call over costs the host some 3 us, and each array of a chain's arguments and results as much
+    again: a chain over 40 replicas of a weight takes longer to launch than a GPU takes for kernels of 8 us, one that
+    goes over them more than once does not. With `carried` the first of `fixed` is replaced by each call's result, which
+    is then all that is returned.
     """
     inner = jax.jit(op)  # traced and lowered once, not per call
 
     def run(fixed: tuple, rotated: tuple[tuple, ...]) -> Any:
-        results = []
-        for r in rotated:
-            result = inner(*fixed, *r)
+        results: list[Any] = []
+        for r in rotated * rounds:
+            if results and not carried:  # other operands to XLA, or the rounds were one; nothing when the program runs
+                fixed, r = jax.lax.optimization_barrier((fixed, r))
+            results.append(inner(*fixed, *r))
             if carried:
-                fixed = (result, *fixed[1:])
-            else:
-                results.append(result)
-        return fixed[0] if carried else results
+                fixed = (results.pop(), *fixed[1:])
+        if carried:
+            return fixed[0]
+        one_of_each = [jax.tree.leaves(result)[0].ravel()[0].astype(jnp.float32) for result in results[:-1]]
+        return results[-1], jnp.stack(one_of_each) if one_of_each else None
 
     return jax.jit(run)
 
@@ -85,10 +92,12 @@ def kernel_durations(run: Callable[[], Any]) -> list[tuple[str, float]]:
     return [(name, milliseconds * 1e3) for name, milliseconds in timings or ()]
 
 
-def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.04, repeats: int = 3) -> Timing:
+def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.01, repeats: int = 5) -> Timing:
     """Times a compiled chain of `calls` calls; `run` queues it once and returns its results.
 
-    Three warm-up runs let XLA record its command buffer. Each of `repeats` measurements queues about `seconds` of work.
+    Three warm-up runs let XLA record its command buffer. Each of `repeats` measurements queues about `seconds` of work:
+    as short as the peers' seven replays, for under a longer load at M = 4096 an H200 reaches its power limit (8 % slower
+    after 40 ms).
     """
     for _ in range(3):
         jax.block_until_ready(run())
