@@ -96,7 +96,7 @@ def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.01, rep
     """Times a compiled chain of `calls` calls; `run` queues it once and returns its results.
 
     Three warm-up runs let XLA record its command buffer. Each of `repeats` measurements queues about `seconds` of work:
-    as short as the peers' seven replays, for under a longer load at M = 4096 an H200 reaches its power limit (8 % slower
+    as short as the peers' seven replays, for a longer load at M = 4096 takes an H200 to its power limit (8 % slower
     after 40 ms).
     """
     for _ in range(3):
