@@ -81,14 +81,19 @@ def kernels() -> str:
         for m in ms:
             ours = sums.get((op, m))
             peers = [(sums[p, m]["us"], p) for p in {p for p, n in sums if n == m} if p.startswith(PEERS_OF[op])]
-            cell = f"{ours.get('kernel_us', ours['us']):,.0f}" if ours else "-"
+            cell = "-"
+            if ours:
+                cell = f"{ours['us']:,.0f}" + (f" / {ours['kernel_us']:,.0f}" if "kernel_us" in ours else "")
             if peers:
                 us, name = min(peers)
                 cell += f" ({us:,.0f} {name.split('_mm')[0].replace('_', ' ')})"
             cells.append(cell)
         lines.append(cells)
     bandwidth = (result.get("hbm_bytes_per_second") or 0) / 1e12
-    text = table(["us of four kernels, CUPTI (best peer, graph replay)", *(f"M={m:,}" for m in ms)], lines)
+    text = table(
+        ["us of four kernels: in a chain / their own by CUPTI (best peer, graph replay)", *(f"M={m:,}" for m in ms)],
+        lines,
+    )
     if result.get("note"):
         text += f"\n\n{result['note']}"
     return f"{text}\n\n{_attention(result['rows'])}\n\nMemory read at {bandwidth:.2f} TB/s. {source(result, 'kernels')}"
@@ -198,7 +203,10 @@ def plan_time() -> str:
     )
 
 
-SERVE_RESULTS = ("serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512", "serve")
+SERVE_RESULTS = (
+    "serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512", "serve_128_768",
+    "serve_2048", "serve_sweep", "serve_first", "serve",
+)  # fmt: skip
 
 
 def serve() -> str:
@@ -359,7 +367,23 @@ def load_peak() -> str:
     return table(header, rows) + "\n\n" + "\n".join(sources)
 
 
+def constrained() -> str:
+    """What grammar masks cost a decode step."""
+    result = load("constrained")
+    if result is None:
+        return "Not measured yet."
+    rows = []
+    for row in result["rows"]:
+        cost = "" if row["kind"] == "plain" else f"{row['cost_percent']:.1f}% ({row['median_cost_percent']:.1f}%)"
+        cells = [row["scheme"], f"{row['context']:,}", row["kind"], f"{row['rate']:,.0f}"]
+        rows.append([*cells, cost, f"{row['host_ms']['mask']:.1f}", f"{row['host_ms']['dispatch']:.1f}"])
+    header = ["weights", "context", f"of {result['batch']} rows with a grammar", "tokens/s", "cost (of the medians)"]
+    header += ["masks, host ms", "launches, ms"]
+    return f"{table(header, rows)}\n\n{source(result, 'constrained')}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "constrained": constrained,
     "summary": summary,
     "quantize_quality": quantize_quality,
     "online_schemes": online_schemes,

@@ -58,12 +58,13 @@ def chain(op: Callable[..., Any], *, carried: bool = False, rounds: int = 1) -> 
 
     def run(fixed: tuple, rotated: tuple[tuple, ...]) -> Any:
         results: list[Any] = []
-        for r in rotated * rounds:
-            if results and not carried:  # other operands to XLA, or the rounds were one; nothing when the program runs
-                fixed, r = jax.lax.optimization_barrier((fixed, r))
-            results.append(inner(*fixed, *r))
-            if carried:
-                fixed = (results.pop(), *fixed[1:])
+        for _ in range(rounds):
+            for r in rotated:
+                results.append(inner(*fixed, *r))
+                if carried:
+                    fixed = (results.pop(), *fixed[1:])
+            # Other operands to XLA, or it would compute one round only; nothing is left of it when the program runs.
+            rotated = jax.lax.optimization_barrier(rotated)
         if carried:
             return fixed[0]
         one_of_each = [jax.tree.leaves(result)[0].ravel()[0].astype(jnp.float32) for result in results[:-1]]

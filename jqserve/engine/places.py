@@ -1,8 +1,8 @@
 """Free places for a step's small buffers, so that its temporary buffer keeps its own.
 
 A command buffer is updated before a launch wherever an address has changed since the last one. XLA gives a program
-one temporary buffer, which every Mosaic call uses: when that lies elsewhere, hundreds of captures are exchanged, 4.9 ms
-of a step that takes 3 (H200, FP8 8B, a prompt's step and a decode step in turns; bench/launch_cost). The allocator
+one temporary buffer, which every Mosaic call uses: when that lies elsewhere, hundreds of captures are exchanged, 3 to 5
+ms where the step takes 3 (H200, FP8 8B, a prompt's step and a decode step in turns; bench/launch_trace). The allocator
 (BFC) takes the smallest free chunk that holds a buffer and merges what becomes free with free neighbours, so outputs
 and inputs of a few bytes, which come and go in another rhythm, are cut from where the temporary buffer was. Here each
 size up to that of the logits gets a few chunks that nothing can merge with: what is small finds one, and the rest stays

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 
+import jax.numpy as jnp
 import pytest
 
 from bench import kernels, peer_tasks
 from bench.bars import LLAMA_8B
 from bench.peer_tasks import row_of
 from bench.tasks import Rows, Task, run_tasks
-from bench.timing import GpuLock, replicas
+from bench.timing import GpuLock, chain, replicas
 
 OURS = ("hbm", "w4a16", "fp8_row", "fp8_block", "int8_row", "w8a16", "xla_bf16", "quantize", "prefill", "decode")
 
@@ -155,3 +157,20 @@ def test_a_peer_line_in_our_words():
     assert (
         "init" in row_of(dict(peer="deepgemm_vllm0.25.1", scheme="fp8_block128", error="init: x"), LLAMA_8B)["failed"]
     )
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("fixed", [1, 0])
+def test_a_chain_computes_every_call_of_every_round(fixed: int, carried: bool) -> None:
+    if carried and not fixed:
+        return
+    x = jnp.ones((8, 8))
+    weights = tuple((jnp.full((8, 8), float(i)),) if fixed else (x, jnp.full((8, 8), float(i))) for i in (2, 3))
+    compiled = chain(jnp.matmul, rounds=3, carried=carried).lower((x,) * fixed, weights).compile()
+    assert len(re.findall(r" dot\(", compiled.as_text())) == 6
+    result = compiled((x,) * fixed, weights)
+    last, others = (result, None) if carried else result
+    if carried:
+        assert float(last[0, 0]) == 8.0**6 * (2.0 * 3.0) ** 3
+    else:
+        assert float(last[0, 0]) == 24.0 and others.tolist() == [16.0, 24.0, 16.0, 24.0, 16.0]
