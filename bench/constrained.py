@@ -85,7 +85,7 @@ def load(args: argparse.Namespace, scheme: str, folder: Path) -> Any:
     runner = engine.runner
     tiles = min(TILES, engine.scheduler.tiles)
     engine.scheduler.tiles = engine.scheduler.decode_tiles = tiles
-    runner.programs.variants = (Variant.SAMPLE,)
+    runner.programs.variants = (Variant.PLAIN,)
     runner.buckets = Buckets((args.batch,), (Bucket(args.batch, tiles),))
     always, masked = runner.programs.always(), runner.programs.on_demand()
     wanted = [p for p in always if isinstance(p, Forward | Draw)] + [p for p in masked if isinstance(p, Draw)]

@@ -138,7 +138,10 @@ class Programs:
         """The one program of a plan; None: it runs in halves."""
         if plan.chunks or plan.constrained:
             return None
-        variant = self.variant(needed_by(plan.sequences))
+        needed = needed_by(plan.sequences)
+        if needed is Variant.PLAIN:  # a model once more to compile, for a saving that few rows hardly notice
+            needed = Variant.SAMPLE
+        variant = self.variant(needed)
         if plan.steps == 1 and variant is not Variant.GREEDY:
             return None
         coarse = variant is not Variant.GREEDY
@@ -158,7 +161,7 @@ class Programs:
         """The second half of a plan whose first is `forward`."""
         needed = needed_by(plan.sequences)
         if needed is Variant.GREEDY and (masked or not forward.bucket.tiles):
-            needed = Variant.SAMPLE
+            needed = Variant.PLAIN
         return Draw(forward.asked, self.variant(needed), masked)
 
     def variant(self, needed: Variant) -> Variant:
@@ -186,6 +189,8 @@ class Programs:
         return self.buckets.coarse or self.buckets.decode
 
     def _fused(self, variant: Variant) -> list[Bucket]:
+        if variant is Variant.PLAIN:
+            return []
         greedy = variant is Variant.GREEDY
         rows = self.buckets.decode if greedy else self._coarse()
         return [Bucket(n, 0, k) for n in rows for k in self.buckets.steps_of(n) if greedy or k > 1]

@@ -84,14 +84,16 @@ def _argmax(logits: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]), -1, best)
 
 
-def sample(logits: jax.Array, params: RowParams, *, scored: bool = True) -> Sampled:
+def sample(logits: jax.Array, params: RowParams, *, scored: bool = True, plain: bool = False) -> Sampled:
     """logits float32 [R, V]; greedy rows (temperature 0) give what `greedy` gives unless penalties or biases say so.
 
-    `scored`: with the most likely tokens and their logprobs.
+    `scored`: with the most likely tokens and their logprobs. `plain`: no row has a penalty, a bias or less than all
+    tokens to draw from, which saves most of the work.
     """
-    logits = biased(penalised(logits, params), params)
+    if not plain:
+        logits = biased(penalised(logits, params), params)
     greedy_tokens = _argmax(logits)
-    drawn = _if_any(params.temperature > 0, lambda: _draw(logits, params), lambda: greedy_tokens)
+    drawn = _if_any(params.temperature > 0, lambda: _draw(logits, params, plain), lambda: greedy_tokens)
     tokens = jnp.where((params.temperature > 0) & (greedy_tokens >= 0), drawn, greedy_tokens)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     logprob = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
@@ -139,10 +141,12 @@ def biased(logits: jax.Array, params: RowParams) -> jax.Array:
     return _if_any(params.bias_ids < logits.shape[-1], lambda: add(logits), lambda: logits)
 
 
-def _draw(logits: jax.Array, params: RowParams) -> jax.Array:
+def _draw(logits: jax.Array, params: RowParams, plain: bool) -> jax.Array:
     scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-    keep = kept(scaled, params.top_k, params.top_p, params.min_p)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, params.position, logits.shape[-1])
+    if plain:
+        return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+    keep = kept(scaled, params.top_k, params.top_p, params.min_p)
     return jnp.argmax(jnp.where(keep, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
 
 

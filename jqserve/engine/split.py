@@ -155,7 +155,7 @@ def draw(
     else:
         assert params is not None
         rows = params.rows(slot, position, state.generated, state.prompted)
-        sampled = sample(logits, rows, scored=variant is Variant.SCORED)
+        sampled = sample(logits, rows, scored=variant is Variant.SCORED, plain=variant is Variant.PLAIN)
     return dataclasses.replace(state, last_token=state.last_token.at[slot].set(sampled.tokens)), sampled
 
 

@@ -20,7 +20,8 @@ class Variant(enum.StrEnum):
     """In rising order of cost; each does all that the ones before it do."""
 
     GREEDY = "greedy"  # argmax of the plain logits
-    SAMPLE = "sample"  # penalties, biases, temperature, top-k, top-p, min-p, the sampled token's logprob
+    PLAIN = "plain"  # temperature, the sampled token's logprob
+    SAMPLE = "sample"  # penalties, biases, top-k, top-p, min-p: some 20 more passes over the logits
     SCORED = "scored"  # the most likely tokens with their logprobs as well
 
 
@@ -31,17 +32,11 @@ def needed(s: SamplingParams) -> Variant:
     """The least that gives a sequence with these parameters all it asks."""
     if s.logprobs:
         return Variant.SCORED
-    if (
-        s.temperature > 0
-        or s.repetition_penalty != 1
-        or s.presence_penalty
-        or s.frequency_penalty
-        or s.logit_bias
-        or s.min_new_tokens
-        or s.logprobs is not None
-    ):
+    if s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias or s.min_new_tokens:
         return Variant.SAMPLE
-    return Variant.GREEDY
+    if s.temperature > 0 and (s.top_k > 0 or s.top_p < 1 or s.min_p):
+        return Variant.SAMPLE
+    return Variant.PLAIN if s.temperature > 0 or s.logprobs is not None else Variant.GREEDY
 
 
 def counts_tokens(sequence: Sequence) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jqserve.engine import sampler
+from jqserve.engine import sampler, variant
 from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.sequence import Sequence
 from jqserve.engine.slots import SlotTable
@@ -224,3 +224,39 @@ def test_a_slot_forgets_the_biases_of_its_last_sequence() -> None:
         request = EngineRequest(0, (1,), SamplingParams(logit_bias=bias))
         table.set(Sequence(request, 0, 9, [1], frozenset(), slot=0))
     assert (np.asarray(table.on_device().bias_ids) >= VOCAB).all()
+
+
+def test_the_plain_sampler_gives_what_the_full_one_gives_where_nothing_else_is_asked() -> None:
+    x = logits(6)
+    x[5, 7] = np.nan
+    temperatures = (0.0, 0.3, 1.0, 1.0, 2.0, 1.0)
+    params = [SamplingParams(temperature=t, seed=11 + i) for i, t in enumerate(temperatures)]
+    rows = row_params(params, position=[3, 4, 5, 6, 7, 8])
+    full = sampler.sample(jnp.asarray(x), rows, scored=False)
+    plain = sampler.sample(jnp.asarray(x), rows, scored=False, plain=True)
+    assert plain.tokens.tolist() == full.tokens.tolist() and plain.tokens[5] == -1
+    assert plain.logprob is not None and full.logprob is not None
+    np.testing.assert_allclose(plain.logprob[:5], full.logprob[:5], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, "greedy"),
+        ({"logprobs": 0}, "plain"),
+        ({"temperature": 0.7}, "plain"),
+        ({"temperature": 0.7, "top_k": -1}, "plain"),
+        ({"temperature": 0.7, "top_p": 0.9}, "sample"),
+        ({"temperature": 0.7, "top_k": 40}, "sample"),
+        ({"temperature": 0.7, "min_p": 0.1}, "sample"),
+        ({"top_p": 0.9}, "greedy"),
+        ({"presence_penalty": 0.1}, "sample"),
+        ({"frequency_penalty": 0.1}, "sample"),
+        ({"repetition_penalty": 1.1}, "sample"),
+        ({"logit_bias": {5: 1.0}}, "sample"),
+        ({"min_new_tokens": 2}, "sample"),
+        ({"temperature": 0.7, "logprobs": 3}, "scored"),
+    ],
+)
+def test_the_sampler_that_a_request_needs(fields: dict[str, Any], expected: str) -> None:
+    assert variant.needed(SamplingParams(**({"temperature": 0.0} | fields))) == expected

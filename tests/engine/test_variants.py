@@ -43,6 +43,7 @@ def core_of(runner: Any, steps: int) -> Any:
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
+    "plain": {"temperature": 0.8},
     "sampled": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
     "logprob": {"logprobs": 0},
     "scored": {"temperature": 1.0, "logprobs": 5},
@@ -51,7 +52,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.integration
 @pytest.mark.parametrize("steps", [1, STEPS])
-@pytest.mark.parametrize("kinds", [["greedy"], ["sampled"], ["scored"], ["greedy", "sampled", "logprob", "scored"]])
+@pytest.mark.parametrize(
+    "kinds",
+    [["greedy"], ["plain"], ["plain", "logprob", "greedy"], ["sampled"], ["scored"],
+     ["greedy", "sampled", "plain", "logprob", "scored"]],
+)  # fmt: skip
 def test_the_tokens_of_one_program_for_all(
     several: Any, runner: Any, kinds: list[str], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,4 +77,7 @@ def test_the_tokens_of_one_program_for_all(
     if kinds == ["greedy"]:
         assert {p.variant for p in decoding} == {Variant.GREEDY}
         assert {p.variant for p in used if isinstance(p, Draw)} == {Variant.GREEDY}, "prompts' steps"
+    if kinds[0] == "plain":
+        assert Variant.PLAIN in {p.variant for p in used if isinstance(p, Draw)}
+        assert {p.variant for p in used if isinstance(p, Draw)} <= {Variant.GREEDY, Variant.PLAIN} or steps > 1
     assert {p.bucket.decode_rows for p in used if isinstance(p, Forward) and p.bucket.tiles} == {0, SLOTS}
