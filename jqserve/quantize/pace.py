@@ -10,7 +10,7 @@ import jax
 
 class Pace:
     """Lets the host be one step ahead. What a program reads and makes stays in the device's memory until the program is
-    done, and the host calls programs faster than they compute: a layer's AWQ on an H200 held 32 chunks at once."""
+    done, and the host calls programs faster than they compute: 32 chunks could be there where one was needed."""
 
     def __init__(self) -> None:
         self._last: Any = None

@@ -1,8 +1,9 @@
 """An 8B layer is quantized in as much device memory as the design allows: `memory_bound`, 5.36 GiB.
 
-What AWQ holds at its peak is told in jqserve/quantize/layer.py: 4.82 GiB. Before the host was kept near the device, the
-32 chunks that the sample of the scale search is picked from lay there at once (4.0 GiB, and 6.19 measured in all on an
-H200, at 8c3f1d6; 7.7 is what this test found), and two chunks with all their inputs while moments were summed (6.0).
+What AWQ holds at its peak is told in jqserve/quantize/layer.py: 4.82 GiB. At 8c3f1d6, before the host was kept near
+the device, an H200 peaked at 6.19, and this sum says 7.5: the 32 chunks (4.0 GiB) from which the search's sample is
+picked could all lie there beside the layer (0.81), the second moments (0.95) and what was picked (0.5), and still did
+when the search began. While moments were summed two chunks with all their inputs lay there: 6.0.
 """
 
 from __future__ import annotations
