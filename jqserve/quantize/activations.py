@@ -10,6 +10,7 @@ import numpy as np
 
 from jqserve.quantize.host import Kept, fetch, keep, pins
 from jqserve.quantize.options import CHUNK_TOKENS
+from jqserve.quantize.pace import in_steps
 
 #: Bytes that are pinned at most; a larger stream stays in ordinary memory.
 MOST_PINNED = 32 << 30
@@ -66,9 +67,8 @@ class Activations:
         wanted = np.linspace(0, rows - 1, max(1, min(rows, tokens // length))).round().astype(np.int64)
         starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
         chunk_of = np.searchsorted(starts, wanted, side="right") - 1
-        picked = []
-        for c in np.unique(chunk_of):
-            rows_here = wanted[chunk_of == c] - starts[c]
-            picked.append(jnp.take(fetch(self.chunks[c]), rows_here, axis=0))
+        picked = in_steps(
+            lambda c: jnp.take(fetch(self.chunks[c]), wanted[chunk_of == c] - starts[c], axis=0), np.unique(chunk_of)
+        )
         taken, size = jnp.concatenate(picked), len(self.chunks[0])
         return [taken[i : i + size] for i in range(0, len(taken), size)]

@@ -23,8 +23,9 @@ from jqserve.quantize.block import Layer
 from jqserve.quantize.compiled import compiled
 from jqserve.quantize.fold import shared
 from jqserve.quantize.grid import Grid
-from jqserve.quantize.moments import Moments
+from jqserve.quantize.host import Kept, fetch
 from jqserve.quantize.on_grid import decode, encode, scales_of, span_of, spread
+from jqserve.quantize.pace import Pace, in_steps
 
 HIGHEST = lax.Precision.HIGHEST
 #: Exponents tried: i / STEPS for i < STEPS, as AutoAWQ does.
@@ -82,22 +83,28 @@ def best_scale(
     grid: Grid,
     layer: Layer,
     group: str,
-    moments: Moments,
+    mean: jax.Array,
+    hessian: Kept,
     sample: Sequence[Any],
 ) -> jax.Array:
-    """s [K] for the input of `group`. moments: of that input; sample: chunks of the residual stream [B, S, D] that
-    enters the attention (qkv) or the MLP (gate_up)."""
+    """s [K] for the input of `group`. mean [K] of its absolute values, hessian [K, K]: its second moment; sample:
+    chunks of the residual stream [B, S, D] that enters the attention (qkv) or the MLP (gate_up)."""
     weight = layer[group].astype(jnp.float32)
-    tried = [shared(config, group, s) for s in candidates(weight, shared(config, group, moments["mean"]), grid)]
+    tried = [shared(config, group, s) for s in candidates(weight, shared(config, group, mean), grid)]
+    losses: list[jax.Array] = []
+    pace = Pace()  # each try holds a weight of its own
     if group in ("qkv", "gate_up"):
-        references = [_reference(config, window, group, layer, h) for h in sample]
-        losses = []
+        references = in_steps(lambda h: _reference(config, window, group, layer, h), sample)
         for scale in tried:
             other = {**layer, group: requantized(grid, weight, scale).astype(layer[group].dtype)}
             parts = [_loss(config, window, group, other, h, y) for h, y in zip(sample, references)]
             losses.append(sum(parts[1:], parts[0]))
+            pace.step(losses[-1])
     else:
-        losses = [lost(weight, requantized(grid, weight, s), moments["hessian"]).sum() for s in tried]
+        second = fetch(hessian)
+        for scale in tried:
+            losses.append(lost(weight, requantized(grid, weight, scale), second).sum())
+            pace.step(losses[-1])
     values = np.asarray(jnp.stack(losses))
     return tried[int(np.argmin(np.where(np.isfinite(values), values, np.inf)))]
 

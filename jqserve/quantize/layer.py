@@ -1,11 +1,24 @@
 """One layer, quantized: its Linears in the order in which they compute, each seeing what the quantized ones before it
-make of the calibration samples."""
+make of the calibration samples.
+
+Device memory is at its peak in `Through.collect` for AWQ, while `down_input` computes: 4.82 GiB for a layer of the
+Llama-3.1-8B shape, where bench.quantize_shape.memory_bound allows 5.36 (an H200, by XLA's analysis of the programs;
+tests/quantize/test_device_memory.py adds it up):
+
+    the sums of all four inputs, with carries  1.91  0.77 for each of down's two, 0.06 for each of the others' six
+    the layer, float32                         0.81
+    temporaries and result of down_input       1.47  gate and up 0.88, down's input 0.44, the weight in bfloat16
+    five chunks [B, S, D]                      0.63  two of the stream; one after attention and what it came from; the
+                                                     input of gate and up, whose moments may still be in the making
+
+The next stage is the scale search at the output of the MLP: 4.0 GiB.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +37,7 @@ from jqserve.quantize.grid import FP8_MAX, Grid, storage, stored_as
 from jqserve.quantize.host import Kept, fetch, keep
 from jqserve.quantize.moments import Moments
 from jqserve.quantize.options import Options
+from jqserve.quantize.pace import Pace, in_steps
 from jqserve.quantize.report import LinearReport, linear_report
 from jqserve.quantize.smooth import smooth_scale
 from jqserve.quantize.source import HostLayer, Part
@@ -97,34 +111,32 @@ class Through:
     def _of(self, function: Callable[..., Any], *arrays: Any) -> Any:
         return function(self.config, self.window, self.layer, *arrays)
 
-    def inputs(self, groups: Sequence[str], h: jax.Array) -> dict[str, jax.Array]:
-        """The inputs of some groups for one chunk."""
-        found: dict[str, jax.Array] = {}
+    def inputs(self, groups: Sequence[str], h: jax.Array) -> Iterator[tuple[str, jax.Array]]:
+        """The inputs of some groups for one chunk, in the order of GROUPS, each computed when it is asked for."""
         if "qkv" in groups:
-            found["qkv"] = self._of(block.attention_input, h)
+            yield "qkv", self._of(block.attention_input, h)
         if not {"o", "gate_up", "down"} & set(groups):
-            return found
+            return
         mixed, _ = self._of(block.attention_output, h)
         if "o" in groups:
-            found["o"] = mixed
+            yield "o", mixed
         if {"gate_up", "down"} & set(groups):
             h = self._of(block.after_attention, h, mixed)
+        del mixed
         if "gate_up" in groups:
-            found["gate_up"] = self._of(block.mlp_input, h)
+            yield "gate_up", self._of(block.mlp_input, h)
         if "down" in groups:
-            found["down"] = self._of(block.down_input, h)
-        return found
+            yield "down", self._of(block.down_input, h)
 
     def collect(self, groups: Sequence[str], activations: Activations, *, hessian: bool) -> dict[str, Moments]:
         """The moments of the inputs of `groups`, in one pass. Raises CheckpointError where one is not finite."""
         sums = {group: moments.start(self.layer[group].shape[1], hessian=hessian) for group in groups}
-        done = None
+        pace = Pace()
         for h in activations:
-            for group, x in self.inputs(groups, h).items():
+            for group, x in self.inputs(groups, h):
                 sums[group] = moments.add(sums[group], x)
-            del x
-            jax.block_until_ready(done)  # or the host would send chunk after chunk before the device takes them up
-            done = sums[groups[-1]]["mean"] + 0.0
+                del x
+                pace.step(sums[group]["mean"] + 0.0)  # a copy: the next chunk donates the sums
         found = {}
         for group in groups:
             found[group] = moments.finish(sums.pop(group), float(activations.rows))
@@ -158,20 +170,20 @@ class _Run:
         self.name = f"model.layers.{host.index}"
         self.layer = device_layer(host, owner.stored)
         self.folded = False
+        self.hessians: dict[str, Kept] = {}  # of the inputs as the folded layer has them, where a scale was searched
         self.tensors: Tensors = {}
         self.rows: list[LinearReport] = []
 
     def done(self) -> Done:
-        known: dict[str, Moments] = {}
         if self.activations is None:
             for group in GROUPS:
                 self._group(group, None)
         else:
             if self.options.algorithm == "awq":
-                known = self._scale_by_search()
+                self._scale_by_search()
             elif self.options.smoothquant is not None:
                 self._smooth()
-            self._in_order(known)
+            self._in_order()
         for name, (tensor, array) in self.host.norms.items():
             self.tensors[tensor] = stored_as(
                 np.asarray(self.layer[name]), self.owner.stored or array.dtype.name, tensor
@@ -182,11 +194,11 @@ class _Run:
     def through(self) -> Through:
         return Through(self.config, self.window, self.layer, self.name)
 
-    def _in_order(self, known: dict[str, Moments]) -> None:
+    def _in_order(self) -> None:
         assert self.activations is not None
         for group in GROUPS:
-            found = known.get(group)
-            if found is None and self._needs_moments():
+            found = None
+            if self._needs_moments():
                 hessian = self.options.algorithm == "gptq"
                 found = self.through.collect((group,), self.activations, hessian=hessian)[group]
             self._group(group, found)
@@ -202,21 +214,22 @@ class _Run:
     def _small(self, value: Any) -> np.ndarray:
         return np.asarray(value, np.float32).reshape(1).astype(storage(self.owner.stored or self.config.dtype))
 
-    def _scale_by_search(self) -> dict[str, Moments]:
+    def _scale_by_search(self) -> None:
         assert self.activations is not None
         found = self.through.collect(GROUPS, self.activations, hessian=True)  # of the layer as it is
+        self.hessians = {group: keep(found[group].pop("hessian")) for group in GROUPS}
+        jax.block_until_ready(list(self.hessians.values()))
         sample = self.activations.sample(self.options.search_tokens)
         for group in GROUPS:
             if group == "gate_up":
-                sample = [self._past_attention(h) for h in sample]
+                sample = in_steps(self._past_attention, sample)
             if not self._scalable(group):
                 continue
-            scale = awq.best_scale(self.config, self.window, self.grid, self.layer, group, found[group], sample)
+            mean, hessian = found[group]["mean"], self.hessians[group]
+            scale = awq.best_scale(self.config, self.window, self.grid, self.layer, group, mean, hessian, sample)
             self.layer, exact = fold(self.config, self.layer, group, scale, self._norm_dtype(group))
-            hessian = found[group]["hessian"] / (exact[:, None] * exact[None, :])
-            found[group] = {**found[group], "hessian": hessian}
+            self.hessians[group] = keep(moments.rescaled(fetch(hessian), exact))
         self.folded = True
-        return found
 
     def _past_attention(self, h: jax.Array) -> jax.Array:
         mixed, _ = block.attention_output(self.config, self.window, self.layer, h)
@@ -247,7 +260,9 @@ class _Run:
         rows = [(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
         live = [i for i, part in enumerate(parts) if not part.ignored]
         inputs = self._inputs(found)
-        hessian = None if found is None or "hessian" not in found else keep(found.pop("hessian"))
+        hessian = self.hessians.pop(group, None)
+        if found is not None and "hessian" in found:
+            hessian = keep(found.pop("hessian"))
         for i in live:
             self.grid.check(parts[i].slot.name, parts[i].slot.n, parts[i].slot.k)
         coded, note = self._codes(group, parts, weight, rows, live, hessian)

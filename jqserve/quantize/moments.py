@@ -50,6 +50,12 @@ def finish(moments: Moments, rows: float) -> Moments:
     return done
 
 
+@functools.partial(compiled, donate_argnums=0)
+def rescaled(hessian: jax.Array, scale: jax.Array) -> jax.Array:
+    """The second moment [K, K] of x / scale, from that of x."""
+    return hessian / (scale[:, None] * scale[None, :])
+
+
 def _two_sum(total: jax.Array, carry: jax.Array, more: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Knuth's exact sum: total + more = new + error."""
     new = total + more

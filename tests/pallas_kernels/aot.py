@@ -75,7 +75,7 @@ def _site() -> Path | None:
 
 
 @functools.cache
-def _h200_sharding() -> jax.sharding.NamedSharding:
+def h200_sharding() -> jax.sharding.NamedSharding:
     site = _site()
     if site is None:
         pytest.skip("device-less compile needs jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc, nvidia-nvvm")
@@ -120,7 +120,7 @@ def compile_for_h200(
     Skips the calling test when the compiler's wheels are absent. Functions that call `dispatch.current_device()`
     see the H200.
     """
-    sharding = _h200_sharding()
+    sharding = h200_sharding()
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     # A fresh function object: the jit cache must not return a trace made for the CPU.
     traced = jax.jit(lambda *a: fn(*a), donate_argnums=donate_argnums)

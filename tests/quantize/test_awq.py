@@ -87,8 +87,8 @@ def test_a_searched_scale_beats_none(group: str) -> None:
         else block.down_input(CONFIG, None, weights, h)
     )
     flat = np.asarray(x).reshape(-1, x.shape[-1])
-    found = {"mean": jnp.asarray(np.abs(flat).mean(0)), "hessian": jnp.asarray(flat.T @ flat / len(flat))}
-    scale = awq.best_scale(CONFIG, None, GRID, weights, group, found, [h])
+    mean, hessian = jnp.asarray(np.abs(flat).mean(0)), flat.T @ flat / len(flat)
+    scale = awq.best_scale(CONFIG, None, GRID, weights, group, mean, hessian, [h])
 
     def error(s: jnp.ndarray) -> float:
         other = {**weights, group: awq.requantized(GRID, weights[group], s)}
