@@ -63,9 +63,10 @@ def _shared_rows(plan: Plan) -> Config | None:
     o 8.3 -> 7.5, down 16.8 -> 16.1; M = 64, 8 bits: 16.0 -> 13.3, 12.8 -> 11.0, 29.9 -> 26.8.
     """
     blocks = plan.n // 64
-    if not 8 < plan.m <= 64 or blocks > plan.sms:
+    split = 2 if 2 * blocks <= plan.sms else 1
+    if not 8 < plan.m <= 64 or not plan.sms // 2 < blocks * split <= plan.sms:  # fewer would leave most of the GPU idle
         return None
-    config = Config(2, -(-plan.m // 16) * 16, 256, 2 if 2 * blocks <= plan.sms else 1, k_groups=2)
+    config = Config(2, -(-plan.m // 16) * 16, 256, split, k_groups=2)
     try:
         dataclasses.replace(plan, config=config).check()
     except NotImplementedError:
