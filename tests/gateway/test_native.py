@@ -118,8 +118,8 @@ def test_prompt_logprobs_over_the_gateways_protocol(program: Program, native: Cl
         ([], 1, "inputs"),
         ([[5]], 1, "inputs[0]"),
         ([[5, 6], [5, 6]], [1, 2], "inputs[1].context"),
-        ([[5, 4096]], 1, "token_ids"),
-        ([[5] * 400], 1, "prompt"),
+        ([[5, 4096]], 1, "inputs[0]"),
+        ([[5] * 400], 1, "inputs[0]"),
     ],
 )
 def test_what_cannot_be_scored(native: Client, inputs: Any, context: Any, field: str) -> None:
