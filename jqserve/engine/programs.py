@@ -29,7 +29,6 @@ class Fused:
 
     bucket: Bucket
     variant: Variant
-    captured = True
 
     @property
     def name(self) -> str:
@@ -47,12 +46,6 @@ class Forward:
     begun: bool = False
 
     @property
-    def captured(self) -> bool:
-        """Not where prompts are alone, whose first token waits: a captured step begins on the device when all of it has
-        been handed over, any other when its first kernel has."""
-        return bool(self.bucket.decode_rows) or not self.bucket.tiles
-
-    @property
     def name(self) -> str:
         kind = "_scored" * self.scored + "_begun" * self.begun
         return f"forward_{self.bucket.decode_rows}_{self.bucket.tiles}_{self.asked}{kind}"
@@ -63,7 +56,6 @@ class Begin:
     """The first layers of a step without prefill, `engine/split.begin`."""
 
     bucket: Bucket
-    captured = True
 
     @property
     def name(self) -> str:
@@ -77,7 +69,6 @@ class Draw:
     rows: int
     variant: Variant
     masked: bool = False
-    captured = True
 
     @property
     def name(self) -> str:
@@ -85,6 +76,12 @@ class Draw:
 
 
 Program = Fused | Begin | Forward | Draw
+
+
+def captured(program: Program) -> bool:
+    """Whether it runs from command buffers. Not where prompts are alone, whose first token waits: a captured step
+    begins on the device when all of it has been handed over, any other when its first kernel has."""
+    return not (isinstance(program, Forward) and program.bucket.tiles and not program.bucket.decode_rows)
 
 
 def describe(program: Program) -> str:

@@ -21,7 +21,7 @@ from jqserve.engine.cache import Cache, CacheShape, make_cache
 from jqserve.engine.compile_cache import ProgramCache, compile_program
 from jqserve.engine.dispatch import Dispatcher
 from jqserve.engine.plan import Adopted, Plan
-from jqserve.engine.programs import Begin, Draw, Forward, Fused, Program, Programs, describe
+from jqserve.engine.programs import Begin, Draw, Forward, Fused, Program, Programs, captured, describe
 from jqserve.engine.request import TokenLogprobs
 from jqserve.engine.sampler import Sampled
 from jqserve.engine.slots import SlotParams, SlotTable, empty
@@ -122,7 +122,7 @@ class Runner:
     def compile(self, program: Program) -> Any:
         """Any thread may call this: XLA compiles without the interpreter's lock."""
         compiled, new = compile_program(
-            program.name, lambda: self._lower(program), self.cache_of_programs, program.captured
+            program.name, lambda: self._lower(program), self.cache_of_programs, captured(program)
         )
         self.compilations += new
         return compiled

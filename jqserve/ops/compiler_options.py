@@ -17,6 +17,8 @@ def compiler_options(captured: bool = True) -> dict[str, int | bool]:
     decode of the 8B shape gives 6,981 / 13,050 tokens/s at batch 64 / 256 with cuBLAS's proposals, 6,668 / 12,913 with
     XLA's winners (H100, bench.decode); compiling takes half the time. Triton's fusions must be off then: not timed, the
     head takes 4.2 ms at 64 rows and 16.8 ms at 256 instead of 0.4.
+
+    captured: in command buffers, where XLA makes them.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     uncaptured = {} if captured else {"xla_gpu_graph_min_graph_size": 2**31 - 1}

@@ -202,22 +202,20 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
             tile_n = min(256, _round_up(-(-n // (sms * rounds)), 16))
         wgs_n = 2 if tile_n > 64 and tile_n % 32 == 0 else 1
         tile_k = 512 if tile_n <= 32 or (block and tile_n <= 64) else 256 if tile_n <= 64 else 128
-        config = Config(tile_n // wgs_n, wgs_n=wgs_n, tile_k=tile_k, promote=True)
+        wg_n = tile_n // wgs_n
+        config = Config(wg_n, wgs_n=wgs_n, tile_k=tile_k, promote=True, epilogue_n=_epilogue(wg_n, n))
     else:
         m_tiles = -(-m // 128)
         widths = (192, 128, 64, 32) if block and m_tiles > 2 and m_tiles % 2 == 0 else (128, 64, 32)
         rounds_of = {t: -(-m_tiles * -(-n // t) // sms) for t in (widths if block else range(256, 16, -16))}
         tile_n = min(rounds_of, key=lambda t: rounds_of[t] * (t + _TILE_OVERHEAD))
-        config = Config(tile_n, wgs_m=2, tile_k=256 if block else 128, stripe=16)
+        config = Config(tile_n, wgs_m=2, tile_k=256 if block else 128, stripe=16, epilogue_n=_epilogue(tile_n, n))
         if block and tile_n == 192:
             config = dataclasses.replace(config, tile_k=128, cluster=2)
         elif block and tile_n == 128 and rounds_of[tile_n] > 2 and m_tiles > 2:
             config = dataclasses.replace(config, turns=True)
-        elif tile_n == 256 and rounds_of[tile_n] > 2:
+        elif tile_n == 256 and rounds_of[tile_n] > 2 and config.k_steps(k) >= config.pieces:
             config = dataclasses.replace(config, deferred=True, late_scales=k <= 8192)
-    config = dataclasses.replace(config, epilogue_n=_epilogue(config.wg_n, n))
-    if config.deferred and config.k_steps(k) < config.pieces:
-        config = dataclasses.replace(config, deferred=False, late_scales=False)
     return config if k >= config.tile_k else dataclasses.replace(config, tile_k=_round_up(k, 128))
 
 
