@@ -59,8 +59,9 @@ def _ranked(plan: Plan) -> tuple[tuple[float, Config], ...]:
 def _shared_rows(plan: Plan) -> Config | None:
     """Two warpgroups to the same 64 rows of W, for a layer with fewer such blocks than there are multiprocessors.
 
-    Their sums meet in shared memory, where parts of K want another kernel. M = 16, 4 bits, an H100: qkv 10.7 -> 9.0 us,
-    o 8.3 -> 7.5, down 16.8 -> 16.1; M = 64, 8 bits: 16.0 -> 13.3, 12.8 -> 11.0, 29.9 -> 26.8.
+    Their sums meet in shared memory, where parts of K want another kernel. M = 16, 4 bits, an H100 (bench/results/
+    a16_variants_h100.json): qkv 10.7 -> 9.0 us, o 8.3 -> 7.5, down 16.8 -> 16.1; M = 64, 8 bits: 16.0 -> 13.3,
+    12.8 -> 11.0, 29.9 -> 26.8.
     """
     blocks = plan.n // 64
     split = 2 if 2 * blocks <= plan.sms else 1

@@ -189,10 +189,10 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
     Above, 128-row tiles of two warpgroups, as wide as makes rounds * (width + _TILE_OVERHEAD) least; steps of 128
     (256 costs half the stages: o at M = 256 took 9.5 us against 10.4), but 256 for block scales, which wait half as
     often (qkv at M = 256: 15.2 us against 16.9; ptxas awaits both partial sums before it promotes the first).
-    Three rounds of tiles and more (M = 4096, an H100): 256-wide tiles are stored under the next one's products (gate_up
-    681 -> 648 us, o 98.6 -> 93.6; with a long K, down, without waiting for its scales: 319 -> 314). With block scales
-    192-wide tiles in clusters of two where they make fewer rounds (gate_up 914 -> 782 us), else two warpgroups take
-    turns (down 450 -> 429, o 124 -> 119).
+    Three rounds of tiles and more (M = 4096, an H100: bench/results/scaled_variants_h100.json): 256-wide tiles are
+    stored under the next one's products (gate_up 681 -> 648 us, o 98.6 -> 93.6; with a long K, down, without waiting
+    for its scales: 319 -> 314). With block scales 192-wide tiles in clusters of two where they make fewer rounds
+    (gate_up 914 -> 782 us), else two warpgroups take turns (down 450 -> 429, o 124 -> 119).
     """
     if m <= 64:
         if block:  # a 128-column scale block of its own for each warpgroup, or a whole part of one
