@@ -348,7 +348,7 @@ def online_schemes() -> str:
 def load_peak() -> str:
     """Device and host memory while quantizing online."""
     rows, sources = [], []
-    for name in ("load_peak", "load_peak_more", "load_peak_capped"):
+    for name in ("load_peak", "load_peak_more", "load_peak_torchao", "load_peak_capped"):
         result = load(name)
         if result is None:
             continue

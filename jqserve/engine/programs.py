@@ -136,11 +136,11 @@ class Programs:
         if plan.chunks or plan.constrained:
             return None
         needed = needed_by(plan.sequences)
+        if plan.steps == 1 and self.variant(needed) is not Variant.GREEDY:
+            return None
         if needed is Variant.PLAIN:  # a model once more to compile, for a saving that few rows hardly notice
             needed = Variant.SAMPLE
         variant = self.variant(needed)
-        if plan.steps == 1 and variant is not Variant.GREEDY:
-            return None
         coarse = variant is not Variant.GREEDY
         bucket = self.buckets.choose(len(plan.decodes), 0, self.tile_size, steps=plan.steps, coarse=coarse)
         return Fused(bucket, variant)

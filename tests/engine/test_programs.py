@@ -123,3 +123,9 @@ def test_greedy_decoding_is_one_program_and_sampling_two() -> None:
     assert [type(p) for p in taken(programs, plan_of(64, 0, {"temperature": 1.0}))] == [Forward, Draw]
     several = dataclasses.replace(plan_of(64, 0, {"temperature": 1.0}), steps=4)
     assert [type(p) for p in taken(Programs(GPU[1], TILE, ORDER), several)] == [Fused]
+
+
+def test_a_bench_with_one_sampler_alone_finds_its_programs() -> None:
+    programs = Programs(GPU[0], TILE, (Variant.PLAIN,), cut_masked=True)
+    for kind in ({"temperature": 1.0}, {"temperature": 1.0, "grammar": object()}):
+        assert {p.variant for p in taken(programs, plan_of(64, 0, kind)) if isinstance(p, Draw)} == {Variant.PLAIN}
