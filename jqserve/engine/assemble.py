@@ -18,6 +18,7 @@ from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, p
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.engine import EngineCore
+from jqserve.engine.lowering import Job
 from jqserve.engine.measure import step_seconds, typical_context
 from jqserve.engine.pages import PagePool
 from jqserve.engine.places import places
@@ -25,14 +26,16 @@ from jqserve.engine.programs import Draw, Forward, Programs
 from jqserve.engine.runner import Runner
 from jqserve.engine.scheduler import Scheduler
 from jqserve.engine.slots import empty
-from jqserve.engine.split import lower_draw, lower_forward
+from jqserve.engine.split import draw_program, forward_program
 from jqserve.engine.step import Structure, make_state
+from jqserve.engine.traceable import Traceable, alone
 from jqserve.engine.validate import Limits
 from jqserve.engine.variant import ORDER, Variant
 from jqserve.errors import UnsupportedError
 from jqserve.models.build import build, split
 from jqserve.models.config import ModelConfig
 from jqserve.ops.compiler_options import compiler_options
+from jqserve.ops.device import current_device
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,7 @@ def assemble(
         variants=defaults.variants,
         cut_masked=defaults.cut_masked,
         cache_of_programs=kept,
+        job=None if device.platform == "cpu" else Job.of(model, params, shape, cache, current_device()),
     )
     scheduler = Scheduler(
         PagePool(pages),
@@ -164,19 +168,19 @@ def _choose_pages(
     draw = max((p for p in programs_of if isinstance(p, Draw)), key=lambda p: (p.rows, ORDER.index(p.variant)))
     logits = 2 * draw.rows * shape.vocab_size * 4  # those of the step before may still be there
 
-    def temporary_of(lowered: jax.stages.Lowered) -> int:
-        analysis = lowered.compile(compiler_options()).memory_analysis()
+    def temporary_of(one: Traceable) -> int:
+        analysis = alone(one.lower).compile(compiler_options()).memory_analysis()
         return int(analysis.temp_size_in_bytes) if analysis is not None else 2**30
 
     def measure() -> int:
         """The two take turns. Compiled at once, for XLA compiles without the interpreter's lock."""
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), leaves)
-        params = empty(shape.slots)
+        params, kv = empty(shape.slots), trial.abstract()
         with concurrent.futures.ThreadPoolExecutor(2, "measure") as pool:
             first = pool.submit(
-                lambda: temporary_of(lower_forward(structure, shape, forward, weights, trial.abstract(), state, params))
+                lambda: temporary_of(forward_program(structure, shape, forward, weights, kv, state, params))
             )
-            second = pool.submit(lambda: temporary_of(lower_draw(shape, draw, state, params)))
+            second = pool.submit(lambda: temporary_of(draw_program(shape, draw, state, params)))
             return max(first.result(), second.result())
 
     facts = environment_facts(device) | _program_facts(structure, leaves, model, shape, trial)

@@ -156,26 +156,20 @@ def remembered(folder: Path | None, facts: dict[str, Any], compute: Callable[[],
     return value
 
 
-#: Held while a program is traced and lowered, which is one core's work under the interpreter's lock: 16 threads that
-#: contend for that lock took 45 s for what one after the other takes half of, and nothing was compiled meanwhile.
-_lowering = threading.Lock()
-
-
 def compile_program(
     name: str, lower: Callable[[], jax.stages.Lowered], cache: ProgramCache | None, captured: bool = True
 ) -> tuple[Any, bool]:
     """(executable, whether it was made now): from the cache, or lowered and compiled. Any thread may call this."""
     if cache is not None and (known := cache.load(name)) is not None:
         return known, False
-    with _lowering:
-        began = time.perf_counter()
-        lowered = lower()
-        lower_seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    lowered = lower()
+    lower_seconds = time.perf_counter() - began
     began = time.perf_counter()
     compiled, new = compile_lowered(lowered, captured)
     seconds = time.perf_counter() - began
     how = "compiled" if new else "found in JAX's cache"
-    log.debug("%s: lowered in %.1f s, %s in %.1f s", name, lower_seconds, how, seconds)
+    log.debug("%s: lowered after %.1f s, %s in %.1f s", name, lower_seconds, how, seconds)
     if cache is not None and new:
         cache.store(name, compiled)
     return compiled, True
@@ -189,6 +183,9 @@ class ProgramCache:
         self.folder = folder / "steps" / key_of(facts)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.hits = 0
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
 
     def load(self, name: str) -> Any | None:
         """The executable, or None when there is none that works."""

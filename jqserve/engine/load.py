@@ -34,6 +34,7 @@ from jqserve.engine.grammar import Grammars, why_not
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.engine.places import hold_places
 from jqserve.engine.totals import lines, measured, peaks
+from jqserve.engine.traceable import alone
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.build import quantized_weights
 from jqserve.ops.device import current_device
@@ -100,7 +101,9 @@ def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report, 
     dtype, weights = str(loaded.params["embed"]["weight"].dtype), list(quantized_weights(loaded.params))
     if config.self_test or worth_testing(weights, dtype, rows):
         kept = None if programs is None else ProgramCache(programs, environment_facts(jax.devices()[0]))
-        for line in self_test(weights, dtype, rows, lambda name, lower: compile_program(name, lower, kept)[0]):
+        for line in self_test(
+            weights, dtype, rows, lambda name, lower: compile_program(name, lambda: alone(lower), kept)[0]
+        ):
             tell("load", f"self-test {line}", {})
 
 

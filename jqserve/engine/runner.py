@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import time
@@ -20,6 +21,7 @@ from jqserve.engine.buckets import Buckets
 from jqserve.engine.cache import Cache, CacheShape, make_cache
 from jqserve.engine.compile_cache import ProgramCache, compile_program
 from jqserve.engine.dispatch import Dispatcher
+from jqserve.engine.lowering import Job, Lowerers, traceable
 from jqserve.engine.plan import Adopted, Plan
 from jqserve.engine.programs import Begin, Draw, Forward, Fused, Program, Programs, captured, describe
 from jqserve.engine.request import TokenLogprobs
@@ -29,14 +31,12 @@ from jqserve.engine.split import (
     LEAST,
     Half,
     first_layers,
-    lower_begin,
-    lower_draw,
-    lower_forward,
     mask_words,
     pack_targets,
     read_scores,
 )
-from jqserve.engine.step import SlotState, Structure, lower_step, make_state
+from jqserve.engine.step import SlotState, Structure, make_state
+from jqserve.engine.traceable import alone
 from jqserve.engine.variant import ORDER, Variant
 
 Progress = Callable[[int, int, str], None]  # (done, total, what)
@@ -82,9 +82,12 @@ class Runner:
         variants: tuple[Variant, ...] = ORDER,
         cut_masked: bool = False,
         cache_of_programs: ProgramCache | None = None,
+        job: Job | None = None,
     ) -> None:
-        """`variants`: the samplers to have programs of; `cut_masked`: see `Programs`."""
+        """`variants`: the samplers to have programs of; `cut_masked`: see `Programs`. `job`: what other processes need
+        to lower programs; None: all are lowered here."""
         self.cache_of_programs = cache_of_programs
+        self.job = job
         self.programs = Programs(buckets, shape.tile_size, variants, cut_masked=cut_masked)
         self.structure, self.leaves = structure, leaves
         self.shape, self.cache_shape = shape, cache
@@ -119,32 +122,27 @@ class Runner:
             self.compilations_after_warmup += self._warm
         return self._compiled[program]
 
-    def compile(self, program: Program) -> Any:
+    def compile(self, program: Program, elsewhere: Lowerers | None = None) -> Any:
         """Any thread may call this: XLA compiles without the interpreter's lock."""
-        compiled, new = compile_program(
-            program.name, lambda: self._lower(program), self.cache_of_programs, captured(program)
-        )
+
+        def lower() -> jax.stages.Lowered:
+            one = traceable(self.structure, self.shape, program, *self._abstract)
+            lowered = elsewhere.lower(program, one) if elsewhere is not None else None
+            return lowered if lowered is not None else alone(one.lower)
+
+        compiled, new = compile_program(program.name, lower, self.cache_of_programs, captured(program))
         self.compilations += new
         return compiled
-
-    def _lower(self, program: Program) -> jax.stages.Lowered:
-        leaves, kv, state, params = self._abstract
-        match program:
-            case Fused():
-                return lower_step(self.structure, self.shape, program, leaves, kv, state, params)
-            case Begin():
-                return lower_begin(self.structure, self.shape, program, leaves, kv, state)
-            case Forward():
-                return lower_forward(self.structure, self.shape, program, leaves, kv, state, params)
-            case Draw():
-                return lower_draw(self.shape, program, state, params)
 
     def warm_up(self, progress: Progress | None = None, *, runs: int = 1, programs: Iterable[Program] = ()) -> None:
         """Compiles every program in threads and runs each `runs` times on padding (CUDA graphs are captured so)."""
         wanted = list(programs) or self.programs.always()
         workers = max(1, min(len(wanted), os.cpu_count() or 1))
-        with concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool:
-            jobs = {pool.submit(self.compile, p): p for p in wanted if p not in self._compiled}
+        with (
+            self._lowerers(wanted) as elsewhere,
+            concurrent.futures.ThreadPoolExecutor(workers, "compile") as pool,
+        ):
+            jobs = {pool.submit(self.compile, p, elsewhere): p for p in wanted if p not in self._compiled}
             try:
                 for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
                     self._compiled[jobs[job]] = job.result()
@@ -171,8 +169,15 @@ class Runner:
 
     def _compile_on_demand(self, pool: concurrent.futures.ThreadPoolExecutor) -> None:
         programs = [p for p in self.programs.on_demand() if p not in self._compiled]
-        compiled = list(pool.map(self.compile, programs))
+        with self._lowerers(programs) as elsewhere:
+            compiled = list(pool.map(lambda program: self.compile(program, elsewhere), programs))
         self._compiled |= dict(zip(programs, compiled))
+
+    def _lowerers(self, wanted: list[Program]) -> contextlib.AbstractContextManager[Lowerers | None]:
+        """For those of them that are not there yet."""
+        kept = self.cache_of_programs
+        missing = [p for p in wanted if p not in self._compiled and (kept is None or not kept.has(p.name))]
+        return Lowerers.for_programs(self.job, len(missing))
 
     def idle_run(self, programs: Iterable[Program], runs: int) -> float:
         """Runs the programs of a step `runs` times with nothing but padding; seconds of the last time, with the device

@@ -36,6 +36,7 @@ from jqserve.engine.step import (
     inputs,
     write_page_table,
 )
+from jqserve.engine.traceable import Traceable
 from jqserve.engine.variant import Variant
 
 NEVER = -1e30  # the logit of a token that may not come: finite, so that nothing downstream meets inf - inf
@@ -159,7 +160,7 @@ def draw(
     return dataclasses.replace(state, last_token=state.last_token.at[slot].set(sampled.tokens)), sampled
 
 
-def lower_forward(
+def forward_program(
     structure: Structure,
     shape: StepShape,
     program: Forward,
@@ -167,7 +168,7 @@ def lower_forward(
     kv: Any,
     state: Any,
     params: Any,
-) -> jax.stages.Lowered:
+) -> Traceable:
     """For arguments that are arrays or ShapeDtypeStructs."""
     bucket = program.bucket
     packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
@@ -178,31 +179,28 @@ def lower_forward(
         stream = jax.eval_shape(lambda leaves, tokens: structure.merge(leaves).entering(tokens), leaves, tokens)
     targets = jax.ShapeDtypeStruct((bucket.tiles, shape.tile_size), jnp.int32) if program.scored else None
     function = functools.partial(forward, structure, shape, bucket, program.asked, program.scored)
-    function.__name__ = program.name  # type: ignore[attr-defined]
-    return jax.jit(function, donate_argnums=(1, 2)).lower(leaves, kv, state, params, packed, targets, stream)
+    return Traceable(program.name, function, (leaves, kv, state, params, packed, targets, stream), (1, 2))
 
 
-def lower_begin(
+def begin_program(
     structure: Structure, shape: StepShape, program: Begin, leaves: Any, kv: Any, state: Any
-) -> jax.stages.Lowered:
+) -> Traceable:
     """For arguments that are arrays or ShapeDtypeStructs; `kv` of all layers."""
     packed = jax.ShapeDtypeStruct((packed_size(shape, program.bucket),), jnp.int32)
     function = functools.partial(begin, structure, shape, program.bucket)
-    function.__name__ = program.name  # type: ignore[attr-defined]
     kv = kv[: first_layers(structure.layers)]
-    return jax.jit(function, donate_argnums=(1, 2)).lower(leaves, kv, state, packed)
+    return Traceable(program.name, function, (leaves, kv, state, packed), (1, 2))
 
 
-def lower_draw(shape: StepShape, program: Draw, state: Any, params: Any) -> jax.stages.Lowered:
+def draw_program(shape: StepShape, program: Draw, state: Any, params: Any) -> Traceable:
     """For arguments that are arrays or ShapeDtypeStructs. The greedy variant ignores `params`."""
     rows, words = program.rows, mask_words(shape)
     logits = jax.ShapeDtypeStruct((rows, shape.vocab_size), jnp.float32)
     ints = jax.ShapeDtypeStruct((rows,), jnp.int32)
     mask = jax.ShapeDtypeStruct((rows, words), jnp.int32) if program.masked else None
     function = functools.partial(draw, program.variant)
-    function.__name__ = program.name  # type: ignore[attr-defined]
     params = None if program.variant is Variant.GREEDY else params
-    return jax.jit(function, donate_argnums=(0,)).lower(state, params, logits, ints, ints, mask)
+    return Traceable(program.name, function, (state, params, logits, ints, ints, mask), (0,))
 
 
 def mask_words(shape: StepShape) -> int:

@@ -25,6 +25,7 @@ from jqserve.engine.cache import Cache
 from jqserve.engine.programs import Fused
 from jqserve.engine.sampler import MAX_COUNT, Sampled, greedy, sample
 from jqserve.engine.slots import SlotParams
+from jqserve.engine.traceable import Traceable
 from jqserve.engine.variant import Variant
 from jqserve.ops.attention import AttentionMetadata
 
@@ -76,7 +77,7 @@ def make_state(shape: StepShape, device: Any = None) -> SlotState:
     )
 
 
-def lower_step(
+def step_program(
     structure: Structure,
     shape: StepShape,
     program: Fused,
@@ -84,16 +85,15 @@ def lower_step(
     kv: Any,
     state: Any,
     params: Any,
-) -> jax.stages.Lowered:
-    """A fused program, lowered for arguments that are arrays or ShapeDtypeStructs.
+) -> Traceable:
+    """A fused program, for arguments that are arrays or ShapeDtypeStructs.
 
     The greedy variant takes no sampling parameters: `params` is ignored.
     """
     packed = jax.ShapeDtypeStruct((packed_size(shape, program.bucket),), jnp.int32)
     function = functools.partial(run_step, structure, shape, program.bucket, program.variant)
-    function.__name__ = program.name  # type: ignore[attr-defined]
     params = None if program.variant is Variant.GREEDY else params
-    return jax.jit(function, donate_argnums=(1, 2)).lower(leaves, kv, state, params, packed)
+    return Traceable(program.name, function, (leaves, kv, state, params, packed), (1, 2))
 
 
 def run_step(
@@ -107,7 +107,7 @@ def run_step(
     params: SlotParams | None,
     packed: jax.Array,
 ) -> tuple[Cache, SlotState, Sampled]:
-    """What `lower_step` jits. `packed` int32 [packed_size(shape, bucket)]."""
+    """What `step_program` jits. `packed` int32 [packed_size(shape, bucket)]."""
     fields = unpack(packed, shape, bucket)
     state = dataclasses.replace(state, page_table=write_page_table(state.page_table, fields, shape))
     model = structure.merge(leaves)

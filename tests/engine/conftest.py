@@ -106,7 +106,8 @@ MakeCore = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def make_core(runner: Any) -> MakeCore:
-    """make_core(pages=, slots=, overlap=, max_queued=, tiles=, steps=, ...): an engine over the shared runner."""
+    """make_core(pages=, slots=, overlap=, max_queued=, tiles=, steps=, ...): an engine over the shared runner, or
+    another `runner`."""
     from jqserve.engine.engine import EngineCore
     from jqserve.engine.pages import PagePool
     from jqserve.engine.scheduler import Scheduler
@@ -119,6 +120,7 @@ def make_core(runner: Any) -> MakeCore:
         overlap: bool = True,
         max_queued: int = 1000,
         tiles: int = TILES,
+        runner: Any = runner,
         **scheduling: Any,
     ) -> EngineCore:
         scheduler = Scheduler(PagePool(pages), page_size=PAGE, slots=slots, tile_size=TILE, tiles=tiles, **scheduling)

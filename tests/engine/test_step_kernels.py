@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from jqserve.engine.cache import cache_shape
 from jqserve.engine.slots import empty
 from jqserve.engine.split import begin, first_layers, forward
 from jqserve.engine.step import make_state, run_step
+from jqserve.engine.traceable import Traceable
 from jqserve.engine.variant import Variant
 from jqserve.models.build import build, split
 from jqserve.models.config import ModelConfig, RopeConfig
@@ -23,7 +25,7 @@ from jqserve.ops.compiler_options import compiler_options
 from jqserve.ops.relayout import relayout_leaf
 from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
 from pallas_kernels.dispatch import KNOWN_DEVICES, use_device
-from tests.pallas_kernels.aot import Compiled, compile_for_h200
+from tests.pallas_kernels.aot import Compiled, compile_for_h200, h200_sharding
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, DIM, VOCAB, ROWS = 2, 1024, 2048, 8, 2, 128, 2048, 8
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
@@ -62,6 +64,13 @@ def compiled_step(variant: Variant, steps: int = 1, rows: int = ROWS) -> Compile
 
 def compiled_program(function: Callable[..., Any], bucket: Bucket, *, takes_params: bool) -> Compiled:
     """function(structure, shape, bucket, leaves, kv, state, params, packed)."""
+    one = traceable(function, bucket, takes_params=takes_params)
+    return compile_for_h200(
+        one.function, *one.arguments, donate_argnums=one.donated, compiler_options=compiler_options()
+    )
+
+
+def traceable(function: Callable[..., Any], bucket: Bucket, *, takes_params: bool) -> Traceable:
     with use_device(KNOWN_DEVICES["h200"]):
         config, params = fp8_model()
     structure, leaves = split(build(config, params))
@@ -72,16 +81,8 @@ def compiled_program(function: Callable[..., Any], bucket: Bucket, *, takes_para
     if takes_params:
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), empty(ROWS))
     packed = jax.ShapeDtypeStruct((packed_size(shape, bucket),), jnp.int32)
-    return compile_for_h200(
-        lambda *a: function(structure, shape, bucket, *a),
-        leaves,
-        cache.abstract(),
-        state,
-        given,
-        packed,
-        donate_argnums=(1, 2),
-        compiler_options=compiler_options(),
-    )
+    call = lambda *a: function(structure, shape, bucket, *a)  # noqa: E731
+    return Traceable("program", call, (leaves, cache.abstract(), state, given, packed), (1, 2))
 
 
 def operations(hlo: str, computation: str) -> list[str]:
@@ -104,6 +105,24 @@ def test_a_decode_layer_is_ten_kernels() -> None:
     assert set(launched) <= {"mosaic_gpu_v2", "fusion", "custom-call", "copy"} | {"__cublas$gemm", "__cublas$lt$matmul"}
     # Beside the layers: page table, positions, rotary table, embedding, last norm, head, argmax, the token's place.
     assert len(launched) - 10 * LAYERS <= 18, launched
+
+
+@pytest.mark.slow
+def test_a_step_lowered_by_another_process_is_the_same() -> None:
+    """Kernels, buffers and what is donated; here without the process (`tests/engine/test_lowering`)."""
+    step = lambda structure, shape, bucket, *a: run_step(structure, shape, bucket, Variant.SAMPLE, *a)  # noqa: E731
+    one = traceable(step, Bucket(ROWS, 0, 2), takes_params=True)
+    sharding = h200_sharding()
+    on_device = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), one.arguments)
+    with use_device(KNOWN_DEVICES["h200"]):
+        content = one.exported("cuda")
+    lowered = dataclasses.replace(one, arguments=on_device).imported(content)
+    there = lowered.compile(compiler_options())
+    here = compiled_program(step, Bucket(ROWS, 0, 2), takes_params=True)
+    assert operations(there.as_text(), "\nENTRY") == operations(here.hlo, "\nENTRY")
+    assert there.as_text().count("mosaic_gpu_v2") == here.hlo.count("mosaic_gpu_v2")
+    assert there.memory_analysis().temp_size_in_bytes == here.executable.memory_analysis().temp_size_in_bytes
+    assert there.memory_analysis().alias_size_in_bytes == here.executable.memory_analysis().alias_size_in_bytes
 
 
 @pytest.mark.slow
