@@ -9,7 +9,8 @@ One row per scheme, point (running sequences x context) and K, the decode steps 
     host_ms     of one step, by phase of the loop: schedule, launch, emit; wait is what is left for the device
     kernel_ms   sum of the CUPTI durations of a step's kernels (`kernels`: how many), and step_ms / kernel_ms
     bound_ms    weights (without the embedding) and KV bytes of a step / the bandwidth measured first; share of step_ms
-    vllm        vLLM 0.25.1's tokens/s on an H200 (KERNELS.md part B), with a bf16 cache, where there is a figure
+    vllm        vLLM 0.25.1's tokens/s with a bf16 cache: of the same call where --vllm names bench.peer_vllm's result
+                (`vllm_beside` is true then), else of another day's H200 (KERNELS.md part B), where there is a figure
 
 Prompts are not computed: their pages are declared to be in the prefix cache, whatever they hold, and only the last few
 tokens of each go through one prefill program, whose step time is reported too (`prefill_step_ms`).
@@ -168,18 +169,23 @@ def measure(engine: EngineCore, scheme: str, batch: int, context: int, k: int, r
         "tokens_per_second": round(batch / seconds, 1),
         "host_ms": {p: round(host[p] * 1e3, 4) for p in ("schedule", "launch", "wait", "emit")},
     }
-    row |= beside(scheme, batch, context, row["kv_dtype"])
+    row |= beside(scheme, batch, context, row["kv_dtype"], args.vllm)
     row |= kernels(engine, k, seconds, args.top)
     end(engine, batch)
     return row
 
 
-def beside(scheme: str, batch: int, context: int, kv_dtype: str) -> dict[str, int | None]:
+def beside(scheme: str, batch: int, context: int, kv_dtype: str, vllm: str | None) -> dict[str, Any]:
     """The figures to compare with: there are none but for a bf16 cache, which reads twice the bytes of an fp8 one."""
     if kv_dtype != "bfloat16":
         return {"vllm": None, "aim": None}
     point = (scheme, batch, context)
-    return {"vllm": VLLM.get(point), "aim": AIM.get(point)}
+    row: dict[str, Any] = {"vllm": VLLM.get(point), "aim": AIM.get(point)}
+    if vllm is not None:
+        from bench.peer_vllm import decode_rates
+
+        row |= {"vllm": decode_rates(vllm).get(point), "vllm_beside": True}
+    return row
 
 
 def kernels(engine: EngineCore, k: int, seconds: float, top: int) -> dict[str, Any]:
@@ -242,6 +248,7 @@ def main() -> None:
     parser.add_argument("--dump", help="folder for XLA's dump of the step programs (thunk sequences)")
     parser.add_argument("--top", type=int, default=12, help="kernels listed per row")
     parser.add_argument("--budget", type=float, default=600, help="seconds after which what is left is skipped")
+    parser.add_argument("--vllm", help="peer_vllm.json that bench.peer_vllm wrote on this machine just now")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--name", default="decode", help="of the result file")
     parser.add_argument("--out", help="folder of the result file (default bench/results)")

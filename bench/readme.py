@@ -6,185 +6,16 @@ python -m bench.readme [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from bench.bars import MATMUL_BARS, PEERS_OF
-from bench.record import RESULTS
+from bench.readme_kernels import kernels
+from bench.readme_serving import decode, serve, start_line, startup, summary
+from bench.readme_table import load, source, table
 
 README = Path(__file__).parent.parent / "README.md"
-
-
-def load(name: str) -> dict[str, Any] | None:
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source(result: dict[str, Any], name: str) -> str:
-    versions = result["versions"]
-    return (
-        f"{result['device']}, jax {versions.get('jax')}, commit {result['commit']}, {result['date'][:10]}; "
-        f"`{result['command']}`, in [{name}.json](bench/results/{name}.json)."
-    )
-
-
-def start_line() -> str:
-    """Load and generate, in process."""
-    result = load("start_line")
-    if result is None:
-        return "Not measured yet."
-    rows = []
-    for row in result["rows"]:
-        if "failed" in row:
-            rows.append([row["case"], "failed", "", "", "", ""])
-            continue
-        cells = [row["case"], f"{row['weight_gib']:.2f}", f"{row['load_seconds']}", f"{row['peak_gib']}"]
-        for key in sorted((k for k in row if k.startswith("batch_")), key=lambda k: int(k[6:])):
-            measured = row[key]
-            bound = measured["bound_step_ms"]
-            share = f" ({bound / measured['step_ms']:.0%})" if bound else ""
-            cells.append(f"{measured['decode_tokens_per_second']:,.0f}{share}")
-        rows.append(cells)
-    batches = [k[6:] for k in result["rows"][0] if k.startswith("batch_")]
-    header = ["model", "weights GiB", "load s", "peak GiB", *(f"tokens/s at batch {b}" for b in batches)]
-    return table(header, rows) + "\n\n" + source(result, "start_line")
-
-
-_LABELS = {
-    "w4a16": "4-bit weights, group 128",
-    "fp8_row": "fp8 x fp8, per token x per channel",
-    "fp8_block": "fp8 x fp8, 1x128 by 128x128 blocks",
-    "int8_row": "int8 x int8, per token x per channel",
-    "w8a16": "int8 weights, group 128",
-}
-
-
-def kernels() -> str:
-    """The four products of a Llama-3.1-8B layer, summed; paged attention; each beside the best peer of the same run."""
-    result = load("kernels")
-    if result is None:
-        return "Not measured yet."
-    sums = {(row["op"], row["m"]): row for row in result["sums"]}
-    ms = sorted({m for op, m in sums if op in MATMUL_BARS})
-    lines = []
-    for op, label in _LABELS.items():
-        cells = [label]
-        for m in ms:
-            ours = sums.get((op, m))
-            peers = [(sums[p, m]["us"], p) for p in {p for p, n in sums if n == m} if p.startswith(PEERS_OF[op])]
-            cell = "-"
-            if ours:
-                cell = f"{ours['us']:,.0f}" + (f" / {ours['kernel_us']:,.0f}" if "kernel_us" in ours else "")
-            if peers:
-                us, name = min(peers)
-                cell += f" ({us:,.0f} {name.split('_mm')[0].replace('_', ' ')})"
-            cells.append(cell)
-        lines.append(cells)
-    bandwidth = (result.get("hbm_bytes_per_second") or 0) / 1e12
-    text = table(
-        ["us of four kernels: in a chain / their own by CUPTI (best peer, graph replay)", *(f"M={m:,}" for m in ms)],
-        lines,
-    )
-    if result.get("note"):
-        text += f"\n\n{result['note']}"
-    return f"{text}\n\n{_attention(result['rows'])}\n\nMemory read at {bandwidth:.2f} TB/s. {source(result, 'kernels')}"
-
-
-def _attention(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    good = [row for row in rows if "us" in row and row.get("ok", True)]
-    for row in good:
-        if row["op"] == "prefill_attention" and not row.get("config"):
-            same = [r for r in good if r["op"] == "peer" and r.get("kind") == row["kind"]]
-            best = max(same, key=lambda r: r["tflops"], default=None)
-            peer = f"{best['tflops']} {best['peer'].replace('_', ' ')}" if best else "-"
-            name = f"prefill {row['context']:,}, {row['kind']}, {_SHORT[row['kv']]} pages"
-            lines.append([name, f"{row['tflops']} TFLOP/s", peer])
-        elif row["op"] == "decode_attention" and not row.get("config"):
-            shape = (row["rows"], row["context"])
-            same = [r for r in good if r["op"] == "peer" and (r.get("rows"), r.get("context")) == shape]
-            best = min((r for r in same if "paged" in r["peer"]), key=lambda r: r["us"], default=None)
-            peer = f"{best['us']:,.1f} {best['peer'].replace('_', ' ')}" if best and row["kv"] == "bfloat16" else "-"
-            name = f"decode {row['rows']} x {row['context']:,}, {_SHORT[row['kv']]} pages"
-            lines.append([name, f"{row['us']:,.1f} us", peer])
-    return table(["paged attention, 32/8 heads of 128", "ours", "best peer"], lines)
-
-
-def summary() -> str:
-    """Decode at the first glance: a line per scheme, a column per batch, one step a dispatch."""
-    result = load("decode")
-    if result is None:
-        return "Not measured yet."
-    measured = [r for r in result["rows"] if "step_ms" in r and r["decode_steps"] == 1]
-    rows = {(r["scheme"], r["batch"]): r for r in measured if r["vllm"]}  # other contexts and caches have no figure
-    batches = sorted({batch for _, batch in rows})
-    labels = {"bf16": "bf16", "fp8": "FP8 weights and activations", "w4a16": "4-bit weights, group 128"}
-    lines = []
-    for scheme, label in labels.items():
-        found = [rows.get((scheme, batch)) for batch in batches]
-        cells = [f"**{row['tokens_per_second']:,.0f}** ({row['vllm']:,})" if row else "-" for row in found]
-        lines.append([label, *cells])
-    header = [f"tokens/s, {result['device']} (vLLM 0.25.1)", *(f"batch {batch}" for batch in batches)]
-    return table(header, lines)
-
-
-DECODE_RESULTS = ("decode", "decode_steps2")
-
-
-def decode() -> str:
-    """Decode steps of the engine, in process: the rows of every file, then where each comes from."""
-    found = {name: result for name in DECODE_RESULTS if (result := load(name)) is not None}
-    if not found:
-        return "Not measured yet."
-    rows = [row for result in found.values() for row in _decode_rows(result)]
-    header = ["weights", "KV", "sequences x context", "K", "tokens/s (vLLM 0.25.1)", "step ms", "its kernels ms"]
-    header += ["kernels", "host ms", "of the bound"]
-    return table(header, rows) + "\n\n" + "\n".join(source(result, name) for name, result in found.items())
-
-
-def _decode_rows(result: dict[str, Any]) -> list[list[str]]:
-    rows = []
-    for row in result["rows"]:
-        if "step_ms" not in row:
-            continue
-        peer = f" ({row['vllm']:,})" if row.get("vllm") else ""
-        host = sum(row["host_ms"][phase] for phase in ("schedule", "launch", "emit"))
-        share = row.get("share_of_bound")
-        what = [row["scheme"], row["kv_dtype"], f"{row['batch']} x {row['context']:,}", str(row["decode_steps"])]
-        times = [
-            f"{row['step_ms']:.2f}",
-            f"{row.get('kernel_ms', 0):.2f}",
-            f"{row.get('kernels', 0):.0f}",
-            f"{host:.2f}",
-        ]
-        rows.append([*what, f"{row['tokens_per_second']:,.0f}{peer}", *times, f"{share:.0%}" if share else ""])
-    return rows
-
-
-def startup() -> str:
-    """From the command to the first token."""
-    result = load("startup")
-    if result is None:
-        return "Not measured yet."
-    phases = list(result["rows"][0]["phases"])
-    rows = [
-        [row["run"], *(f"{row['phases'][phase]:.1f}" for phase in phases), f"**{row['total']:.1f}**"]
-        for row in result["rows"]
-    ]
-    return (
-        table(["compile cache", *(p.replace("_", " ") for p in phases), "seconds"], rows)
-        + "\n\n"
-        + source(result, "startup")
-    )
 
 
 def plan_time() -> str:
@@ -201,52 +32,6 @@ def plan_time() -> str:
         f"model's {tensors} (medians of {large['runs']} runs; the load of the {result['host_cores']} cores was "
         f"{result['load_average']:.1f}). {source(result, 'plan_time')}"
     )
-
-
-SERVE_RESULTS = (
-    "serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512", "serve_128_768",
-    "serve_2048", "serve_sweep", "serve_first", "serve",
-)  # fmt: skip
-
-
-def serve() -> str:
-    """Throughput and latency of a loaded engine, and the first token of an idle one; H200 rows first."""
-    header = ["GPU", "weights, KV", "path", "tokens in/out", "streams", "output tokens/s (vLLM 0.25.1, H200)"]
-    header += ["TTFT ms P50 / P99", "TPOT ms P50 / P99"]
-    rows, idle, sources = [], [], []
-    for name in SERVE_RESULTS:
-        result = load(name)
-        if result is None:
-            continue
-        flags, gpu = result["server_flags"], result["device"].split()[1]
-        kv = flags[flags.index("--kv-cache-dtype") + 1] if "--kv-cache-dtype" in flags else "bf16"
-        for row in result["rows"]:
-            if "output_tokens_per_second" not in row:
-                continue
-            peer = result["peers"].get(row["workload"], {}).get("vllm") if (gpu, kv) == ("H200", "bf16") else None
-            beside = f" ({peer:,})" if peer else ""
-            cells = [gpu, f"{result['scheme']}, {kv}", row["mode"], row["workload"], str(row["concurrency"])]
-            cells.append(f"{row['output_tokens_per_second']:,.0f}{beside}")
-            rows.append(cells + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")])
-        idle += [f"{gpu}: {line}" for line in _first_tokens(result["rows"])]
-        sources.append(source(result, name))
-    return "\n\n".join([table(header, rows), "\n".join(idle), "\n".join(sources)]) if rows else "Not measured yet."
-
-
-def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for row in rows:
-        if "ttft_to_prefill" in row:
-            lines.append(
-                f"An idle engine's first token of a {row['prompt']:,}-token prompt comes after "
-                f"{row['ttft_ms']:.1f} ms, {row['ttft_to_prefill']:.2f} times its step programs alone."
-            )
-        elif "speedup" in row:
-            lines.append(
-                f"With {row['cached']:,} of {row['prompt']:,} prompt tokens cached it comes after "
-                f"{row['ttft_ms']:.1f} ms instead of {row['ttft_ms_without']:.1f}."
-            )
-    return lines
 
 
 def quantize_speed() -> str:
@@ -273,9 +58,6 @@ def quantize_speed() -> str:
         return "Not measured yet."
     header = ["", "32 layers", "first (compiles)", "a further layer (stages, s)", "in matmuls", "peak on the device"]
     return "\n\n".join([table(header, rows), *sources])
-
-
-_SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}
 
 
 def support() -> str:

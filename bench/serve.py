@@ -54,6 +54,17 @@ QUICK_FLAGS = [
 ]
 
 
+def peers(scheme: str, workload: str, vllm: str | None) -> dict[str, Any]:
+    """`vllm` is of the same call where --vllm names its result (`beside` is true then), else of another day's H200."""
+    known: dict[str, Any] = dict(PEERS.get((scheme, workload), {}))
+    if vllm is not None:
+        from bench.peer_vllm import throughputs
+
+        if (measured := throughputs(vllm).get((scheme, workload))) is not None:
+            known |= {"vllm": round(measured), "beside": True}
+    return known
+
+
 def items_of(workload: str, count: int, vocabulary: int, ratio: float, seed: int) -> list[Item]:
     """Raises SystemExit for a name that is none."""
     kind, _, rest = workload.partition(":")
@@ -222,6 +233,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--clients", type=int, default=4, help="processes that send")
     parser.add_argument("--budget", type=float, default=600, help="seconds of load after which levels are skipped")
     parser.add_argument("--first-token", action="store_true", help="in engine mode rows of bench.first_token as well")
+    parser.add_argument("--vllm", help="peer_vllm.json that bench.peer_vllm wrote on this machine just now")
     parser.add_argument("--quick", action="store_true", help="a tiny model and two levels: checks the script")
     parser.add_argument("--name", default="serve", help="of the result files")
     parser.add_argument("--out", help="folder of the result files (default bench/results)")
@@ -264,7 +276,7 @@ def main() -> None:
     from bench.record import write
 
     more = {"scheme": args.scheme, "model_path": args.model_path, "workload": args.workload, "server_flags": flags}
-    more["peers"] = {w: PEERS.get((args.scheme, w)) for w in args.workload.split(",")}
+    more["peers"] = {w: peers(args.scheme, w, args.vllm) for w in args.workload.split(",")}
     path = write(args.name, rows, args.out, **more)
     path.with_suffix(".svg").write_text(picture(rows, f"{args.scheme}, {args.workload}"))
     print(path)

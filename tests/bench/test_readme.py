@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from bench import readme
+from bench import readme, readme_kernels, readme_table
 
 
 def test_readme_is_rendered():
@@ -31,8 +31,8 @@ def test_kernels_beside_the_best_peer(tmp_path, monkeypatch):
     ]
     result = {**frame, "sums": sums, "rows": rows, "hbm_bytes_per_second": 4.6e12}
     (tmp_path / "kernels.json").write_text(json.dumps(result))
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    text = readme.kernels()
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    text = readme_kernels.kernels()
     assert "| 4-bit weights, group 128 | 50 (71 marlin w4a16) | - |" in text
     assert "| fp8 x fp8, per token x per channel | - | 66 / 61 |" in text
     assert "| prefill 4,096, full, bf16 pages | 690 TFLOP/s | 682 cudnn |" in text

@@ -306,7 +306,7 @@ def test_programs_that_did_not_compile_are_tried_again(
     """One failure, while memory was short, failed every constrained and scored request from then on."""
     real = runner.compile
 
-    def fails(program: Any) -> Any:
+    def fails(program: Any, elsewhere: Any) -> Any:
         raise MemoryError("made up")
 
     monkeypatch.setattr(

@@ -1,0 +1,152 @@
+"""README's tables of the engine: decode steps, serving, start-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.readme_table import load, source, table
+
+
+def start_line() -> str:
+    """Load and generate, in process."""
+    result = load("start_line")
+    if result is None:
+        return "Not measured yet."
+    rows = []
+    for row in result["rows"]:
+        if "failed" in row:
+            rows.append([row["case"], "failed", "", "", "", ""])
+            continue
+        cells = [row["case"], f"{row['weight_gib']:.2f}", f"{row['load_seconds']}", f"{row['peak_gib']}"]
+        for key in sorted((k for k in row if k.startswith("batch_")), key=lambda k: int(k[6:])):
+            measured = row[key]
+            bound = measured["bound_step_ms"]
+            share = f" ({bound / measured['step_ms']:.0%})" if bound else ""
+            cells.append(f"{measured['decode_tokens_per_second']:,.0f}{share}")
+        rows.append(cells)
+    batches = [k[6:] for k in result["rows"][0] if k.startswith("batch_")]
+    header = ["model", "weights GiB", "load s", "peak GiB", *(f"tokens/s at batch {b}" for b in batches)]
+    return table(header, rows) + "\n\n" + source(result, "start_line")
+
+
+def summary() -> str:
+    """Decode at the first glance: a line per scheme, a column per batch, one step a dispatch."""
+    result = load("decode")
+    if result is None:
+        return "Not measured yet."
+    measured = [r for r in result["rows"] if "step_ms" in r and r["decode_steps"] == 1]
+    rows = {(r["scheme"], r["batch"]): r for r in measured if r["vllm"]}  # other contexts and caches have no figure
+    batches = sorted({batch for _, batch in rows})
+    labels = {"bf16": "bf16", "fp8": "FP8 weights and activations", "w4a16": "4-bit weights, group 128"}
+    lines = []
+    for scheme, label in labels.items():
+        found = [rows.get((scheme, batch)) for batch in batches]
+        cells = [f"**{row['tokens_per_second']:,.0f}** ({_peer(row)})" if row else "-" for row in found]
+        lines.append([label, *cells])
+    header = [f"tokens/s, {result['device']} (vLLM 0.25.1)", *(f"batch {batch}" for batch in batches)]
+    return table(header, lines)
+
+
+def _peer(row: dict[str, Any]) -> str:
+    """vLLM's figure; our ratio to it only where both were measured in the same run."""
+    ratio = f": {row['tokens_per_second'] / row['vllm']:.2f} x" if row.get("vllm_beside") else ""
+    return f"{row['vllm']:,.0f}{ratio}"
+
+
+DECODE_RESULTS = ("decode", "decode_steps2")
+
+
+def decode() -> str:
+    """Decode steps of the engine, in process: the rows of every file, then where each comes from."""
+    found = {name: result for name in DECODE_RESULTS if (result := load(name)) is not None}
+    if not found:
+        return "Not measured yet."
+    rows = [row for result in found.values() for row in _decode_rows(result)]
+    header = ["weights", "KV", "sequences x context", "K", "tokens/s (vLLM 0.25.1)", "step ms", "its kernels ms"]
+    header += ["kernels", "host ms", "of the bound"]
+    return table(header, rows) + "\n\n" + "\n".join(source(result, name) for name, result in found.items())
+
+
+def _decode_rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for row in result["rows"]:
+        if "step_ms" not in row:
+            continue
+        peer = f" ({_peer(row)})" if row.get("vllm") else ""
+        host = sum(row["host_ms"][phase] for phase in ("schedule", "launch", "emit"))
+        share = row.get("share_of_bound")
+        what = [row["scheme"], row["kv_dtype"], f"{row['batch']} x {row['context']:,}", str(row["decode_steps"])]
+        times = [
+            f"{row['step_ms']:.2f}",
+            f"{row.get('kernel_ms', 0):.2f}",
+            f"{row.get('kernels', 0):.0f}",
+            f"{host:.2f}",
+        ]
+        rows.append([*what, f"{row['tokens_per_second']:,.0f}{peer}", *times, f"{share:.0%}" if share else ""])
+    return rows
+
+
+def startup() -> str:
+    """From the command to the first token."""
+    result = load("startup")
+    if result is None:
+        return "Not measured yet."
+    phases = list(result["rows"][0]["phases"])
+    rows = [
+        [row["run"], *(f"{row['phases'][phase]:.1f}" for phase in phases), f"**{row['total']:.1f}**"]
+        for row in result["rows"]
+    ]
+    return (
+        table(["compile cache", *(p.replace("_", " ") for p in phases), "seconds"], rows)
+        + "\n\n"
+        + source(result, "startup")
+    )
+
+
+SERVE_RESULTS = (
+    "serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512", "serve_128_768",
+    "serve_2048", "serve_sweep", "serve_first", "serve",
+)  # fmt: skip
+
+
+def serve() -> str:
+    """Throughput and latency of a loaded engine, and the first token of an idle one; H200 rows first."""
+    header = ["GPU", "weights, KV", "path", "tokens in/out", "streams", "output tokens/s (vLLM 0.25.1, H200)"]
+    header += ["TTFT ms P50 / P99", "TPOT ms P50 / P99"]
+    rows, idle, sources = [], [], []
+    for name in SERVE_RESULTS:
+        result = load(name)
+        if result is None:
+            continue
+        flags, gpu = result["server_flags"], result["device"].split()[1]
+        kv = flags[flags.index("--kv-cache-dtype") + 1] if "--kv-cache-dtype" in flags else "bf16"
+        for row in result["rows"]:
+            if "output_tokens_per_second" not in row:
+                continue
+            known = result["peers"].get(row["workload"]) or {}
+            beside = ""
+            if "vllm" in known and (gpu, kv) == ("H200", "bf16"):
+                ours = {"tokens_per_second": row["output_tokens_per_second"], "vllm_beside": known.get("beside")}
+                beside = f" ({_peer(ours | {'vllm': known['vllm']})})"
+            cells = [gpu, f"{result['scheme']}, {kv}", row["mode"], row["workload"], str(row["concurrency"])]
+            cells.append(f"{row['output_tokens_per_second']:,.0f}{beside}")
+            rows.append(cells + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")])
+        idle += [f"{gpu}: {line}" for line in _first_tokens(result["rows"])]
+        sources.append(source(result, name))
+    return "\n\n".join([table(header, rows), "\n".join(idle), "\n".join(sources)]) if rows else "Not measured yet."
+
+
+def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        if "ttft_to_prefill" in row:
+            lines.append(
+                f"An idle engine's first token of a {row['prompt']:,}-token prompt comes after "
+                f"{row['ttft_ms']:.1f} ms, {row['ttft_to_prefill']:.2f} times its step programs alone."
+            )
+        elif "speedup" in row:
+            lines.append(
+                f"With {row['cached']:,} of {row['prompt']:,} prompt tokens cached it comes after "
+                f"{row['ttft_ms']:.1f} ms instead of {row['ttft_ms_without']:.1f}."
+            )
+    return lines
