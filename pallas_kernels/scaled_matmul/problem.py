@@ -36,6 +36,7 @@ class Problem:
     w_kind: str
     has_bias: bool
     config: Config
+    interpretable: bool = False  # for interpret mode, which knows Pallas' own products only
 
     @property
     def block(self) -> bool:

@@ -105,6 +105,10 @@ INTERPRETED = (
 
 # Structures that no heuristic chooses at these sizes (bench/kernel_variants.py): 3 multiprocessors, so that teams take
 # turns and rings wrap around between tiles.
+MANY_ROWS = Config(
+    64, 2, m_groups=2, stages=3, epilogue_n=16, out_slots=4, one_commit=True, overwrite=True, late_release=True
+)
+MANY_ROWS_112 = dataclasses.replace(MANY_ROWS, wg_n=112, out_slots=7)
 INTERPRETED_VARIANTS = (
     # ping-pong: an odd number of tiles and of K steps
     (Case(200, 336, 384, bias=True), Config(48, teams=2, stages=4, epilogue_n=16, out_slots=3)),
@@ -124,6 +128,11 @@ INTERPRETED_VARIANTS = (
         Config(32, 2, tile_k=256, stages=2, epilogue_n=16, turns=True, deferred=True),
     ),
     (Case(16, 400, 384), Config(64, stages=2, epilogue_n=16, out_slots=4, one_commit=True)),
+    # stages given back late, and 64 rows of a warpgroup after the other: several tiles a block, columns of two scales
+    (Case(200, 320, 384, scales="block"), Config(64, 2, stages=2, epilogue_n=16, late_release=True)),
+    (Case(300, 448, 384, scales="block", bias=True), MANY_ROWS_112),
+    (Case(300, 256, 384, scales="w block"), dataclasses.replace(MANY_ROWS, turns=True)),
+    (Case(300, 256, 512, scales="x block"), dataclasses.replace(MANY_ROWS, tile_k=256, stages=2, one_commit=False)),
 )
 
 
@@ -132,7 +141,7 @@ def test_hopper_kernel_interpreted(case, config, monkeypatch):
     operands = make(case)
     few = dataclasses.replace(KNOWN_DEVICES["h200"], core_count=3)  # so that a block walks over several tiles
     monkeypatch.setitem(KNOWN_DEVICES, "h200", few)
-    call = functools.partial(mosaic_sm90.scaled_matmul, out_dtype=case.out_dtype, config=config)
+    call = functools.partial(mosaic_sm90.scaled_matmul, out_dtype=case.out_dtype, config=config, interpretable=True)
     check(case, interpret(call, *map(as_jax, operands)), operands)
 
 
