@@ -71,8 +71,7 @@ class BlockSum:
                 return [self._x_scales(ki, j, group) for j in range(self.blocks)]
 
             if c.overwrite:
-                never = (ki < 0).astype(jnp.int32)
-                parts, x_scales = self.consumer.overwritten(slot, group, accs, never, meanwhile)
+                parts, x_scales = self.consumer.overwritten(slot, group, accs, meanwhile)
                 accs = tuple(parts)
             else:
                 parts, x_scales = self.consumer.partial_sums(slot, self.blocks, 128, meanwhile)

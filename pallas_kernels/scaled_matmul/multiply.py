@@ -74,12 +74,9 @@ class Consumer:
         return pl.run_scoped(multiply, *[plgpu.ACC(self.shape, self.walk.p.accumulator)] * parts)
 
     def overwritten(
-        self, slot: Any, group: int, accs: Sequence[Any], adds: Any, meanwhile: Callable[[], Any]
+        self, slot: Any, group: int, accs: Sequence[Any], meanwhile: Callable[[], Any]
     ) -> tuple[list[Any], Any]:
-        """The same for 64 of its rows and 128 of K in each of `accs`, whose registers take the sums (see `product`).
-
-        adds  a number that is 0
-        """
+        """The same for 64 of its rows and 128 of K in each of `accs`, whose registers take the sums (see `product`)."""
         p, operands = self.walk.p, self.walk.scratch["operands"]
         x_row, w_row = self.walk.x_start(slot) + self.row + 64 * group, self.walk.w_start(slot) + self.column
         self.await_turn()
@@ -93,9 +90,7 @@ class Consumer:
             sums = [pl.run_scoped(functools.partial(multiply, j=j), acc) for j in range(len(accs))]
             self.pass_turn()
             return sums, meanwhile()
-        issued = [
-            product.multiply(acc, operands, x_row, w_row, adds, 128 * j, p.config.tile_k) for j, acc in enumerate(accs)
-        ]
+        issued = [product.multiply(acc, operands, x_row, w_row, 128 * j, p.config.tile_k) for j, acc in enumerate(accs)]
         self.pass_turn()
         found = meanwhile()
         return [product.wait(acc, len(issued) - 1 - j) for j, acc in enumerate(issued)], found
