@@ -146,9 +146,7 @@ def scaled_matmul(
     if x_kind == "block":
         x_scale = jnp.pad(x_scale, ((0, 0), (0, -x_scale.shape[1] % SCALE_CHUNK)))
     c = choose_config(m, n, k, xq.dtype, "block" in (x_kind, w_kind), out_dtype.itemsize, config)
-    if c.overwrite and xq.dtype == jnp.int8:
-        raise NotImplementedError(f"overwrite is for fp8: {c}")
-    p = Problem(m, n, k, xq.dtype, out_dtype, x_kind, w_kind, bias is not None, c, interpretable)
+    p = Problem(m, n, k, xq.dtype, out_dtype, x_kind, w_kind, bias is not None, interpretable, c)
     operands = {
         "x": xq,
         "w": wq,

@@ -35,8 +35,8 @@ class Problem:
     x_kind: str
     w_kind: str
     has_bias: bool
+    interpretable: bool  # for interpret mode, which knows Pallas' own products only
     config: Config
-    interpretable: bool = False  # for interpret mode, which knows Pallas' own products only
 
     @property
     def block(self) -> bool:

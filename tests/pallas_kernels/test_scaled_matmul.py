@@ -25,6 +25,7 @@ from pallas_kernels.scaled_matmul.cases import (
     expected,
     make,
 )
+from pallas_kernels.scaled_matmul.choice import choose_config
 from pallas_kernels.scaled_matmul.config import SMEM_BYTES, Config, fill_stages, heuristic, search_space
 from tests.pallas_kernels.aot import compile_for_h200
 
@@ -262,8 +263,15 @@ def test_heuristic_is_legal_and_fills_the_gpu(block):
 
 
 def test_search_space_is_legal():
-    found = list(search_space(16, 6144, 4096, block=True))
-    assert len(found) > 20 and all(c.smem_bytes(16, 4096, 2, True) <= SMEM_BYTES for c in found)
+    for m, least in ((16, 20), (4096, 8)):
+        found = list(search_space(m, 6144, 4096, block=True))
+        assert len(found) >= least and all(c.smem_bytes(m, 4096, 2, True) <= SMEM_BYTES for c in found)
+        assert not any(c.refusal(m, 6144, 4096, True) for c in found)
+
+
+def test_overwrite_is_for_fp8():
+    with pytest.raises(NotImplementedError, match="for fp8"):
+        choose_config(256, 4096, 4096, "int8", True, 2, MANY_ROWS)
 
 
 def hopper_fp8_sum(x, w, interval, bits=13):
