@@ -10,8 +10,9 @@ durations. Up to M = 64 the inputs of the quantization ops are those that the la
 One process per shape and mode compiles on the CPU at the same time as the others. They take the GPU in turns, first for
 the heuristic's choice at every M, then, with `--sweep`, for the alternatives; one whose kernel hangs ends after 12 s,
 no other. The worker "mlp" times a decoder's MLP (norm, gate_up, SiLU, down) as a chain; "mlp-stream" does so without
-command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come. `--dry` compiles
-everything for an H200 where there is no GPU, and runs nothing.
+command buffers, where `early_launch` can work. Rows of JSON go to DIR/scaled.jsonl as they come, and in the end
+to DIR/scaled.json (DIR/scaled_variants.json). `--dry` compiles everything for an H200 where there is no GPU, and runs
+nothing.
 
 `--variants` times the structures of bench/kernel_variants.py instead of `--sweep`'s, the heuristic's choice once more
 behind them, and at M = 4096 also on zeros and on random bits (what the power limit costs); DIR/clocks.csv has the GPU's
@@ -32,7 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import variant_workers
+from bench import record, variant_workers
 from bench.kernel_mlp import mlp_worker
 from bench.kernel_quantize import quant_worker
 from bench.kernel_scaled_matmul import MS, cases_worker, matmul_worker
@@ -149,6 +150,8 @@ def main() -> None:
     summary(rows)
     if args.variants:
         variant_workers.best_variants(rows)
+    if not args.dry:
+        print(record.write("scaled_variants" if args.variants else "scaled", rows, args.out))
 
 
 if __name__ == "__main__":

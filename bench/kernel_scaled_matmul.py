@@ -234,7 +234,7 @@ def time_matmuls(
                 if not error < ERROR["fast" if fast else "promoted"] or not row["repeats"]:
                     row["WRONG"] = True
                 del one, two
-                row |= measure(fn, args, calls, 0.02 if chosen or m == 4096 else 0.006)
+                row |= measure(fn, args, calls, 0.02 if chosen or m == 4096 else 0.01)
                 row["TBs"] = round(n * k / row["us"] / 1e6, 2)
                 row["TFLOPs"] = round(2 * m * n * k / row["us"] / 1e6)
             except Exception as error:

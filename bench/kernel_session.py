@@ -106,8 +106,8 @@ def measure(fn: Any, args: tuple[Any, ...], calls: int, seconds: float) -> dict[
             out = fn(*args)
         jax.block_until_ready(out)
         walls.append((time.perf_counter() - begin) / (chains * calls) * 1e6)
-    kernels = [kernel_times(lambda: fn(*args)) for _ in range(2)]
-    kernel = min(us for us, _ in kernels) / calls
+    kernels = [kernel_times(lambda: fn(*args)) for _ in range(5)]
+    kernel = statistics.median(us for us, _ in kernels) / calls
     return {
         "us": round(statistics.median(walls), 2),
         "kernel_us": round(kernel, 2),

@@ -1,19 +1,18 @@
 """Structures worth timing beside the heuristics' choice, for `bench.kernel_scaled --variants`, safest first.
 
-Each names what it is meant to show. By machine code and arithmetic (no device; see the docstrings of the kernels):
-- fp8 per row at M = 4096 takes 0.69 us a K step of a 128 x 256 tile and 2.15 us more a tile (fit of K = 4096 against
-  14336): the epilogue, during which nothing multiplies. `teams` (ping-pong), `out_slots`, `late_scales` are for that.
-- One such step reads 48 KB through the L2: 9.4 TB/s over 132 multiprocessors, near what the L2 gives; so do the blocks'
-  32 KB a 128 x 128 step (10.1 TB/s). `cluster` 2 reads 32 KB and 24 KB, ping-pong with 128 x 192 tiles 53 B a clock
-  instead of 64.
-- Block scales: ptxas puts both waits in front of all 128 FFMA of a 256-step, so that promotion hides behind nothing of
-  its own warpgroup. `overlap` keeps a wgmma in flight under each.
-- A row tile's 2.15 us: scaling and rounding are 320 instructions a warp, 0.4 us; the rest waits for eight copies out,
-  each with two barriers, through two buffers. `deferred` stores them under the next tile's products; `one_commit` has
-  one barrier for all.
-- Two warpgroups that run in step promote at the same time, and no product runs meanwhile: a step of 256 takes 1024
-  clocks of tensor core and a promotion some 250. `turns` makes one promote while the other multiplies.
-- M = 256: a tile of 128 x 64 asks 96 bytes a clock of the L2; two blocks that split K and take 128 x 128 ask 64.
+What an H100 said of teams, one_commit, late_scales, three warpgroups, 160-wide tiles and split K is on record
+(bench/results/scaled_variants_h100.json); here stand those that it left open, and later ones. By machine code, in
+clocks of a K block of 128 (of a warpgroup's 64 x n tile, which takes the tensor cores 2 n), with block scales:
+- A 128 x 192 tile of a cluster: 384 of products; between a warpgroup's last one and its next 96 FFMA and some 250 more
+  (x's scales read after the wait, a fence and a barrier to give the stage back, 27 instructions for descriptors). Two
+  warpgroups in step leave the tensor cores idle meanwhile. x's scales are now always read under the products,
+  `late_release` gives the stage back there, `overwrite` needs 17 instructions: 96 FFMA and some 60.
+- A 256 x 128 tile (`m_groups` 2: each warpgroup multiplies 64 rows and then 64 more): 4 x 256 of products, 80 and 130
+  between two of a warpgroup. It reads 48 KB a 1024 clocks through the L2, 128 x 192 reads 40 KB a 768; every shape
+  takes whole rounds (o: 4, 97 % full; 192 wide 6, 89 %). With one commit the epilogue has two barriers.
+- M = 256: gate_up's 256 tiles of 256 x 112 are two rounds, 97 % full, each W read once; 128 x 128 took four, 85 %.
+- `turns` makes one warpgroup promote while the other multiplies; `cluster` 2 on "m" shares w, on "n" shares x.
+- fp8 per row at M = 4096 is limited by the power: a tile that two blocks share costs the L2 less of it.
 """
 
 from __future__ import annotations
@@ -32,95 +31,70 @@ def risk(config: Config) -> int:
     return 0 if config.cluster == 1 else 1 if config.split_k == 1 else 2
 
 
+def _block_many(shape: str) -> list[Config]:
+    """M = 4096: 256 x 128 tiles, the clusters' 128 x 192, and the turns of the heuristic."""
+    del shape
+    other = dataclasses.replace
+    lean: dict[str, Any] = dict(overwrite=True, late_release=True)
+    tall = Config(128, 2, m_groups=2, epilogue_n=64, one_commit=True, stripe=8, **lean)
+    wide = Config(192, 2, epilogue_n=32, out_slots=6, one_commit=True, stripe=16, cluster=2, **lean)
+    return [
+        tall,
+        other(tall, turns=True),
+        Config(128, 2, tile_k=256, epilogue_n=32, stripe=16, turns=True, **lean),
+        other(tall, cluster=2, stripe=4),
+        other(tall, cluster=2, cluster_axis="n"),
+        wide,
+        other(wide, turns=True),
+    ]
+
+
+def _block_256(shape: str) -> list[Config]:
+    """M = 256: 256-row tiles for gate_up; elsewhere one round of tiles, and few clocks lost a step."""
+    other = dataclasses.replace
+    lean: dict[str, Any] = dict(overwrite=True, late_release=True)
+    pair: dict[str, Any] = dict(cluster=2, cluster_axis="n")
+    if shape == "gate_up":
+        tall = Config(112, 2, m_groups=2, epilogue_n=16, out_slots=7, one_commit=True, **lean)
+        return [
+            tall,
+            other(tall, turns=True),
+            other(tall, wg_n=128, epilogue_n=64, out_slots=2),
+            other(tall, wg_n=128, epilogue_n=64, out_slots=2, turns=True),
+            Config(128, 2, tile_k=256, epilogue_n=32, stripe=16, **lean),
+            other(tall, **pair),
+        ]
+    tile = 96 if shape == "qkv" else 64
+    narrow = Config(tile, 2, tile_k=256, epilogue_n=32, stripe=16, **lean)
+    found = [narrow, other(narrow, turns=True), other(narrow, tile_k=128), other(narrow, **pair)]
+    if shape == "qkv":
+        return [*found, other(narrow, wg_n=128)]
+    split = Config(128, 2, epilogue_n=32, cluster=2, cluster_axis="k", **lean)
+    return [
+        *found,
+        Config(tile, 2, wgs_k=2, tile_k=128, epilogue_n=32, stripe=16, overwrite=True),
+        split,
+        other(split, turns=True),
+    ]
+
+
 def _sketch(mode: str, m: int, shape: str, n: int) -> list[Config]:
-    C = Config
-    pair: dict[str, Any] = dict(cluster=2)
+    other = dataclasses.replace
     if m == 4096 and mode != "block":
-        wide = C(256, 2, epilogue_n=32, stripe=16)
-        pp = C(128, m_groups=2, teams=2, epilogue_n=32, stripe=16)
-        pp192 = C(192, m_groups=2, teams=2, epilogue_n=32, stripe=16)
-        other = dataclasses.replace
+        stored = Config(256, 2, epilogue_n=32, stripe=16, deferred=True, late_scales=True)
         return [
-            other(wide, deferred=True),
-            other(wide, deferred=True, late_scales=True),
-            other(wide, deferred=True, epilogue_n=64, out_slots=1),
-            other(wide, late_scales=True),
-            other(wide, late_scales=True, out_slots=3),
-            other(wide, late_scales=True, epilogue_n=64, out_slots=4),  # 3 stages; all columns of a tile staged
-            other(wide, late_scales=True, epilogue_n=64, out_slots=4, one_commit=True),
-            other(wide, stripe=8, late_scales=True),
-            other(wide, minor="n", stripe=8, late_scales=True),
-            pp192,
-            other(pp192, stripe=8),
-            C(128, m_groups=3, teams=2, epilogue_n=32, stripe=11),  # 192 x 128
-            pp,
-            other(wide, deferred=True, late_scales=True, **pair),
-            other(wide, late_scales=True, out_slots=3, **pair),
-            other(wide, late_scales=True, out_slots=3, cluster_axis="n", **pair),
-            other(pp192, **pair),
-            other(pp192, cluster_axis="n", **pair),
-            other(pp, **pair),
-            C(256, teams=2, epilogue_n=32, stripe=32, **pair),  # 64 x 256, as CUTLASS's ping-pong
+            stored,
+            other(stored, late_scales=False),
+            other(stored, cluster=2, stripe=8),
+            other(stored, cluster=2, cluster_axis="n"),
         ]
-    if m == 4096:
-        wide = C(128, 2, epilogue_n=32, stripe=16)
-        other = dataclasses.replace
-        return [
-            other(wide, turns=True),
-            other(wide, turns=True, tile_k=256),
-            other(wide, turns=True, deferred=True, epilogue_n=64, out_slots=1),
-            other(wide, deferred=True),
-            other(wide, overlap=4),
-            other(wide, overlap=2),
-            other(wide, overlap=4, late_scales=True, out_slots=3),
-            other(wide, overlap=4, out_slots=4, one_commit=True),
-            C(112, 2, epilogue_n=16, stripe=16, overlap=8),
-            C(192, 2, epilogue_n=32, stripe=16),
-            C(160, 2, epilogue_n=32, stripe=16),
-            C(128, 3, epilogue_n=32, stripe=11),
-            other(wide, turns=True, deferred=True, epilogue_n=64, out_slots=1, **pair),
-            other(wide, tile_k=256, **pair),
-            other(wide, overlap=4, **pair),
-            other(wide, overlap=4, cluster_axis="n", **pair),
-            C(192, 2, epilogue_n=32, stripe=16, **pair),
-            C(128, teams=2, tile_k=256, epilogue_n=32, stripe=32, **pair),
-        ]
-    if m == 256 and mode != "block":
-        tile = {"qkv": 96, "o": 64, "down": 64, "gate_up": 224}[shape]
-        split = C(128, 2, epilogue_n=32, cluster=2, cluster_axis="k")
-        found = [
-            C(tile, 2, epilogue_n=32, late_scales=True, stripe=16),
-            C(tile, 2, epilogue_n=32, stripe=16, **pair),
-            split,
-            dataclasses.replace(split, wg_n=192 if shape == "qkv" else 256 if shape == "gate_up" else 128, m_groups=1),
-        ]
-        return found + ([C(224, m_groups=1, teams=2, epilogue_n=32)] if shape == "gate_up" else [])
-    if m == 256:
-        tile = {"qkv": 96, "o": 64, "down": 64, "gate_up": 112}[shape]
-        narrow = C(tile, 2, epilogue_n=16 if tile == 112 else 32, stripe=16)
-        split = C(128, 2, epilogue_n=32, cluster=2, cluster_axis="k")
-        other = dataclasses.replace
-        return [
-            narrow,
-            other(narrow, turns=True),
-            other(narrow, turns=True, tile_k=256),
-            C(128, 2, epilogue_n=32, stripe=16, turns=True, tile_k=256),
-            *([C(128, 2, epilogue_n=64, out_slots=1, stripe=16, turns=True, deferred=True)] if tile == 112 else []),
-            *([C(64, 4, epilogue_n=32, stripe=16)] if tile == 112 else []),
-            other(narrow, overlap=4),
-            *([other(narrow, overlap=8)] if tile == 112 else []),  # 64 and 96 wide it spills
-            C(128, 2, epilogue_n=32, stripe=16, overlap=4),
-            C(192, 2, epilogue_n=32, stripe=16),
-            other(narrow, overlap=4, cluster_axis="n", **pair),
-            other(narrow, overlap=4, **pair),
-            split,  # with overlap 4 ptxas spills and serializes it
-            other(split, turns=True),
-            C(192, 2, epilogue_n=32, cluster=2, cluster_axis="k"),
-        ]
-    if mode == "block":  # M <= 64: promotion every 128 of long steps
-        tile = 128 if n > 16384 else 64 if shape == "qkv" else 32
-        return [C(tile // 2 if tile == 128 else tile, wgs_n=2 if tile == 128 else 1, epilogue_n=32, overlap=4)]
-    return []
+    if mode != "block":
+        return []
+    if m > 64:
+        return _block_many(shape) if m > 256 else _block_256(shape)
+    # M <= 64: promotion every 128 of long steps
+    tile = 128 if n > 16384 else 64 if shape == "qkv" else 32
+    return [Config(tile // 2 if tile == 128 else tile, wgs_n=2 if tile == 128 else 1, epilogue_n=32, overlap=4)]
 
 
 def matmul_variants(shape: str, n: int, k: int, mode: str, m: int) -> list[Config]:
@@ -133,6 +107,19 @@ def matmul_variants(shape: str, n: int, k: int, mode: str, m: int) -> list[Confi
             found.append(config)
     return sorted(found, key=risk)
 
+
+_LEAN: dict[str, Any] = dict(overwrite=True, late_release=True)
+_TALL = Config(128, 2, m_groups=2, stages=3, epilogue_n=64, one_commit=True)
+_LEAN_CHECKS = (
+    (Case(4100, 2048, 1152, scales="block", bias=True), dataclasses.replace(_TALL, stages=2)),
+    (Case(4100, 4096, 1536, scales="x block"), dataclasses.replace(_TALL, turns=True)),
+    (Case(700, 4096, 1024, scales="w block"), dataclasses.replace(_TALL, cluster=2, turns=True)),
+    (Case(700, 4096, 1024, scales="block"), dataclasses.replace(_TALL, cluster=2, cluster_axis="n")),
+    (Case(300, 2240, 640, scales="block"), dataclasses.replace(_TALL, wg_n=112, epilogue_n=16, out_slots=7)),
+    (Case(700, 2000, 1024, scales="block"), Config(96, 2, tile_k=256, epilogue_n=16, stages=3, turns=True)),
+    (Case(700, 2000, 896, scales="block", bias=True), Config(192, 2, epilogue_n=16, cluster=2, turns=True)),
+    (Case(300, 5120, 2048, scales="block"), Config(128, 2, epilogue_n=32, cluster=2, cluster_axis="k")),
+)
 
 # Small cases with tails and bias for every structure, checked on the device against float64.
 CHECKS: tuple[tuple[Case, Config], ...] = (
@@ -154,6 +141,7 @@ CHECKS: tuple[tuple[Case, Config], ...] = (
     (Case(700, 1536, 896, scales="block"), Config(128, teams=2, epilogue_n=32, cluster=2)),
     (Case(300, 5120, 1024, bias=True), Config(128, 2, epilogue_n=32, cluster=2, cluster_axis="k")),
     (Case(300, 5120, 2048, scales="block"), Config(128, 2, epilogue_n=32, cluster=2, cluster_axis="k")),
+    *((case, dataclasses.replace(config, **_LEAN)) for case, config in _LEAN_CHECKS),
 )
 
 

@@ -13,11 +13,17 @@ from jax import lax
 from pallas_kernels.scaled_matmul.config import SCALE_CHUNK
 from pallas_kernels.scaled_matmul.multiply import WGMMA, Consumer, Work
 
-Sums = tuple[Any, ...]  # side by side; the columns of each have one scale
+Sums = tuple[
+    Any, ...
+]  # parts of a tile: from top to bottom, and side by side within; the columns of each have one scale
 
 
 class BlockSum:
-    """The scaled sum of tile i, as parts side by side whose columns have one scale each; one part where wg_n allows."""
+    """The scaled sum of tile i, as parts whose columns have one scale each.
+
+    A warpgroup's `m_groups` x 64 rows are multiplied 64 at a time: two such sums fit into registers beside one partial
+    sum, and while one half is promoted the tensor cores have the other warpgroup's half to multiply.
+    """
 
     def __init__(self, consumer: Consumer, i: Any, n0: Any) -> None:
         p, c = consumer.walk.p, consumer.walk.p.config
@@ -35,21 +41,46 @@ class BlockSum:
 
     def over(self, slot: Any, meanwhile: Sequence[Work] = ()) -> tuple[Sums, Any]:
         """All K steps, the first in `slot` -> (sums, the next tile's slot). `meanwhile`: see `Consumer.steps`."""
-        p, c = self.consumer.walk.p, self.consumer.walk.p.config
-        shape = (p.wg_rows, self.width)
-        self.first_block = self.consumer.walk.first_step * self.blocks
-        nothing = tuple(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA) for _ in self.starts)
-        if c.overlap == 1:
-            return self.consumer.steps(self._step, nothing, slot, meanwhile)
-        return lax.fori_loop(0, p.k_steps // c.overlap, self._run, (nothing, slot))
+        walk, c = self.consumer.walk, self.consumer.walk.p.config
+        self.first_block = walk.first_step * self.blocks
+        zero = lambda width: plgpu.layout_cast(jnp.zeros((64, width), jnp.float32), WGMMA)  # noqa: E731
+        nothing = (zero(self.width),) * (c.m_groups * len(self.starts))
+        if c.overlap > 1:
+            return lax.fori_loop(0, walk.p.k_steps // c.overlap, self._run, (nothing, slot))
+        accs = (zero(c.wg_n),) * self.blocks if c.overwrite else ()
+        (totals, _), slot = self.consumer.steps(self._step, (nothing, accs), slot, meanwhile)
+        if c.late_release:
+            self.consumer.release(walk.before(slot))
+        return totals, slot
 
-    def _step(self, ki: Any, slot: Any, totals: Sums, work: Work | None = None) -> Sums:
+    def _step(self, ki: Any, slot: Any, carry: tuple[Sums, Sums], work: Work | None = None) -> tuple[Sums, Sums]:
+        c, across = self.consumer.walk.p.config, len(self.starts)
+        totals, accs = carry
+        done: list[Any] = []
         factors = self._factors(ki)
         self.consumer.await_full(slot)
-        for j, part in enumerate(self.consumer.partial_sums(slot, self.blocks, 128, work)):
-            totals = self._promote(totals, part, factors[j], self._chunk(ki), ki * self.blocks + j)
-        self.consumer.release(slot)
-        return totals
+        for group in range(c.m_groups):
+            sums = totals[group * across : (group + 1) * across]
+
+            def meanwhile(group=group):
+                if c.late_release and group == 0:
+                    before = self.consumer.walk.before(slot)
+                    pl.when(ki > 0)(lambda: self.consumer.release(before))
+                if work is not None and group == 0:
+                    work()
+                return [self._x_scales(ki, j, group) for j in range(self.blocks)]
+
+            if c.overwrite:
+                parts, x_scales = self.consumer.overwritten(slot, group, accs, meanwhile)
+                accs = tuple(parts)
+            else:
+                parts, x_scales = self.consumer.partial_sums(slot, self.blocks, 128, meanwhile)
+            for part, x_scale, w_scales in zip(parts, x_scales, factors):
+                sums = self._promote(sums, part, x_scale, w_scales)
+            done += lax.optimization_barrier(sums) if c.m_groups > 1 else sums
+        if not c.late_release:
+            self.consumer.release(slot)
+        return tuple(done), accs
 
     def _run(self, first: Any, state: tuple[Sums, Any]) -> tuple[Sums, Any]:
         """`overlap` K steps: while one accumulator is promoted, the tensor cores fill the next."""
@@ -62,10 +93,10 @@ class BlockSum:
             plgpu.wgmma(acc, *consumer.operands(slot, 0, 128))
 
         def fold(acc, ki, slot, totals, pending):
-            factors = self._factors(ki)[0]
+            [factors], x_scale = self._factors(ki), self._x_scales(ki, 0, 0)
             part = plgpu.wgmma_accumulator_load(acc, wait_n=pending)
             consumer.release(slot)
-            return self._promote(totals, part, factors, self._chunk(ki), ki)
+            return self._promote(totals, part, x_scale, factors)
 
         def rest(acc, j, slot, totals):
             """With `acc` (step j of the run) in flight: the sums after all of the run's steps."""
@@ -104,23 +135,23 @@ class BlockSum:
         beyond = ws[self.next_row, column]
         return [jnp.where(after, beyond, here) for after in self.in_next]
 
-    def _chunk(self, ki: Any) -> Any:
-        return self.consumer.walk.chunk_slot(self.i, self.consumer.walk.chunk_of(ki)[0])
+    def _x_scales(self, ki: Any, j: int, group: int) -> Any:
+        """x's scales of block j of a K step, for 64 rows; None where the epilogue applies them. To be asked for before
+        the products are awaited, which hides the shared memory's latency."""
+        walk = self.consumer.walk
+        if walk.p.x_kind != "block":
+            return None
+        chunk = walk.chunk_slot(self.i, walk.chunk_of(ki)[0])
+        rows = pl.ds(self.consumer.row + 64 * group, 64)
+        column = lax.rem(ki * self.blocks + j, jnp.int32(SCALE_CHUNK))
+        return plgpu.load(walk.scratch["xs_block"].at[chunk, rows, column], layout=WGMMA.reduce(1), optimized=False)
 
-    def _promote(self, totals: Sums, part: Any, factors: list[Any], chunk: Any, block_column: Any) -> Sums:
-        """totals + part * scales. chunk: where x's scales lie; block_column: which of them."""
-        p, rows = self.consumer.walk.p, self.consumer.walk.p.wg_rows
+    def _promote(self, totals: Sums, part: Any, x_scale: Any, w_scales: list[Any]) -> Sums:
+        """totals + part * scales, for 64 rows."""
         part = part.astype(jnp.float32)
         parts = [part[:, start : start + self.width] for start in self.starts] if self.straddles else [part]
-        scales = factors
-        if p.x_kind == "block":
-            x_scale = plgpu.load(
-                self.consumer.walk.scratch["xs_block"].at[
-                    chunk, pl.ds(self.consumer.row, rows), lax.rem(block_column, jnp.int32(SCALE_CHUNK))
-                ],
-                layout=WGMMA.reduce(1),
-                optimized=False,
-            )
-            shape = (rows, self.width)
-            scales = [lax.broadcast_in_dim(x_scale if f is None else x_scale * f, shape, [0]) for f in factors]
+        scales = w_scales
+        if x_scale is not None:
+            products = [x_scale if w_scale is None else x_scale * w_scale for w_scale in w_scales]
+            scales = [lax.broadcast_in_dim(product, (64, self.width), [0]) for product in products]
         return tuple(t + q * s for t, q, s in zip(totals, parts, scales))

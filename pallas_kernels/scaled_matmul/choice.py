@@ -44,17 +44,19 @@ def choose_config(
 ) -> Config:
     """The kernel's configuration for whole rows of M; `config` None chooses. Raises NotImplementedError for one that
     the kernel cannot run."""
-    c = config
+    c, int8 = config, str(dtype) == "int8"
     if c is None:
         sms = multiprocessors()
         c = tuning.choose(
             OP,
             tuning.key(m=tuning.bucket(m), n=n, k=k, dtype=str(dtype), scales="block" if block else "row"),
             heuristic=lambda: fill_stages(heuristic(m, n, k, block=block, sms=sms), m, k, 2, block),
-            space=lambda: search_space(m, n, k, block=block, sms=sms),
+            space=lambda: (c for c in search_space(m, n, k, block=block, sms=sms) if not (int8 and c.overwrite)),
         )
         if c.smem_bytes(m, k, out_bytes, block) > SMEM_BYTES:  # float32 output stages more
             c = fill_stages(c, m, k, out_bytes, block)
+    if c.overwrite and int8:
+        raise NotImplementedError(f"overwrite is for fp8, got int8 and {c}")
     if reason := c.refusal(m, n, k, block):
         raise NotImplementedError(reason)
     if c.smem_bytes(m, k, out_bytes, block) > SMEM_BYTES:

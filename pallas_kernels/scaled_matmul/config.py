@@ -26,7 +26,7 @@ class Config:
     wgs_m: int = 1
     wgs_n: int = 1
     wgs_k: int = 1  # groups of warpgroups that take the stages in turn and add their sums at the end
-    m_groups: int = 1  # 64-row wgmma tiles per warpgroup
+    m_groups: int = 1  # 64-row wgmma tiles per warpgroup; with block scales multiplied one after the other
     tile_k: int = 128  # multiple of 128
     stages: int = 4
     promote: bool = False  # add each tile_k partial sum in float32; block scales always do, every 128
@@ -40,6 +40,8 @@ class Config:
     one_commit: bool = False  # all columns are staged, then copied out: one barrier a tile; as many slots as pieces
     deferred: bool = False  # a tile is rounded, and stored piece by piece during the first K steps of the next
     turns: bool = False  # block scales: two warpgroups issue their products in turn, one promotes meanwhile
+    overwrite: bool = False  # block scales of fp8: `product`'s multiplication; needed for several m_groups
+    late_release: bool = False  # block scales: a stage is given back under the next one's products
     late_scales: bool = False  # a tile's vectors follow its last K step, so that operands need not wait for a store
     minor: str = "m"  # tile order: "m" walks m fastest inside stripes of `stripe` tiles
     stripe: int = 8
@@ -128,6 +130,14 @@ class Config:
             return f"teams of warpgroups that split K: not both in {self}"
         if self.overlap > 1 and block and (self.tile_k != 128 or self.k_steps(k) % self.overlap or self.wgs_k > 1):
             return f"overlap takes tile_k 128, a multiple of itself of K steps and wgs_k 1, got {self} for K = {k}"
+        if self.late_release and (not block or self.wgs_k > 1 or self.overlap > 1 or self.stages < 2):
+            return f"late_release is for block scales, two stages, wgs_k and overlap of 1: {self}"
+        if self.overwrite and (not block or self.overlap > 1):
+            return f"overwrite is for block scales without overlap: {self}"
+        if block and self.m_groups > 1 and not self.overwrite:
+            return f"block scales take several m_groups with overwrite only: {self}"
+        if block and self.m_groups > 1 and (self.wgs_k * self.split_k * self.overlap > 1 or self.deferred):
+            return f"block scales take several m_groups without parts of K, overlap or deferred stores: {self}"
         if self.one_commit and (self.out_slots < self.pieces or self.deferred):
             return f"one_commit takes out_slots for {self.pieces} pieces and no deferred stores: {self}"
         if self.deferred and (self.teams * self.wgs_k * self.split_k > 1 or self.overlap > 1 or self.promote):
@@ -233,7 +243,8 @@ def search_space(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Iter
     else:
         shared: list[dict[str, Any]] = [{}, dict(cluster=2), dict(cluster=2, cluster_axis="n")]
         grids = [dict(wgs_m=2, tile_k=tile_k, stripe=16, **more) for tile_k in (128, 256) for more in shared]
-        grids += [dict(wgs_m=2, m_groups=2, stripe=16), dict(wgs_m=2, wgs_k=2, stripe=16), dict(wgs_m=2, stripe=4)]
+        rows256 = dict(wgs_m=2, m_groups=2, stripe=8, **(dict(overwrite=True, late_release=True) if block else {}))
+        grids += [rows256, dict(wgs_m=2, wgs_k=2, stripe=16), dict(wgs_m=2, stripe=4)]
     for width, grid in itertools.product(sorted(widths), grids):
         shape: dict[str, Any] = dict(grid)
         wgs_n = shape.get("wgs_n", 1)
@@ -241,8 +252,9 @@ def search_space(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Iter
             continue
         wg_n = width // wgs_n
         config = fill_stages(Config(wg_n, **shape, epilogue_n=_epilogue(wg_n, n)), m, k, 2, block)
-        sums = 2 if block or config.promote else 1  # accumulators that a consumer holds
-        if wg_n // 2 * config.m_groups * sums > config.registers - 40 or (block and wg_n > 128):
+        # Sums that a consumer holds, of 64 rows each: block scales have one of products beside the promoted ones.
+        sums = config.m_groups + 1 if block else 2 * config.m_groups if config.promote else config.m_groups
+        if wg_n // 2 * sums > config.registers - 40 or (block and wg_n > 128):
             continue
         if config.smem_bytes(m, k, 2, block) <= SMEM_BYTES and -(-k // config.tile_k) % config.wgs_k == 0:
             yield config

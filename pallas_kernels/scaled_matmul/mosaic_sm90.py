@@ -106,8 +106,8 @@ def _consume_deferred(consumer: Consumer) -> None:
             totals = (total,)
         return slot, m0, n0, *rounded(consumer, totals)
 
-    nothing = [jnp.zeros((p.wg_rows, c.epilogue_n), p.out_dtype)] * c.pieces
-    start = (jnp.int32(0), jnp.int32(0), jnp.int32(0), *(plgpu.layout_cast(piece, WGMMA) for piece in nothing))
+    nothing = plgpu.layout_cast(jnp.zeros((p.wg_rows, c.epilogue_n), p.out_dtype), WGMMA)
+    start = (jnp.int32(0), jnp.int32(0), jnp.int32(0), *[(nothing,)] * c.pieces)
     _, *last = lax.fori_loop(0, walk.tiles, tile, start)
     for work in stores(last, walk.tiles > 0):
         work()
@@ -123,10 +123,12 @@ def scaled_matmul(
     out_dtype: jax.typing.DTypeLike = jnp.bfloat16,
     config: Config | None = None,
     after: jax.Array | None = None,
+    interpretable: bool = False,
 ) -> jax.Array:
     """See `api.scaled_matmul`; raises NotImplementedError for what this kernel does not take.
 
     `config` None chooses. `after` is an array that is waited for and not read: benchmarks chain calls by it.
+    `interpretable` multiplies with Pallas' own operation everywhere, for interpret mode.
     """
     (m, k), n = xq.shape, wq.shape[0]
     out_dtype = jnp.dtype(out_dtype)
@@ -136,14 +138,15 @@ def scaled_matmul(
         xq = jnp.pad(xq, ((0, whole_m - m), (0, 0)))
         if x_scale.shape[0] != 1:
             x_scale = jnp.pad(x_scale, ((0, whole_m - m), (0, 0)))
-        return scaled_matmul(xq, wq, x_scale, w_scale, bias, out_dtype=out_dtype, config=config, after=after)[:m]
+        more: dict[str, Any] = dict(out_dtype=out_dtype, config=config, after=after, interpretable=interpretable)
+        return scaled_matmul(xq, wq, x_scale, w_scale, bias, **more)[:m]
     x_kind, w_kind = scale_kind(x_scale), scale_kind(w_scale)
     if w_kind == "vector" and w_scale.shape[0] != n:  # K <= 128: blocks of rows only
         w_scale = jnp.repeat(w_scale, 128, axis=0)[:n]
     if x_kind == "block":
         x_scale = jnp.pad(x_scale, ((0, 0), (0, -x_scale.shape[1] % SCALE_CHUNK)))
     c = choose_config(m, n, k, xq.dtype, "block" in (x_kind, w_kind), out_dtype.itemsize, config)
-    p = Problem(m, n, k, xq.dtype, out_dtype, x_kind, w_kind, bias is not None, c)
+    p = Problem(m, n, k, xq.dtype, out_dtype, x_kind, w_kind, bias is not None, interpretable, c)
     operands = {
         "x": xq,
         "w": wq,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.scaled_matmul import product
 from pallas_kernels.scaled_matmul.walk import Walk
 
 WGMMA = plgpu.Layout.WGMMA
@@ -38,12 +40,12 @@ class Consumer:
     def column(self) -> Any:
         return self.wg_n * self.walk.p.config.wg_n
 
-    def operands(self, slot: Any, k0: int, length: int) -> tuple[Any, Any]:
-        """`length` of K of its rows of x and of its columns of w, in a stage."""
+    def operands(self, slot: Any, k0: int, length: int, row: int = 0, rows: int = 0) -> tuple[Any, Any]:
+        """`length` of K of its rows of x (or of `rows` of them, from `row` on) and of its columns of w, in a stage."""
         k_slice = pl.ds(k0, length)
-        rows = self.walk.x_rows(slot, self.row, self.shape[0]).at[:, k_slice]
+        x = self.walk.x_rows(slot, self.row + row, rows or self.shape[0]).at[:, k_slice]
         columns = self.walk.w_rows(slot, self.column, self.shape[1]).at[:, k_slice]
-        return rows, columns.transpose((1, 0))
+        return x, columns.transpose((1, 0))
 
     def await_full(self, slot: Any) -> None:
         plgpu.barrier_wait(self.walk.full(self.team, slot))
@@ -56,22 +58,50 @@ class Consumer:
             plgpu.commit_smem()
         plgpu.barrier_arrive(self.walk.scratch["empty"].at[slot])
 
-    def partial_sums(self, slot: Any, parts: int, length: int, meanwhile: Work | None = None) -> list[Any]:
-        """`parts` sums over `length` of K each, all issued before the first is awaited, and `meanwhile` done."""
-        turn = self.walk.scratch["turn"] if self.walk.p.config.turns else None
+    def partial_sums(
+        self, slot: Any, parts: int, length: int, meanwhile: Callable[[], Any] = lambda: ()
+    ) -> tuple[list[Any], Any]:
+        """`parts` sums over `length` of K each, all issued before the first is awaited, and `meanwhile`'s result."""
 
         def multiply(*accs):
             for j, acc in enumerate(accs):
                 plgpu.wgmma(acc, *self.operands(slot, j * length, length))
-            if turn is not None:
-                plgpu.barrier_arrive(turn.at[1 - self.owner])
-            if meanwhile is not None:
-                meanwhile()
-            return [plgpu.wgmma_accumulator_load(acc, wait_n=parts - 1 - j) for j, acc in enumerate(accs)]
+            self.pass_turn()
+            found = meanwhile()
+            return [plgpu.wgmma_accumulator_load(acc, wait_n=parts - 1 - j) for j, acc in enumerate(accs)], found
 
-        if turn is not None:
-            plgpu.barrier_wait(turn.at[self.owner])
+        self.await_turn()
         return pl.run_scoped(multiply, *[plgpu.ACC(self.shape, self.walk.p.accumulator)] * parts)
+
+    def overwritten(
+        self, slot: Any, group: int, accs: Sequence[Any], meanwhile: Callable[[], Any]
+    ) -> tuple[list[Any], Any]:
+        """The same for 64 of its rows and 128 of K in each of `accs`, whose registers take the sums (see `product`)."""
+        p, operands = self.walk.p, self.walk.scratch["operands"]
+        x_row, w_row = self.walk.x_start(slot) + self.row + 64 * group, self.walk.w_start(slot) + self.column
+        self.await_turn()
+        if p.interpretable:
+
+            def multiply(acc, j):
+                plgpu.wgmma(acc, *self.operands(slot, 128 * j, 128, 64 * group, 64))
+                return acc[...]
+
+            acc = plgpu.ACC((64, self.shape[1]))
+            sums = [pl.run_scoped(functools.partial(multiply, j=j), acc) for j in range(len(accs))]
+            self.pass_turn()
+            return sums, meanwhile()
+        issued = [product.multiply(acc, operands, x_row, w_row, 128 * j, p.config.tile_k) for j, acc in enumerate(accs)]
+        self.pass_turn()
+        found = meanwhile()
+        return [product.wait(acc, len(issued) - 1 - j) for j, acc in enumerate(issued)], found
+
+    def await_turn(self) -> None:
+        if self.walk.p.config.turns:
+            plgpu.barrier_wait(self.walk.scratch["turn"].at[self.owner])
+
+    def pass_turn(self) -> None:
+        if self.walk.p.config.turns:
+            plgpu.barrier_arrive(self.walk.scratch["turn"].at[1 - self.owner])
 
     def steps(self, body: Callable[..., Any], init: Any, slot: Any, meanwhile: Sequence[Work] = ()) -> tuple[Any, Any]:
         """Folds `body(ki, slot, carry)` over the K steps of its group -> (carry, the next tile's slot).
@@ -124,7 +154,7 @@ def promoted_sum(consumer: Consumer, slot: Any) -> tuple[Any, Any]:
 
     def step(ki, slot, total):
         consumer.await_full(slot)
-        [part] = consumer.partial_sums(slot, 1, consumer.walk.p.config.tile_k)
+        [part], _ = consumer.partial_sums(slot, 1, consumer.walk.p.config.tile_k)
         consumer.release(slot)
         return total + part
 

@@ -35,6 +35,7 @@ class Problem:
     x_kind: str
     w_kind: str
     has_bias: bool
+    interpretable: bool  # for interpret mode, which knows Pallas' own products only
     config: Config
 
     @property

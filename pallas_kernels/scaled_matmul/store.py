@@ -14,14 +14,16 @@ from pallas_kernels.quantize.exact import cluster_fence
 from pallas_kernels.scaled_matmul.block_scales import Sums
 from pallas_kernels.scaled_matmul.multiply import WGMMA, Consumer
 
+Piece = tuple[Any, ...]  # rounded columns of a tile, in parts from top to bottom
+
 
 def store(consumer: Consumer, totals: Sums, m0: Any, n0: Any) -> None:
-    """Scales the parts (side by side, all of one width), rounds them and copies them out."""
+    """Scales the parts of a tile, rounds them and copies them out."""
     pieces = rounded(consumer, totals)
     if consumer.walk.p.config.one_commit:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for e, piece in enumerate(pieces):
-            _staging(consumer)[e] = piece
+            _stage(consumer, e, piece)
         plgpu.commit_smem()
         for e in range(len(pieces)):
             _copy_out(consumer, e, m0, n0)
@@ -30,30 +32,45 @@ def store(consumer: Consumer, totals: Sums, m0: Any, n0: Any) -> None:
         put(consumer, e, piece, m0, n0)
 
 
-def rounded(consumer: Consumer, totals: Sums) -> list[Any]:
+def rounded(consumer: Consumer, totals: Sums) -> list[Piece]:
     """A tile's scaled sums in the output's dtype, in pieces of `epilogue_n` columns."""
     p, scratch, team = consumer.walk.p, consumer.walk.scratch, consumer.team
     if p.vectors:
         plgpu.barrier_wait(scratch["scales_full"].at[team])
-    finished = [_scaled(consumer, start, total.astype(jnp.float32)) for start, total in _in_columns(consumer, totals)]
+    finished = [
+        _scaled(consumer, row, column, total.astype(jnp.float32)) for row, column, total in _places(consumer, totals)
+    ]
     if p.vectors:
         plgpu.barrier_arrive(scratch["scales_empty"].at[team])
     width = p.config.epilogue_n
     finished = [part.astype(p.out_dtype) for part in finished]
-    return [part[:, e : e + width] for part in finished for e in range(0, part.shape[1], width)]
+    across = len(totals) * totals[0].shape[0] // p.wg_rows  # parts side by side
+    rows = [
+        [part[:, e : e + width] for part in finished[at : at + across] for e in range(0, part.shape[1], width)]
+        for at in range(0, len(finished), across)
+    ]
+    return list(zip(*rows))
 
 
-def put(consumer: Consumer, e: int, piece: Any, m0: Any, n0: Any, there: Any = None) -> None:
+def put(consumer: Consumer, e: int, piece: Piece, m0: Any, n0: Any, there: Any = None) -> None:
     """Stages piece e of a tile and starts its copy out; `there`: whether there is such a tile (None: there is)."""
-    staging = _staging(consumer)
-    slots = staging.shape[0]
-    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-    staging[e % slots] = piece
+    plgpu.wait_smem_to_gmem(_staging(consumer).shape[0] - 1, wait_read_only=True)
+    _stage(consumer, e, piece)
     plgpu.commit_smem()
     if there is None:
         _copy_out(consumer, e, m0, n0)
     else:
         pl.when(there)(lambda: _copy_out(consumer, e, m0, n0))
+
+
+def _stage(consumer: Consumer, e: int, piece: Piece) -> None:
+    staging = _staging(consumer)
+    slot = staging.at[e % staging.shape[0]]
+    if len(piece) == 1:
+        slot[...] = piece[0]
+        return
+    for i, part in enumerate(piece):
+        slot[pl.ds(i * part.shape[0], part.shape[0])] = part
 
 
 def _staging(consumer: Consumer) -> Any:
@@ -148,20 +165,26 @@ def leave(consumer: Consumer) -> None:
 
 def _in_columns(consumer: Consumer, totals: Sums) -> list[tuple[int, Any]]:
     """(first column, part) of the parts of a sum that lie side by side."""
-    wg_n = consumer.walk.p.config.wg_n
-    return list(zip(range(0, wg_n, wg_n // len(totals)), totals))
+    return [(column, total) for _, column, total in _places(consumer, totals)]
 
 
-def _scaled(consumer: Consumer, start: int, total: Any) -> Any:
-    """The part of a sum from column `start` on, times its scales, plus its bias."""
+def _places(consumer: Consumer, totals: Sums) -> list[tuple[int, int, Any]]:
+    """(first row, first column, part) of the parts of a warpgroup's sum."""
+    height, width = totals[0].shape
+    across = consumer.walk.p.config.wg_n // width
+    return [(i // across * height, i % across * width, total) for i, total in enumerate(totals)]
+
+
+def _scaled(consumer: Consumer, row: int, column: int, total: Any) -> Any:
+    """The part of a sum from there on, times its scales, plus its bias."""
     p, refs, scratch, team = consumer.walk.p, consumer.walk.refs, consumer.walk.scratch, consumer.team
     if "xs" in p.vectors:
-        rows = scratch["xs"].at[team, pl.ds(consumer.row, p.wg_rows)]
+        rows = scratch["xs"].at[team, pl.ds(consumer.row + row, total.shape[0])]
         x_scale = plgpu.load(rows, layout=WGMMA.reduce(1), optimized=False)
         total = total * lax.broadcast_in_dim(x_scale, total.shape, [0])
     elif p.x_kind == "tensor":
         total = total * refs["xs"][0]
-    columns = pl.ds(consumer.column + start, total.shape[1])
+    columns = pl.ds(consumer.column + column, total.shape[1])
     if "ws" in p.vectors:
         w_scale = plgpu.load(scratch["ws"].at[team, columns], layout=WGMMA.reduce(0), optimized=False)
         total = total * lax.broadcast_in_dim(w_scale, total.shape, [1])

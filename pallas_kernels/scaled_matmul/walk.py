@@ -44,20 +44,29 @@ class Walk:
             mi, ni = (mi * c.cluster + rank, ni) if p.shares_w else (mi, ni * c.cluster + rank)
         return mi * c.tile_m, ni * c.tile_n
 
+    def x_start(self, slot: Any) -> Any:
+        """Where the x tile of a stage begins among the operands' rows."""
+        return slot * self.p.load_m
+
+    def w_start(self, slot: Any) -> Any:
+        return self.p.config.stages * self.p.load_m + slot * self.p.config.tile_n
+
     def x_rows(self, slot: Any, start: Any, rows: int) -> Any:
         """Rows of the x tile in a stage."""
-        return self.scratch["operands"].at[pl.ds(pl.multiple_of(slot * self.p.load_m + start, 8), rows)]
+        return self.scratch["operands"].at[pl.ds(pl.multiple_of(self.x_start(slot) + start, 8), rows)]
 
     def w_rows(self, slot: Any, start: Any, rows: int) -> Any:
-        c = self.p.config
-        begin = c.stages * self.p.load_m + slot * c.tile_n + start
-        return self.scratch["operands"].at[pl.ds(pl.multiple_of(begin, 8), rows)]
+        return self.scratch["operands"].at[pl.ds(pl.multiple_of(self.w_start(slot) + start, 8), rows)]
 
     def advance(self, slot: Any, by: int) -> Any:
         """The slot that is `by` further in the ring."""
         stages = self.p.config.stages
         slot = slot + by
         return lax.select(slot >= stages, slot - stages, slot)
+
+    def before(self, slot: Any) -> Any:
+        """The slot before it in the ring."""
+        return lax.select(slot == 0, jnp.int32(self.p.config.stages - 1), slot - 1)
 
     def full(self, team: Any, slot: Any) -> Any:
         """The barrier of a full stage. Each team has its own: a warpgroup has to wait for every phase of a barrier."""

@@ -383,3 +383,12 @@ def test_compiles_without_spills(name: str) -> None:
         assert plan.consumer_registers * plan.config.warpgroups + plan.producer_registers <= pool  # else it hangs
     else:
         assert compiled.count("mma.sync") > 0
+    if module is decode_sm90:
+        # One lane's arrival speaks for the sums of all: bench/race_reports.py relies on the warp's barrier before it.
+        arrivals, guarded = r"mbarrier\.arrive\.(?!expect_tx)", 0
+        for sync in re.finditer(
+            r"bar\.warp\.sync 0xffffffff;\s+// end inline asm\s+@\S+ bra\s+(\$L\w+);", compiled.ptx
+        ):
+            for start in (sync.end(), compiled.ptx.index(f"\n{sync[1]}:") + len(sync[1]) + 2):
+                guarded += bool(re.search(arrivals, re.split(r"\$L\w+:|\bbra\b", compiled.ptx[start:], maxsplit=1)[0]))
+        assert guarded == len(re.findall(arrivals, compiled.ptx)) > 0

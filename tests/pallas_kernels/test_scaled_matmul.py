@@ -25,6 +25,7 @@ from pallas_kernels.scaled_matmul.cases import (
     expected,
     make,
 )
+from pallas_kernels.scaled_matmul.choice import choose_config
 from pallas_kernels.scaled_matmul.config import SMEM_BYTES, Config, fill_stages, heuristic, search_space
 from tests.pallas_kernels.aot import compile_for_h200
 
@@ -105,6 +106,10 @@ INTERPRETED = (
 
 # Structures that no heuristic chooses at these sizes (bench/kernel_variants.py): 3 multiprocessors, so that teams take
 # turns and rings wrap around between tiles.
+MANY_ROWS = Config(
+    64, 2, m_groups=2, stages=3, epilogue_n=16, out_slots=4, one_commit=True, overwrite=True, late_release=True
+)
+MANY_ROWS_112 = dataclasses.replace(MANY_ROWS, wg_n=112, out_slots=7)
 INTERPRETED_VARIANTS = (
     # ping-pong: an odd number of tiles and of K steps
     (Case(200, 336, 384, bias=True), Config(48, teams=2, stages=4, epilogue_n=16, out_slots=3)),
@@ -124,6 +129,11 @@ INTERPRETED_VARIANTS = (
         Config(32, 2, tile_k=256, stages=2, epilogue_n=16, turns=True, deferred=True),
     ),
     (Case(16, 400, 384), Config(64, stages=2, epilogue_n=16, out_slots=4, one_commit=True)),
+    # stages given back late, and 64 rows of a warpgroup after the other: several tiles a block, columns of two scales
+    (Case(200, 320, 384, scales="block"), Config(64, 2, stages=2, epilogue_n=16, late_release=True)),
+    (Case(300, 448, 384, scales="block", bias=True), MANY_ROWS_112),
+    (Case(300, 256, 384, scales="w block"), dataclasses.replace(MANY_ROWS, turns=True)),
+    (Case(300, 256, 512, scales="x block"), dataclasses.replace(MANY_ROWS, tile_k=256, stages=2, one_commit=False)),
 )
 
 
@@ -132,7 +142,7 @@ def test_hopper_kernel_interpreted(case, config, monkeypatch):
     operands = make(case)
     few = dataclasses.replace(KNOWN_DEVICES["h200"], core_count=3)  # so that a block walks over several tiles
     monkeypatch.setitem(KNOWN_DEVICES, "h200", few)
-    call = functools.partial(mosaic_sm90.scaled_matmul, out_dtype=case.out_dtype, config=config)
+    call = functools.partial(mosaic_sm90.scaled_matmul, out_dtype=case.out_dtype, config=config, interpretable=True)
     check(case, interpret(call, *map(as_jax, operands)), operands)
 
 
@@ -191,6 +201,9 @@ COMPILED_VARIANTS = (
         Config(128, 2, epilogue_n=32, stages=6, stripe=16, turns=True, deferred=True),
     ),
     (Case(256, 4096, 14336, scales="block"), Config(128, 2, epilogue_n=32, stages=5, cluster=2, cluster_axis="k")),
+    # several m_groups: two accumulators beside the sums would spill
+    *((Case(4096, 4096, 4096, scales="block"), c) for c in matmul_variants("o", 4096, 4096, "block", 4096)),
+    *((Case(256, 28672, 4096, scales="block"), c) for c in matmul_variants("gate_up", 28672, 4096, "block", 256)[:3]),
 )
 
 
@@ -210,10 +223,12 @@ def test_variants_are_legal():
             for m in MS:
                 for config in matmul_variants(shape, n, k, mode, m):
                     assert config.refusal(m, n, k, mode == "block") is None and config.stages >= 2
-            assert len(matmul_variants(shape, n, k, mode, 4096)) >= 10 and matmul_variants(shape, n, k, mode, 256)
+            assert 4 <= len(matmul_variants(shape, n, k, mode, 4096)) <= 8
+            assert mode == "row" or 5 <= len(matmul_variants(shape, n, k, mode, 256)) <= 8
     for case, config in CHECKS:
-        assert config.refusal(case.m, case.n, case.k, case.scales == "block") is None, (case, config)
-        assert config.smem_bytes(case.m, case.k, 2, case.scales == "block") <= SMEM_BYTES
+        block = "block" in case.scales
+        assert config.refusal(case.m, case.n, case.k, block) is None, (case, config)
+        assert config.smem_bytes(case.m, case.k, 2, block) <= SMEM_BYTES
 
 
 def test_refusals_give_the_reason():
@@ -248,8 +263,15 @@ def test_heuristic_is_legal_and_fills_the_gpu(block):
 
 
 def test_search_space_is_legal():
-    found = list(search_space(16, 6144, 4096, block=True))
-    assert len(found) > 20 and all(c.smem_bytes(16, 4096, 2, True) <= SMEM_BYTES for c in found)
+    for m, least in ((16, 20), (4096, 8)):
+        found = list(search_space(m, 6144, 4096, block=True))
+        assert len(found) >= least and all(c.smem_bytes(m, 4096, 2, True) <= SMEM_BYTES for c in found)
+        assert not any(c.refusal(m, 6144, 4096, True) for c in found)
+
+
+def test_overwrite_is_for_fp8():
+    with pytest.raises(NotImplementedError, match="for fp8"):
+        choose_config(256, 4096, 4096, "int8", True, 2, MANY_ROWS)
 
 
 def hopper_fp8_sum(x, w, interval, bits=13):
