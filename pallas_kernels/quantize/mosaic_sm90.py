@@ -20,9 +20,10 @@ from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
-from pallas_kernels.quantize import exact
+from pallas_kernels.quantize import exact, exchange
 from pallas_kernels.quantize.reference import FP8_MAX, divide
 
+_SHARED = "silu and rows"
 _MOST_PER_THREAD = 64  # elements of a row in one thread's registers
 
 
@@ -33,10 +34,15 @@ class Split:
     wgs: int  # warpgroups of a block
     runs: int  # 128-runs that a warp holds side by side: 2 (8 elements a lane) or 1 (4)
     repeats: int
-    blocks: int = 1  # a cluster that shares the row (compiled, not run yet: the heuristic has 1)
+    blocks: int = 1  # a cluster that shares the row, of SiLU and plain rows; see `exchange`
     persistent: bool = (
         False  # as many blocks as multiprocessors, each with the next row's loads in flight (not run yet)
     )
+    lean: bool = False  # fewer instructions: `exact.widen`, `exact.reciprocal`, `exchange.row_maximum` (not run yet)
+
+    def clustered(self, qdtype: Any, block: bool, static: bool) -> bool:
+        """Whether the blocks that share a row have something to tell each other: its scale."""
+        return self.blocks > 1 and qdtype is not None and not (block or static)
 
     @property
     def layout(self) -> Any:
@@ -84,13 +90,20 @@ def _kernel(
     q_gmem = refs.pop(0)
     scale_gmem: Any = None if static or qdtype is None else refs.pop(0)
     sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
-    partial, ready = refs[-2:]
+    partial_, ready, words_ = refs[-3:]
+    lean = s.lean and not interpretable
     wg = lax.axis_index("wg")
     part = lax.axis_index("part") if s.blocks > 1 else 0
     layout = s.layout
 
     def load(ref):
         return plgpu.load(ref, layout=layout, optimized=False)
+
+    def wide(x):
+        return exact.widen(x, layout) if lean else x.astype(jnp.float32)
+
+    if s.clustered(qdtype, block, static):
+        exchange.announce(words_.at[0], warps=4 * s.wgs, blocks=s.blocks)
 
     # All loads are issued before anything waits: one latency of memory, not two.
     weight = None if weight_gmem is None else load(weight_gmem.at[part, wg])
@@ -101,20 +114,11 @@ def _kernel(
     def over_row(values, combine, partial):
         """Combines one [4] array (a number a warp) per entry of `values` over all warps of the row."""
         for i, value in enumerate(values):
-            if s.blocks == 1:
-                partial[i, 0, wg] = value
-            else:
-                for peer in range(s.blocks):
-                    plgpu.cluster_ref(partial, {"part": peer})[i, part, wg] = value
-        if s.blocks > 1:  # a few threads arrive for all on a cluster's barrier: all must have written
-            plgpu.commit_smem()
-            exact.cluster_fence()
+            partial[i, wg] = value
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
-        if s.blocks > 1:
-            exact.cluster_fence()
         return [
-            functools.reduce(fn, [partial[i, b, w, j] for b in range(s.blocks) for w in range(s.wgs) for j in range(4)])
+            functools.reduce(fn, [partial[i, w, j] for w in range(s.wgs) for j in range(4)])
             for i, fn in enumerate(combine)
         ]
 
@@ -128,9 +132,10 @@ def _kernel(
             return [load(x_gmem.at[row, half, part, wg]) for half in (0, 1)]
         return [load(ref.at[row, part, wg]) for ref in (x_gmem, residual_gmem) if ref is not None]
 
-    def process(row, loaded, partial):
+    def process(row, loaded, turn):
+        partial = partial_.at[turn]
         if op == "silu":
-            gate, up = (value.astype(jnp.float32) for value in loaded)
+            gate, up = (wide(value) for value in loaded)
             y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout))
             if qdtype is None:  # rounded where Hugging Face's tensors are
                 y = y.astype(x_gmem.dtype).astype(jnp.float32)
@@ -140,10 +145,11 @@ def _kernel(
             if op == "residual_norm":
                 y = (y.astype(jnp.float32) + loaded[1].astype(jnp.float32)).astype(y.dtype)
                 sum_gmem[row, part, wg] = y
-            y = y.astype(jnp.float32)
+            y = wide(y)
         total: Any = None
         if weight is not None:
-            total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)
+            # A lane's own elements first, then 32 lanes once: a fourth of the shuffles.
+            total = (y * y).sum(axis=1).sum(axis=2).sum(axis=1)
             if qdtype is not None:
                 y = y * weight.astype(jnp.float32)
         if qdtype is None:
@@ -155,14 +161,20 @@ def _kernel(
             return
 
         # max|y| is taken before the norm's factor: rounding is monotonic, so that factor * max|y| = max|factor * y|.
-        magnitude: Any = None if static else jnp.abs(y).max(axis=3)
-        if magnitude is not None and not block:
-            magnitude = magnitude.max(axis=2).max(axis=1)
+        # A row's maximum without a sum beside it has an exchange of its own.
+        direct = not (static or block) and total is None and (lean or s.blocks > 1)
+        magnitude: Any = None
+        if block:
+            magnitude = jnp.abs(y).max(axis=3)
+        elif not (static or direct):
+            magnitude = jnp.abs(y).max(axis=1).max(axis=2).max(axis=1)
+        elif direct:
+            magnitude = exchange.row_maximum(y, words_.at[turn], layout, warps=4 * s.wgs, blocks=s.blocks, rank=part)
         if total is not None and block:
             [total] = over_row([total], [jnp.add], partial)
         elif total is not None:
             total, magnitude = over_row([total, magnitude], [jnp.add, jnp.maximum], partial)
-        elif magnitude is not None and not block:
+        elif magnitude is not None and not (block or direct):
             [magnitude] = over_row([magnitude], [jnp.maximum], partial)
         if total is not None:
             factor = lax.rsqrt(total * (1.0 / width) + eps)
@@ -186,6 +198,9 @@ def _kernel(
 
         if interpretable:
             y = divide(y, spread(scale, axes))
+        elif lean and op != "rows" and jnp.dtype(qdtype) != jnp.int8 and not static:
+            inverse = exact.reciprocal(scale, layout.reduce((3,)) if block else exact.SCALAR)
+            y = y * spread(inverse, axes)
         else:
             lift = exact.lift(scale)
             y = exact.divide(y * spread(lift, axes), spread(scale * lift, axes), layout)
@@ -199,14 +214,14 @@ def _kernel(
 
     first = lax.axis_index("row")
     if not s.persistent:
-        process(first, loads(first), partial)
+        process(first, loads(first), 0)
         return
     step, rows = lax.axis_size("row"), x_gmem.shape[0]
 
     def one(i, loaded):
         row = first + i * step
         following = loads(lax.min(row + step, jnp.int32(rows - 1)))  # the last row once more behind the end
-        process(row, loaded, partial.at[lax.rem(i, jnp.int32(2))])
+        process(row, loaded, lax.rem(i, jnp.int32(2)))  # in turns: nobody waits for all to have read the last
         return following
 
     lax.fori_loop(0, lax.div(rows - first + (step - 1), step), one, loads(first))
@@ -250,25 +265,29 @@ def _run(
     if residual is not None:
         outputs.append(jax.ShapeDtypeStruct((m, *parts), x.dtype))
     static = static_scale is not None
+    if s.blocks > 1 and ("norm" in op or interpretable or s.persistent):
+        raise NotImplementedError(f"clusters share rows of {_SHARED}, one row each, on a device; not {op} with {s}")
     kernel = functools.partial(
         _kernel, op, s, k, block is not None, eps, divisor, qdtype, static, interpretable, early_launch
     )
-    given = len(operands)
+    given, turns = len(operands), 2 if s.persistent else 1
     if after is not None:
         operands.append(after)
+    rows = min(m, current_device().core_count or 132) if s.persistent else m
+    places: dict[str, Any] = dict(grid=(rows,), grid_names=("row",))
+    if s.clustered(qdtype, block is not None, static):
+        places |= dict(cluster=(s.blocks,), cluster_names=("part",))
+    elif s.blocks > 1:
+        places = dict(grid=(rows, s.blocks), grid_names=("row", "part"))
     results = plgpu.kernel(
         lambda *refs: kernel(*refs[:given], *refs[len(operands) :]),
         out_type=outputs,
         scratch_types=[
-            plgpu.SMEM((*([2] if s.persistent else []), 2, s.blocks, s.wgs, 4), jnp.float32),
-            plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=s.wgs)
-            if s.blocks > 1
-            else plgpu.Barrier(num_arrivals=s.wgs),
+            plgpu.SMEM((turns, 2, s.wgs, 4), jnp.float32),
+            plgpu.Barrier(num_arrivals=s.wgs),
+            plgpu.SMEM((turns, exchange.words_of(s.blocks, 4 * s.wgs)), jnp.uint32),
         ],
-        cluster=(s.blocks,) if s.blocks > 1 else (),
-        cluster_names=("part",) if s.blocks > 1 else (),
-        grid=(min(m, (current_device().core_count or 132) // s.blocks) if s.persistent else m,),
-        grid_names=("row",),
+        **places,
         num_threads=s.wgs,
         thread_name="wg",
         kernel_name=f"quantize_{op}_sm90",
