@@ -37,7 +37,7 @@ def announce(words: Any, *, warps: int, blocks: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def start(ctx: Any, ref: Any) -> None:
-        ops = _Ops()
+        ops = Ops()
         size = 4 * blocks * warps
         text = (
             f"{{ .reg .pred p; .reg .u32 t, b; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; add.u32 b, $0, {size}; "
@@ -67,7 +67,7 @@ def row_maximum(y: jax.Array, words: Any, layout: Any, *, warps: int, blocks: in
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith
 
-        ops = _Ops()
+        ops = Ops()
         address = ops.address(ref)
         largest = ops.warp_maximum(ops.largest_magnitude(y))
         # $0 the words, $1 this warp's number
@@ -107,7 +107,7 @@ def row_maximum(y: jax.Array, words: Any, layout: Any, *, warps: int, blocks: in
     return maximum(y, words, jnp.int32(rank))
 
 
-class _Ops:
+class Ops:
     """Inline PTX, within a kernel's lowering."""
 
     def __init__(self) -> None:
@@ -122,6 +122,13 @@ class _Ops:
         from jaxlib.mlir.dialects import llvm
 
         return llvm.ptrtoint(self.i32, utils.memref_ptr(ref))
+
+    def global_address(self, ref: Any) -> Any:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import llvm
+
+        return llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(ref))
 
     def ptx(self, text: str, *args: Any, result: Any = None, convergent: bool = False) -> Any:
         return self.inline(text, *args, result_types=result, has_side_effects=True, convergent=convergent)
