@@ -156,10 +156,9 @@ def decode_task(
 
 @functools.cache
 def _prefill_programs(
-    context: int, pool: Pool, dtype: Any, config: PrefillConfig | None, tile: int, calls: int, few: int
+    context: int, pool: Pool, dtype: Any, config: PrefillConfig | None, tile: int, tiles: int, calls: int, few: int
 ) -> tuple[Any, Any, Any]:
     """A chain of calls, one call, and the XLA reference on `few` of the tiles; the same whatever the tiles see."""
-    tiles = context // tile
     scales: dict[str, Any] = {} if jnp.dtype(dtype).itemsize == 2 else dict(k_scale=0.5, v_scale=0.5)
     options: dict[str, Any] = dict(sm_scale=pool.head_dim**-0.5, **scales)
 
@@ -183,20 +182,22 @@ def _prefill_programs(
 
 def prefill_task(
     kind: str, context: int, pool: Pool, *, dtype: Any = jnp.bfloat16, config: PrefillConfig | None = None,
-    tile: int = 128,
+    tile: int = 128, queries: int | None = None,
 ) -> Task:  # fmt: skip
-    """`context` queries in tiles of `tile` over pages: "causal" as one chunk of one sequence; "full" with every tile at
-    the end of the same `context` keys (only its diagonal block is masked). TFLOP/s count the visible keys only."""
-    calls, tiles = 8 if context >= 1024 else 2, context // tile
-    name = f"prefill {kind} {jnp.dtype(dtype).name} {context}" + (f" {config}" if config else "")
+    """The last `queries` (None: all) of `context` tokens, in tiles of `tile`, over pages: "causal" as one chunk of one
+    sequence; "full" with every tile at the end of the same `context` keys (only its diagonal block is masked). TFLOP/s
+    count the visible keys only."""
+    calls, tiles = 8 if context >= 1024 else 2, (queries or context) // tile
+    name = f"prefill {kind} {jnp.dtype(dtype).name} {context}" + (f" last {queries}" if queries else "")
+    name += f" {config}" if config else ""
     few = np.unique([0, tiles // 2 - 1, tiles - 1])
 
     def compile() -> Any:
-        return _prefill_programs(context, pool, dtype, config, tile, calls, len(few))
+        return _prefill_programs(context, pool, dtype, config, tile, tiles, calls, len(few))
 
     def run(compiled: Any) -> dict[str, Any]:
         many, one, oracle = compiled
-        start = np.arange(tiles) * tile if kind == "causal" else np.full(tiles, context - tile)
+        start = context - tile * np.arange(tiles, 0, -1) if kind == "causal" else np.full(tiles, context - tile)
         visible = float(sum((s + 1) * tile + tile * (tile - 1) / 2 for s in start))
         flops = 4 * visible * pool.heads * pool.head_dim
         kv = pool.arrays(dtype)
@@ -219,11 +220,12 @@ def prefill_task(
             "kind": kind,
             "kv": jnp.dtype(dtype).name,
             "context": context,
+            **({"queries": queries} if queries else {}),
             "config": str(config) if config else None,
             **timing.row(),
             "tflops": round(flops / timing.us / 1e6),
             "kernel_tflops": round(flops / kernel / 1e6),
-            "bar_tflops": PREFILL_BARS[kind],
+            "bar_tflops": None if queries else PREFILL_BARS[kind],
             "error": round(error, 5),
             "same_in_chain": same,
             "ok": error < ERROR_LIMIT and same,
@@ -246,8 +248,9 @@ def prefill_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:
 def prefill_alternatives(*, quick: bool = False) -> list[Task]:
     """Other configs than the op's own choice at S = 4,096, then their checks over the test table.
 
-    Two measurements of one kernel differ by 1.5 %, which is what these are about: all are timed twice, in turns. What
-    waits for other blocks (`split_last`) could hang and is killed after 8 seconds.
+    Two measurements of one kernel differ by 1.5 %, which is what these are about: all are timed twice, in turns. The
+    chunk of 256 queries is 64 items, which only `split_last` gives to more than 64 multiprocessors. What waits for
+    other blocks could hang and is killed after 8 seconds.
     """
     if quick:
         return []
@@ -257,8 +260,12 @@ def prefill_alternatives(*, quick: bool = False) -> list[Task]:
         for kind in ("full", "causal")
         for config in (PrefillConfig(), *OTHER_CONFIGS, PrefillConfig(pingpong=False))
     ]
+    chunk = [
+        prefill_task("causal", 8192, Pool(4 * 4096), config=config, queries=256)
+        for config in (PrefillConfig(), PrefillConfig(split_last=True))
+    ]
     again = [dataclasses.replace(task, key=f"{task.key} again") for task in timed]
-    return [dataclasses.replace(task, limit=8.0) for task in (*timed, *again, *checks)]
+    return [dataclasses.replace(task, limit=8.0) for task in (*timed, *chunk, *again, *checks)]
 
 
 def decode_tasks(*, sweep: bool = False, quick: bool = False) -> list[Task]:

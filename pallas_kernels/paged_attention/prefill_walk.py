@@ -60,9 +60,13 @@ def _cta(ops: Mlir, p: Problem) -> Reg:
 
 
 def _place(ops: Mlir, p: Problem, n: Reg) -> Reg:
-    """Items are dealt in rounds, every other one backwards: the first of a round see the most keys."""
+    """Items are dealt in rounds, every other one backwards: the first of a round see the most keys.
+
+    A split round goes forwards, so that the last one in front of it has to go backwards.
+    """
     cta = _cta(ops, p)
-    return ops.select((n & 1).equals(0), cta, ops.const_i32(p.blocks - 1) - cta)
+    forwards = p.items // p.blocks & 1 if p.rest else 0
+    return ops.select((n & 1).equals(forwards), cta, ops.const_i32(p.blocks - 1) - cta)
 
 
 def _ends_of_range(ops: Mlir, p: Problem) -> tuple[Reg, Reg]:
