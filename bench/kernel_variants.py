@@ -167,7 +167,7 @@ def quant_variants(op: str, m: int) -> list[Any]:
         ]
     if m > 64:
         return [Split(1, 2, 4, persistent=False), Split(2, 2, 2), Split(4, 2, 1), Split(2, 1, 4), Split(4, 1, 2)]
-    return [Split(2, 2, 1, 2)] if op == "residual_norm" else []
+    return []
 
 
 def prefill_configs() -> list[Any]:

@@ -33,12 +33,14 @@ GROUPS = (
     "quantize",
     "peers",
     "prefill_other",
+    "quantize_other",
     "xla_fp8",
     "xla_int8",
     "xla_bf16",
 )
 ATTENTION = {"prefill": "prefill_tasks", "decode": "decode_tasks", "prefill_other": "prefill_alternatives"}
 MS = (1, 16, 64, 256, 4096)
+QUANTIZE_MS = (1, 16, 64, 4096, 32768)
 RESTARTS = 4
 # Products that share an operand must stay apart, or XLA would merge a chain's calls into one.
 XLA_FLAGS = "--xla_gpu_dot_merger_threshold_mb=0"
@@ -68,7 +70,11 @@ def run_group(args: argparse.Namespace) -> None:
     elif group == "quantize":
         from bench.quantize_tasks import quantize_tasks
 
-        tasks = quantize_tasks((1, 16), 256, 384) if quick else quantize_tasks((1, 16, 64, 4096, 32768))
+        tasks = quantize_tasks((1, 16), 256, 384) if quick else quantize_tasks(QUANTIZE_MS)
+    elif group == "quantize_other":
+        from bench.quantize_tasks import quantize_alternatives
+
+        tasks = quantize_alternatives(() if quick else QUANTIZE_MS)
     elif group == "peers":
         from bench.peer_tasks import peer_tasks
 
@@ -197,7 +203,7 @@ def finish(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if hbm and "bytes" in row:
             row["bound_us"] = round(row["bytes"] / hbm * 1e6, 2)
-        if row.get("group") == "quantize" and "us" in row and "bound_us" in row:
+        if row.get("group") in ("quantize", "quantize_other") and "us" in row and "bound_us" in row:
             small = row["m"] <= 64
             row["bar_us"] = QUANTIZE_SMALL_US if small else round(row["bound_us"] / QUANTIZE_LARGE_SHARE, 2)
     return {"hbm_bytes_per_second": hbm, "sums": sums(rows)}

@@ -45,16 +45,24 @@ def replicas(rotated_bytes: float, least: int = 2) -> int:
     return int(min(MOST_REPLICAS, max(least, math.ceil(ROTATED_BYTES / max(rotated_bytes, 1)))))
 
 
-def chain(op: Callable[..., Any], *, carried: bool = False, rounds: int = 1) -> Any:
+def chain(op: Callable[..., Any], *, carried: bool = False, after: bool = False, rounds: int = 1) -> Any:
     """A jitted run(fixed, rotated) that calls op(*fixed, *r) for r in rotated, `rounds` times over. Returns the last
     result, and a number of every other one, for XLA would drop what nobody reads.
 
     `rounds`: to hand a call over costs the host some 3 us, and each array of a chain's arguments and results as much
     again: a chain over 40 replicas of a weight takes longer to launch than a GPU takes for kernels of 8 us, one that
     goes over them more than once does not. With `carried` the first of `fixed` is replaced by each call's result, which
-    is then all that is returned.
+    is then all that is returned. With `after` each call waits for an array of the one before, which it gets as that
+    keyword, and only the last result is returned: no two calls are alike, none may be left out, overlap another or need
+    a kernel that reads it (for ops of 2 us those took longer than the ops).
     """
     inner = jax.jit(op)  # traced and lowered once, not per call
+
+    def one_after_another(fixed: tuple, rotated: tuple[tuple, ...]) -> Any:
+        result = inner(*fixed, *rotated[0])
+        for r in (rotated * rounds)[1:]:
+            result = inner(*fixed, *r, after=jax.tree.leaves(result)[0])
+        return result
 
     def run(fixed: tuple, rotated: tuple[tuple, ...]) -> Any:
         results: list[Any] = []
@@ -70,7 +78,7 @@ def chain(op: Callable[..., Any], *, carried: bool = False, rounds: int = 1) -> 
         one_of_each = [jax.tree.leaves(result)[0].ravel()[0].astype(jnp.float32) for result in results[:-1]]
         return results[-1], jnp.stack(one_of_each) if one_of_each else None
 
-    return jax.jit(run)
+    return jax.jit(one_after_another if after else run)
 
 
 def abstract(tree: Any) -> Any:

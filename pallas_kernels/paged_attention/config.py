@@ -49,11 +49,17 @@ def decode_search_space(row_bytes: int) -> list[DecodeConfig]:
 
 @dataclasses.dataclass(frozen=True)
 class PrefillConfig:
-    """block_kv: keys of a block. stages: blocks in the ring. pingpong: the two warpgroups take turns at the wgmmas."""
+    """block_kv: keys of a block. stages: blocks in the ring. pingpong: the two warpgroups take turns at the wgmmas.
+
+    early_keys: the next block's keys are asked for in front of this one's values (not run yet).
+    split_last: all CTAs share the last round's items by keys (not run yet; see prefill_walk).
+    """
 
     block_kv: int = 128
     stages: int = 2
     pingpong: bool = True
+    early_keys: bool = False
+    split_last: bool = False
 
 
 def prefill_heuristic(head_dim: int) -> PrefillConfig:
@@ -64,10 +70,8 @@ def prefill_search_space(head_dim: int, page_size: int) -> list[PrefillConfig]:
     """Configs that fit into an SM's 227 KiB of shared memory, whose blocks are whole pages and whose threads (128, 16
     bytes at a time) have equal shares of a block.
 
-    160 and 176 have not run on a device since P V takes all of their keys. An H200 measured 697 and 687 TFLOP/s (not
-    causal, against 656 with 128) when it left out the last 32 and 48 of them, 10 % and 14 % of the products
-    (bench/results/kernels.json, group prefill_other); with those added at 765 to 989 TFLOP/s, expect 640 to 650 and 610
-    to 630. ptxas spills nothing with 160 and 32 bytes with 176.
+    160 and 176 (FlashAttention-3's) reach 649 and 642 TFLOP/s on an H200 where 128 reaches 672 (S = 4,096, not causal;
+    bench/results/kernels.json, group prefill_other). `early_keys` and `split_last` are not searched: see PrefillConfig.
     """
     every = itertools.product((64, 128, 160, 176), (2, 3, 4), (True, False))
     return [

@@ -26,7 +26,8 @@ _FP8 = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
 def _program(ctx: Any, p: Problem, refs: dict[str, ir.Value]) -> None:
-    ops = Mlir({n: refs[n] for n in ("page_table", "q_start", "q_len", "k_scale", "v_scale")}, refs["q_smem"])
+    buffers = ("page_table", "q_start", "q_len", "k_scale", "v_scale", *(("flags", "partial") if p.rest else ()))
+    ops = Mlir({n: refs[n] for n in buffers}, refs["q_smem"])
     thread = ops.special("tid.x")
     barriers = rings(ops, p, refs["barriers"])
 
@@ -59,7 +60,12 @@ def _kernel(p: Problem, q_dtype: Any, kv_dtype: Any):
     if p.fp8:
         raw = plgpu.SMEM((p.raw_stages, block, p.head_dim), kv_dtype)
         scratch |= {"raw_k": raw, "raw_v": raw}
-    names = ("q", "k_pages", "v_pages", "page_table", "q_start", "q_len", "k_scale", "v_scale", "out", *scratch)
+    inputs: tuple[str, ...] = ("q", "k_pages", "v_pages", "page_table", "q_start", "q_len", "k_scale", "v_scale")
+    outputs = {"out": jax.ShapeDtypeStruct((p.tiles * p.queries, p.heads, p.head_dim), q_dtype)}
+    if p.rest:
+        inputs += ("flags",)
+        outputs["partial"] = jax.ShapeDtypeStruct((p.blocks, CONSUMERS, p.partial_rows, 128, 4), jnp.float32)
+    names = (*inputs, *outputs, *scratch)
 
     def paged_prefill(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(names))
@@ -70,7 +76,7 @@ def _kernel(p: Problem, q_dtype: Any, kv_dtype: Any):
 
     return plgpu.kernel(
         paged_prefill,
-        out_type=jax.ShapeDtypeStruct((p.tiles * p.queries, p.heads, p.head_dim), q_dtype),
+        out_type=list(outputs.values()),
         scratch_types=list(scratch.values()),
         grid=(p.blocks,),
         grid_names=("cta",),
@@ -115,11 +121,12 @@ def prefill_attention(
         raise NotImplementedError(
             f"takes blocks of a multiple of 16 keys and of 2,048 elements, not {config.block_kv} keys x {head_dim}"
         )
+    cores = dispatch.current_device().core_count
     p = Problem(
         tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages,
         page_size=page_size, table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,
         soft_cap=None if soft_cap is None else float(soft_cap), k_scaled=k_scale is not None,
-        v_scaled=v_scale is not None, fp8=fp8, blocks=min(items, dispatch.current_device().core_count), config=config,
+        v_scaled=v_scale is not None, fp8=fp8, blocks=cores if config.split_last else min(items, cores), config=config,
     )  # fmt: skip
     if p.fixed_bytes > SMEM_BYTES:
         raise NotImplementedError(f"{config} needs {p.fixed_bytes} bytes of shared memory of {SMEM_BYTES}")
@@ -130,9 +137,11 @@ def prefill_attention(
         return jnp.broadcast_to(jnp.asarray(scale, jnp.float32).reshape(-1), (kv_heads,))
 
     rows = pages * kv_heads * page_size
+    # Zero before and after: the kernel takes down each flag that it raises. Every call of a program shares this one.
+    flags = [jnp.zeros((CONSUMERS * p.blocks,), jnp.int32)] if p.rest else []
     out = _kernel(p, q.dtype, k_pages.dtype)(
         q.reshape(tiles * queries, heads, head_dim), k_pages.reshape(rows, head_dim), v_pages.reshape(rows, head_dim),
         page_table.astype(jnp.int32), q_start.astype(jnp.int32), q_len.astype(jnp.int32),
-        per_head(k_scale), per_head(v_scale),
-    )  # fmt: skip
+        per_head(k_scale), per_head(v_scale), *flags,
+    )[0]  # fmt: skip
     return out.reshape(q.shape)

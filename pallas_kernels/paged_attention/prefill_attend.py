@@ -20,18 +20,10 @@ from jax.experimental.mosaic.gpu import launch_context, mma_utils, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, scf, vector
 
-from pallas_kernels.paged_attention.prefill_problem import (
-    ROWS,
-    Item,
-    Problem,
-    Ring,
-    address,
-    item,
-    items_of_cta,
-    lengths,
-    place,
-)
+from pallas_kernels.paged_attention.prefill_combine import Combine
+from pallas_kernels.paged_attention.prefill_problem import ROWS, Problem, Ring, address
 from pallas_kernels.paged_attention.prefill_softmax import LOG2E, LOWEST, Softmax, row_array, scalar
+from pallas_kernels.paged_attention.prefill_walk import Item, item, items_of_cta, lengths, place
 from pallas_kernels.paged_attention.simt import Mlir, Reg
 
 _WGMMA_K = 16  # inner dimension of one wgmma of 16-bit operands
@@ -63,7 +55,7 @@ class Attend:
 
     def run(self) -> None:
         ops, p = self.ops, self.p
-        ops._ptx(f"setmaxnreg.inc.sync.aligned.u32 {232 if p.fp8 else 240};", effects=True)
+        ops._ptx(f"setmaxnreg.inc.sync.aligned.u32 {p.consumer_registers};", effects=True)
         zero = ops.const_i32(0)
         mine = items_of_cta(ops, p)
         self.copy_queries(zero, zero < mine)
@@ -76,7 +68,11 @@ class Attend:
             self.q_bar.wait_parity((n & 1).equals(1).value)
             next_queries = functools.partial(self.copy_queries, n + 1, (n + 1) < mine)
             ops.when(work.count >= 1, lambda: self.attend(work, base, next_queries))
-            ops.when(work.count < 1, lambda: self.padding(work, next_queries))
+            if p.rest:  # a part without blocks: its item is another CTA's
+                ops.when(ops.both(work.count < 1, work.ends < 1), next_queries)
+                ops.when(ops.both(work.count < 1, work.ends >= 1), lambda: self.padding(work, next_queries))
+            else:
+                ops.when(work.count < 1, lambda: self.padding(work, next_queries))
             return [base + work.count, *following]
 
         ops.loop(mine, [zero, *lengths(ops, p, zero)], one)
@@ -228,7 +224,7 @@ class Attend:
         one, count = ops.const_i32(1), work.count
         if p.window is None:
             # Blocks all of whose keys are at or before the item's first query.
-            full = ops.max_int((work.start + 1) // block, 1)
+            full = ops.max_int((work.start + 1) // block - work.first_block, 1)
             full = ops.select(full < count, full, count)
             carry = loop(one, full, carry, False)
             carry = loop(full, count, carry, True)
@@ -246,6 +242,27 @@ class Attend:
         out = self.ready(self.add_values(out, weights, last), 0)
         self.release("v", last)
 
+        if not p.rest:
+            self.finish(work, out, total, next_queries)
+            return
+        combine = Combine(ops, p, self.thread, self.warpgroup)
+
+        def tell() -> None:
+            combine.tell(out, peak, total)
+            if not p.own_output:
+                next_queries()
+
+        def last_of_item() -> None:
+            whole, _, sums = combine(work, out, peak, total)
+            self.finish(work, whole, sums, next_queries)
+
+        ops.when(work.ends < 1, tell)
+        ops.when(work.ends >= 1, last_of_item)
+
+    def finish(self, work: Item, out: Any, total: Any, next_queries: Any) -> None:
+        """Divides by the sums of weights and stores."""
+        ops, p = self.ops, self.p
+        kv_head = work.head // (p.heads // p.kv_heads)
         unit = ops.load_global_f32("v_scale", kv_head << 2) if p.v_scaled else ops.const_f32(1.0)
         lanes = [scalar(r) for r in total.registers.flat]
         for distance in (1, 2):

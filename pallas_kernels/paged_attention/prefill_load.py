@@ -15,12 +15,13 @@ from jax.experimental.mosaic.gpu import launch_context, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels.paged_attention.prefill_problem import Item, Problem, Ring, address, item, items_of_cta, lengths
+from pallas_kernels.paged_attention.prefill_problem import Problem, Ring, address
+from pallas_kernels.paged_attention.prefill_walk import Item, item, items_of_cta, lengths
 from pallas_kernels.paged_attention.simt import Mlir, Reg
 
 
 def load(ctx: Any, ops: Mlir, p: Problem, refs: dict[str, ir.Value], rings: dict[str, Ring], thread: Reg) -> None:
-    ops._ptx(f"setmaxnreg.dec.sync.aligned.u32 {40 if p.fp8 else 24};", effects=True)
+    ops._ptx(f"setmaxnreg.dec.sync.aligned.u32 {p.loader_registers};", effects=True)
     elected = utils.single_thread_predicate(utils.ThreadSubset.WARPGROUP)
     convert = _Converter(ops, p, refs, rings, thread) if p.fp8 else None
 
@@ -30,14 +31,22 @@ def load(ctx: Any, ops: Mlir, p: Problem, refs: dict[str, ir.Value], rings: dict
         following = lengths(ops, p, n + 1)
         if convert is None:
 
-            def block(j: Reg, _: list[Reg]) -> list[Reg]:
+            def fill(kind: str, j: Reg) -> None:
                 rows = _rows(ops, p, work, j)
-                for kind in "kv":
-                    full, empty = rings[f"{kind}_full"], rings[f"{kind}_empty"]
-                    empty.wait(base + j, flipped=True)
-                    _copy(ctx, ops, p, refs, kind, f"{kind}_smem", full, base + j, rows, elected)
+                rings[f"{kind}_empty"].wait(base + j, flipped=True)
+                _copy(ctx, ops, p, refs, kind, f"{kind}_smem", rings[f"{kind}_full"], base + j, rows, elected)
+
+            def block(j: Reg, _: list[Reg]) -> list[Reg]:
+                if p.config.early_keys:
+                    # The place of keys j + 1 is free half a step before that of values j: Q K^T comes before P V.
+                    ops.when(j + 1 < work.count, lambda: fill("k", j + 1))
+                else:
+                    fill("k", j)
+                fill("v", j)
                 return []
 
+            if p.config.early_keys:
+                ops.when(work.count >= 1, lambda: fill("k", ops.const_i32(0)))
             ops.loop(work.count, [], block)
         else:
 

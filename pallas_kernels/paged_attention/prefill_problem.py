@@ -1,4 +1,4 @@
-"""What is static of a prefill call, and the parts of its kernel that both roles (load, attend) share."""
+"""What is static of a prefill call, and the rings through which its two roles (load, attend) meet."""
 
 from __future__ import annotations
 
@@ -45,6 +45,25 @@ class Problem:
     @property
     def items(self) -> int:
         return self.tiles * self.blocks_per_tile * self.heads
+
+    @property
+    def rest(self) -> int:
+        """Items that the last round splits over all CTAs by keys; 0 where it deals them whole."""
+        return self.items % self.blocks if self.config.split_last else 0
+
+    @property
+    def loader_registers(self) -> int:
+        """Of a thread of the loading warpgroup; the other two share the rest of 168 a thread, in multiples of 8."""
+        return 40 if self.fp8 or self.rest else 24
+
+    @property
+    def consumer_registers(self) -> int:
+        return (3 * 168 - self.loader_registers) // 16 * 8
+
+    @property
+    def partial_rows(self) -> int:
+        """Of 16 bytes, which a thread keeps of a part's result: its accumulators, two maxima, two sums."""
+        return self.head_dim // 8 + 1
 
     @property
     def swizzle(self) -> int:
@@ -110,62 +129,3 @@ def rings(ops: Mlir, p: Problem, ref: ir.Value) -> dict[str, Ring]:
 
 def address(ops: Mlir, ref: ir.Value, kind: Any) -> Reg:
     return Reg(llvm.ptrtoint(kind, utils.memref_ptr(ref)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One item of this CTA's list: a head of 128 queries, and the blocks of keys that they see."""
-
-    tile: Reg
-    first: Reg  # query of the tile
-    head: Reg
-    start: Reg  # position of the first query
-    left: Reg  # live queries from there on, if positive
-    end: Reg  # keys at end and beyond are seen by nobody here
-    begin: Reg  # nor those before
-    first_block: Reg
-    count: Reg  # of blocks; 0 for padding
-
-
-def items_of_cta(ops: Mlir, p: Problem) -> Reg:
-    """How many items this CTA has."""
-    rounds, rest = divmod(p.items, p.blocks)
-    if not rest:
-        return ops.const_i32(rounds)
-    mine = _place(ops, p, ops.const_i32(rounds)) < rest
-    return ops.select(mine, ops.const_i32(rounds + 1), ops.const_i32(rounds))
-
-
-def _place(ops: Mlir, p: Problem, n: Reg) -> Reg:
-    """Items are dealt in rounds, every other one backwards: the first of a round see the most keys."""
-    cta = ops.special("ctaid.x")
-    return ops.select((n & 1).equals(0), cta, ops.const_i32(p.blocks - 1) - cta)
-
-
-def place(ops: Mlir, p: Problem, n: Reg) -> tuple[Reg, Reg, Reg]:
-    """(tile, first query, head) of this CTA's item n; later ones of a sequence, which see more keys, go first.
-
-    Heads are adjacent in time and share keys and values in L2.
-    """
-    item = ops.min_int(n * p.blocks + _place(ops, p, n), p.items - 1)
-    head, rest = item % p.heads, item // p.heads
-    tile = ops.const_i32(p.tiles - 1) - rest // p.blocks_per_tile
-    q_block = ops.const_i32(p.blocks_per_tile - 1) - rest % p.blocks_per_tile
-    return tile, q_block * (ROWS * CONSUMERS), head
-
-
-def lengths(ops: Mlir, p: Problem, n: Reg) -> list[Reg]:
-    """q_start and q_len of item n's tile: asked for one item ahead, since they come from far."""
-    tile, _, _ = place(ops, p, n)
-    return [ops.load_global("q_start", tile << 2), ops.load_global("q_len", tile << 2)]
-
-
-def item(ops: Mlir, p: Problem, n: Reg, q_start: Reg, q_len: Reg) -> Item:
-    tile, first, head = place(ops, p, n)
-    block = p.config.block_kv
-    start, left = q_start + first, q_len - first
-    end = start + ops.min_int(left, ROWS * CONSUMERS)
-    begin = ops.const_i32(0) if p.window is None else ops.max_int(start - (p.window - 1), 0)
-    first_block = begin // block
-    count = ops.select(left >= 1, (end + (block - 1)) // block - first_block, ops.const_i32(0))
-    return Item(tile, first, head, start, left, end, begin, first_block, count)

@@ -240,6 +240,29 @@ class Mlir:
         wide = Reg(arith.extui(self.i64, offset.value))
         self._ptx("st.global.v2.b32 [$0], {$1, $2};", self.base[name] + wide, x, y, effects=True)
 
+    def store_global4(self, name: str, offset: Reg, x: Sequence[Reg]) -> None:
+        wide = Reg(arith.extui(self.i64, offset.value))
+        self._ptx("st.global.v4.f32 [$0], {$1, $2, $3, $4};", self.base[name] + wide, *x, effects=True)
+
+    def load_global4(self, name: str, offset: Reg) -> list[Reg]:
+        """Of a buffer that other CTAs write, behind `wait_acquire`."""
+        wide = Reg(arith.extui(self.i64, offset.value))
+        text = "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];"
+        return self._ptx(text, self.base[name] + wide, out=[self.f32] * 4, effects=True)
+
+    def store_release(self, name: str, offset: Reg, x: Reg) -> None:
+        wide = Reg(arith.extui(self.i64, offset.value))
+        self._ptx("st.release.gpu.global.b32 [$0], $1;", self.base[name] + wide, x, effects=True)
+
+    def wait_acquire(self, name: str, offset: Reg) -> None:
+        """Until the word is not zero."""
+        wide = Reg(arith.extui(self.i64, offset.value))
+        text = (
+            "{ .reg .pred p; .reg .b32 f; WAIT_${:uid}: ld.acquire.gpu.global.b32 f, [$0]; setp.ne.b32 p, f, 0; "
+            "@p bra DONE_${:uid}; nanosleep.u32 100; bra WAIT_${:uid}; DONE_${:uid}: }"
+        )
+        self._ptx(text, self.base[name] + wide, effects=True)
+
     def any_lane(self, x: Reg) -> Reg:
         """Whether the condition `x` holds in some lane of the warp."""
         text = "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.s32 $0, 1, 0, q; }"
@@ -254,8 +277,9 @@ class Mlir:
         self._ptx("barrier.cluster.arrive.release.aligned;", effects=True, convergent=True)
         self._ptx("barrier.cluster.wait.acquire.aligned;", effects=True, convergent=True)
 
-    def special(self, name: str) -> Reg:
-        return self._ptx(f"mov.u32 $0, %{name};", out=self.i32)
+    def special(self, name: str, again: bool = False) -> Reg:
+        """`again`: read where it is used; the compiler keeps it in a register otherwise, or spills it."""
+        return self._ptx(f"mov.u32 $0, %{name};", out=self.i32, effects=again)
 
     def uniform(self, x: Reg) -> Reg:
         """Tells ptxas that all lanes hold the same value."""

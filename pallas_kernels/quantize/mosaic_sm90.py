@@ -20,9 +20,10 @@ from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
-from pallas_kernels.quantize import exact
+from pallas_kernels.quantize import exact, exchange, row_ring
 from pallas_kernels.quantize.reference import FP8_MAX, divide
 
+_SHARED = "silu and rows"
 _MOST_PER_THREAD = 64  # elements of a row in one thread's registers
 
 
@@ -33,10 +34,16 @@ class Split:
     wgs: int  # warpgroups of a block
     runs: int  # 128-runs that a warp holds side by side: 2 (8 elements a lane) or 1 (4)
     repeats: int
-    blocks: int = 1  # a cluster that shares the row (compiled, not run yet: the heuristic has 1)
+    blocks: int = 1  # a cluster that shares the row, of SiLU and plain rows; see `exchange`
     persistent: bool = (
         False  # as many blocks as multiprocessors, each with the next row's loads in flight (not run yet)
     )
+    stages: int = 0  # of persistent, lean blocks: rows on their way into shared memory, see `row_ring` (not run yet)
+    lean: bool = False  # fewer instructions: `exact.widen`, `exact.reciprocal`, `exchange.row_maximum` (not run yet)
+
+    def clustered(self, qdtype: Any, block: bool, static: bool) -> bool:
+        """Whether the blocks that share a row have something to tell each other: its scale."""
+        return self.blocks > 1 and qdtype is not None and not (block or static)
 
     @property
     def layout(self) -> Any:
@@ -77,6 +84,7 @@ def _kernel(
     early_launch: bool, *args,
 ):  # fmt: skip
     refs: list[Any] = list(args)
+    barriers, ring = (refs.pop(), refs.pop()) if s.stages else (None, None)
     x_gmem = refs.pop(0)
     weight_gmem: Any = refs.pop(0) if "norm" in op else None
     residual_gmem: Any = refs.pop(0) if op == "residual_norm" else None
@@ -84,13 +92,20 @@ def _kernel(
     q_gmem = refs.pop(0)
     scale_gmem: Any = None if static or qdtype is None else refs.pop(0)
     sum_gmem: Any = refs.pop(0) if op == "residual_norm" else None
-    partial, ready = refs[-2:]
+    partial_, ready, words_ = refs[-3:]
+    lean = s.lean and not interpretable
     wg = lax.axis_index("wg")
     part = lax.axis_index("part") if s.blocks > 1 else 0
     layout = s.layout
 
     def load(ref):
         return plgpu.load(ref, layout=layout, optimized=False)
+
+    def wide(x):
+        return exact.widen(x, layout) if lean else x.astype(jnp.float32)
+
+    if s.clustered(qdtype, block, static):
+        exchange.announce(words_.at[0], warps=4 * s.wgs, blocks=s.blocks)
 
     # All loads are issued before anything waits: one latency of memory, not two.
     weight = None if weight_gmem is None else load(weight_gmem.at[part, wg])
@@ -101,20 +116,11 @@ def _kernel(
     def over_row(values, combine, partial):
         """Combines one [4] array (a number a warp) per entry of `values` over all warps of the row."""
         for i, value in enumerate(values):
-            if s.blocks == 1:
-                partial[i, 0, wg] = value
-            else:
-                for peer in range(s.blocks):
-                    plgpu.cluster_ref(partial, {"part": peer})[i, part, wg] = value
-        if s.blocks > 1:  # a few threads arrive for all on a cluster's barrier: all must have written
-            plgpu.commit_smem()
-            exact.cluster_fence()
+            partial[i, wg] = value
         plgpu.barrier_arrive(ready)
         plgpu.barrier_wait(ready)
-        if s.blocks > 1:
-            exact.cluster_fence()
         return [
-            functools.reduce(fn, [partial[i, b, w, j] for b in range(s.blocks) for w in range(s.wgs) for j in range(4)])
+            functools.reduce(fn, [partial[i, w, j] for w in range(s.wgs) for j in range(4)])
             for i, fn in enumerate(combine)
         ]
 
@@ -128,9 +134,10 @@ def _kernel(
             return [load(x_gmem.at[row, half, part, wg]) for half in (0, 1)]
         return [load(ref.at[row, part, wg]) for ref in (x_gmem, residual_gmem) if ref is not None]
 
-    def process(row, loaded, partial):
+    def process(row, loaded, turn, all_have_read=lambda: None):
+        partial = partial_.at[turn]
         if op == "silu":
-            gate, up = (value.astype(jnp.float32) for value in loaded)
+            gate, up = (wide(value) for value in loaded)
             y = gate * (1.0 / (1.0 + jnp.exp(-gate)) if interpretable else exact.sigmoid(gate, layout))
             if qdtype is None:  # rounded where Hugging Face's tensors are
                 y = y.astype(x_gmem.dtype).astype(jnp.float32)
@@ -140,10 +147,11 @@ def _kernel(
             if op == "residual_norm":
                 y = (y.astype(jnp.float32) + loaded[1].astype(jnp.float32)).astype(y.dtype)
                 sum_gmem[row, part, wg] = y
-            y = y.astype(jnp.float32)
+            y = wide(y)
         total: Any = None
         if weight is not None:
-            total = (y * y).sum(axis=3).sum(axis=2).sum(axis=1)
+            # A lane's own elements first, then 32 lanes once: a fourth of the shuffles.
+            total = (y * y).sum(axis=1).sum(axis=2).sum(axis=1)
             if qdtype is not None:
                 y = y * weight.astype(jnp.float32)
         if qdtype is None:
@@ -155,14 +163,21 @@ def _kernel(
             return
 
         # max|y| is taken before the norm's factor: rounding is monotonic, so that factor * max|y| = max|factor * y|.
-        magnitude: Any = None if static else jnp.abs(y).max(axis=3)
-        if magnitude is not None and not block:
-            magnitude = magnitude.max(axis=2).max(axis=1)
+        # A row's maximum without a sum beside it has an exchange of its own.
+        direct = not (static or block) and total is None and (lean or s.blocks > 1)
+        magnitude: Any = None
+        if block:
+            magnitude = jnp.abs(y).max(axis=3)
+        elif not (static or direct):
+            magnitude = jnp.abs(y).max(axis=1).max(axis=2).max(axis=1)
+        elif direct:
+            magnitude = exchange.row_maximum(y, words_.at[turn], layout, warps=4 * s.wgs, blocks=s.blocks, rank=part)
+            all_have_read()
         if total is not None and block:
             [total] = over_row([total], [jnp.add], partial)
         elif total is not None:
             total, magnitude = over_row([total, magnitude], [jnp.add, jnp.maximum], partial)
-        elif magnitude is not None and not block:
+        elif magnitude is not None and not (block or direct):
             [magnitude] = over_row([magnitude], [jnp.maximum], partial)
         if total is not None:
             factor = lax.rsqrt(total * (1.0 / width) + eps)
@@ -186,6 +201,9 @@ def _kernel(
 
         if interpretable:
             y = divide(y, spread(scale, axes))
+        elif lean and op != "rows" and jnp.dtype(qdtype) != jnp.int8 and not static:
+            inverse = exact.reciprocal(scale, layout.reduce((3,)) if block else exact.SCALAR)
+            y = y * spread(inverse, axes)
         else:
             lift = exact.lift(scale)
             y = exact.divide(y * spread(lift, axes), spread(scale * lift, axes), layout)
@@ -199,17 +217,38 @@ def _kernel(
 
     first = lax.axis_index("row")
     if not s.persistent:
-        process(first, loads(first), partial)
+        process(first, loads(first), 0)
         return
     step, rows = lax.axis_size("row"), x_gmem.shape[0]
+    count = lax.div(rows - first + (step - 1), step)
+    if s.stages:
+        halves = 2 if op == "silu" else 1
+        size = 2 * halves * width
+        fetch = functools.partial(row_ring.fetch, x_gmem, ring, barriers, rows=rows, size=size)
+        row_ring.begin(barriers, s.stages)
+        for i in range(s.stages):
+            fetch(first + i * step, jnp.int32(i))
+
+        def one_of_ring(i, _):
+            row, slot = first + i * step, lax.rem(i, jnp.int32(s.stages))
+            row_ring.wait(barriers, slot, lax.rem(lax.div(i, jnp.int32(s.stages)), jnp.int32(2)))
+            shape = (4, s.repeats, s.runs, 128)
+            loaded = [
+                row_ring.read(ring, slot, layout, shape, x_gmem.dtype, size=size, offset=2 * width * half)
+                for half in range(halves)
+            ]
+            process(row, loaded, lax.rem(i, jnp.int32(2)), lambda: fetch(row + s.stages * step, slot))
+
+        lax.fori_loop(0, count, one_of_ring, None)
+        return
 
     def one(i, loaded):
         row = first + i * step
         following = loads(lax.min(row + step, jnp.int32(rows - 1)))  # the last row once more behind the end
-        process(row, loaded, partial.at[lax.rem(i, jnp.int32(2))])
+        process(row, loaded, lax.rem(i, jnp.int32(2)))  # in turns: nobody waits for all to have read the last
         return following
 
-    lax.fori_loop(0, lax.div(rows - first + (step - 1), step), one, loads(first))
+    lax.fori_loop(0, count, one, loads(first))
 
 
 def _run(
@@ -250,25 +289,37 @@ def _run(
     if residual is not None:
         outputs.append(jax.ShapeDtypeStruct((m, *parts), x.dtype))
     static = static_scale is not None
+    if s.blocks > 1 and ("norm" in op or interpretable or s.persistent):
+        raise NotImplementedError(f"clusters share rows of {_SHARED}, one row each, on a device; not {op} with {s}")
+    if s.stages and not (
+        s.persistent and s.lean and op in ("silu", "rows") and qdtype is not None and x.dtype.itemsize == 2
+        and block is None and static_scale is None and not interpretable
+    ):  # fmt: skip
+        raise NotImplementedError(
+            f"a ring of rows holds rows of {_SHARED} in 16 bits, a scale a row: not {op} with {s}"
+        )
     kernel = functools.partial(
         _kernel, op, s, k, block is not None, eps, divisor, qdtype, static, interpretable, early_launch
     )
-    given = len(operands)
+    given, turns = len(operands), 2 if s.persistent else 1
     if after is not None:
         operands.append(after)
+    rows = min(m, current_device().core_count or 132) if s.persistent else m
+    places: dict[str, Any] = dict(grid=(rows,), grid_names=("row",))
+    if s.clustered(qdtype, block is not None, static):
+        places |= dict(cluster=(s.blocks,), cluster_names=("part",))
+    elif s.blocks > 1:
+        places = dict(grid=(rows, s.blocks), grid_names=("row", "part"))
     results = plgpu.kernel(
         lambda *refs: kernel(*refs[:given], *refs[len(operands) :]),
         out_type=outputs,
         scratch_types=[
-            plgpu.SMEM((*([2] if s.persistent else []), 2, s.blocks, s.wgs, 4), jnp.float32),
-            plgpu.ClusterBarrier(collective_axes=("part",), num_arrivals=s.wgs)
-            if s.blocks > 1
-            else plgpu.Barrier(num_arrivals=s.wgs),
+            plgpu.SMEM((turns, 2, s.wgs, 4), jnp.float32),
+            plgpu.Barrier(num_arrivals=s.wgs),
+            plgpu.SMEM((turns, exchange.words_of(s.blocks, 4 * s.wgs)), jnp.uint32),
+            *_ring_types(s, op, x, k),
         ],
-        cluster=(s.blocks,) if s.blocks > 1 else (),
-        cluster_names=("part",) if s.blocks > 1 else (),
-        grid=(min(m, (current_device().core_count or 132) // s.blocks) if s.persistent else m,),
-        grid_names=("row",),
+        **places,
         num_threads=s.wgs,
         thread_name="wg",
         kernel_name=f"quantize_{op}_sm90",
@@ -279,6 +330,14 @@ def _run(
     xq = results[0].reshape(m, k)
     scale = static_scale if static_scale is not None or qdtype is None else results[1].reshape(m, -1)
     return xq, scale, (results[-1].reshape(m, k) if residual is not None else x)
+
+
+def _ring_types(s: Split, op: str, x: Any, k: int) -> list[Any]:
+    """Rows in flight, and a barrier (two words) for each."""
+    if not s.stages:
+        return []
+    row = 2 * k if op == "silu" else k
+    return [plgpu.SMEM((s.stages, row), x.dtype), plgpu.SMEM((2 * s.stages,), jnp.uint32)]
 
 
 def rms_norm(x, weight, residual=None, *, eps: float, **internal: Any):

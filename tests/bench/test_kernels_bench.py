@@ -8,14 +8,18 @@ import re
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from bench import kernels, peer_tasks
 from bench.bars import LLAMA_8B
 from bench.peer_tasks import row_of
+from bench.quantize_tasks import call, quantize_alternatives
 from bench.tasks import Rows, Task, run_tasks
 from bench.timing import GpuLock, chain, replicas
+from pallas_kernels.quantize.mosaic_sm90 import Split
+from tests.pallas_kernels.aot import compile_for_h200
 
 OURS = ("hbm", "w4a16", "fp8_row", "fp8_block", "int8_row", "w8a16", "xla_bf16", "quantize", "prefill", "decode")
 
@@ -174,3 +178,23 @@ def test_a_chain_computes_every_call_of_every_round(fixed: int, carried: bool) -
         assert float(last[0, 0]) == 8.0**6 * (2.0 * 3.0) ** 3
     else:
         assert float(last[0, 0]) == 24.0 and others.tolist() == [16.0, 24.0, 16.0, 24.0, 16.0]
+
+
+@pytest.mark.parametrize("name, inputs", [("silu_mul", 1), ("quantize_rows", 1), ("residual_rms_norm", 2)])
+def test_a_chain_of_quantizations_runs_each_call_and_nothing_else(name: str, inputs: int) -> None:
+    """Two replicas, three rounds: six kernels, each waiting for the one before; none merged, none to read results."""
+    x = jax.ShapeDtypeStruct((16, 2048), jnp.bfloat16)
+    fixed = (jax.ShapeDtypeStruct((2048,), jnp.bfloat16),) if inputs == 2 else ()
+    run = chain(call(name, None), after=True, rounds=3)
+    compiled = compile_for_h200(run, fixed, ((x,) * inputs,) * 2)
+    assert compiled.hlo.count("custom-call(") == 6 and "fusion(" not in compiled.hlo
+
+
+def test_alternatives_hold_whole_rows() -> None:
+    tasks = quantize_alternatives((1, 16, 64, 4096, 32768))
+    assert len({task.key for task in tasks}) == len(tasks)
+    assert {m for task in tasks for m in (1, 16, 64, 4096, 32768) if f" {m} " in task.key} == {1, 16, 64, 4096, 32768}
+    for task in tasks:
+        split = eval(task.key[task.key.index("Split") :], {"Split": Split})
+        width = 14336 if task.key.startswith("silu") else 4096
+        assert split.blocks * split.wgs * split.repeats * split.runs * 512 == width
