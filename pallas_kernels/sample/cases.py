@@ -90,7 +90,7 @@ ASKED = (
 )
 CASES = (
     *(Case(kind, 5001, *asked) for kind in KINDS for asked in ASKED[:2]),
-    *(Case(kind, 3000, *asked) for kind in ("normal", "ties", "flat", "masked", "plateau") for asked in ASKED[2:]),
+    *(Case(kind, 5001, *asked) for kind in ("normal", "ties", "flat", "masked", "plateau") for asked in ASKED[2:]),
     *(Case("normal", v, 0.6, 0, 0.95) for v in (1025, 1028, 32000, 50257, 128256)),
     *(Case("normal", 5001, 1.0, k) for k in (1, 2, 127, 128, 129, 1024, 1025, 4000, 5001, 9999)),
     *(Case("normal", 5001, 1.0, 0, p) for p in (1e-7, 0.01, 0.5, 0.99, 0.9999, 0.999999)),

@@ -127,6 +127,11 @@ class Instructions(Mlir):
             self._ptx("st.shared::cluster.v4.b32 [$0], {$1, $2, $3, $4};", address, *words, effects=True)
 
     # control
+    def cluster_barrier(self) -> None:
+        """The aligned barrier wants whole warps, and the lanes that told something come later than the others."""
+        self.sync_warp()
+        super().cluster_barrier()
+
     def update(self, condition: Reg, carry: list[Reg], then: Callable[[], list[Reg]]) -> list[Reg]:
         """then() where the condition holds, `carry` elsewhere."""
         op = scf.IfOp(condition.value, [c.value.type for c in carry], has_else=True)

@@ -25,6 +25,7 @@ _MARGIN = 0.01  # of the certain pivot, in nats: more than the sums' rounding
 _NEARER = (0.7, 0.45)  # the other two's distance from the maximum, as a share of its
 _BLIND = (24.0, 12.0, 6.0)  # nats below the maximum, where the maxima say nothing
 _GUESS_BITS = 12
+_FAR = 2**24  # keys apart: floats in more than two octaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,10 @@ def narrow(place: Place, row: Row, maxima: list[Any], scale: Callable[[Any], Any
     wanted_count = ops.select(row.by_count, row.top_k, ops.const_i32(1))
     beyond = ops.select(only_floor, ops.sort_key(row.floor) + 1, top + 1)
     pivots = []
-    guess = scale(ops.from_key(_guess(ops, maxima, raw_top, row.top_k)))
     blind = ops.const_i32(SLOTS) < row.top_k
+    guessing = ops.same(ops.both(row.by_count, blind.equals(False)))
+    (guess,) = ops.update(guessing, [raw_top], lambda: [_guess(ops, maxima, raw_top, row.top_k)])
+    guess = scale(ops.from_key(guess))
     for x, distance in zip(_certain(place, row), _BLIND):
         x = ops.select(row.by_count, ops.select(blind, row.maximum - distance, guess), x)
         key = ops.sort_key(ops.select(only_floor, row.floor, x))
@@ -85,10 +88,7 @@ def narrow(place: Place, row: Row, maxima: list[Any], scale: Callable[[Any], Any
 
         ends = ops.either(many.equals(False), ops.below(limit - least, 2))
         ends = ops.either(ends, few_between(count, above_count, counting))
-        quarter = (limit - least) >> 2
-        quarter = ops.select(quarter.equals(0), ops.const_i32(1), quarter)
-        following = [least + quarter * i for i in (1, 2, 3)]
-        following = [ops.select(ops.below(key - least, limit - least), key, following[0]) for key in following]
+        following = _between(ops, least, limit, ops.both(turn.equals(1), ops.below(limit - least, _FAR).equals(False)))
         go = ops.select(ends, nothing, ops.const_i32(1))
         return [
             go, least, limit, count, mass, above_count, above_mass, counting, wanted, pivot, ops.const_i32(1) - turn,
@@ -129,6 +129,22 @@ def narrow(place: Place, row: Row, maxima: list[Any], scale: Callable[[Any], Any
 def either_of(ops: Any, first: Any, a: Any, b: Any) -> Any:
     """a where `first`, else b; conditions."""
     return ops.either(ops.both(first, a), ops.both(first.equals(False), b))
+
+
+def _between(ops: Any, least: Any, limit: Any, by_value: Any) -> list[Any]:
+    """Three keys at even distances between two, rising, or as many as there are. `by_value`: where their floats are at
+    even distances; of all floats half are between -1 and 1. That halves the tokens and not the keys, and need not end.
+    """
+    first, last = ops.from_key(least), ops.from_key(limit)
+    gap = limit - least
+    quarter = gap >> 2
+    quarter = ops.select(quarter.equals(0), ops.const_i32(1), quarter)
+    keys: list[Any] = []
+    for i in (1, 2, 3):
+        key = ops.select(by_value, ops.sort_key(first + (last - first) * (i / 4)), least + quarter * i)
+        inside = ops.both(ops.below(key - least, gap), key.equals(least).equals(False))
+        keys.append(ops.select(inside, key, keys[-1] if keys else least + 1))
+    return keys
 
 
 def _certain(place: Place, row: Row) -> list[Any]:
