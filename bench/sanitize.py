@@ -24,8 +24,9 @@ from typing import Any
 from bench import race_reports
 
 MATMULS = ("w4a16", "w8a16", "fp8_row", "fp8_block", "int8_row")
-GROUPS = (*MATMULS, "quantize", "decode", "prefill")
+GROUPS = (*MATMULS, "quantize", "decode", "prefill", "sample")
 MATMUL_CASES = ((1, 256, 512), (16, 384, 512), (64, 256, 1024), (130, 256, 512))  # M, N, K
+SAMPLE_CASES = (("peaked", 5001, 0.6, 0, 0.9), ("plateau", 5001, 1.0, 2000, 0.9), ("normal", 4096, 2.0, 0, 0.95))
 ATTENTION_CASES = {
     "decode": ("llama8b", "page64", "mqa", "window", "fp8"),
     "prefill": ("chunks", "window", "fp8", "head256"),
@@ -49,6 +50,12 @@ def run_group(group: str, few: bool) -> list[dict[str, Any]]:
         for name in ATTENTION_CASES[group][: 1 if few else None]:
             task = check_task(group, name)
             add(name, lambda task=task: task.run(task.compile())["error"], 0.02)
+    elif group == "sample":
+        from bench.sampling import once as draw
+        from pallas_kernels.sample.cases import Case
+
+        for asked in SAMPLE_CASES[: 1 if few else None]:
+            add("{} of {}".format(*asked), lambda asked=asked: draw(Case(*asked)), 1)
     elif group == "quantize":
         from bench.quantize_tasks import once
 

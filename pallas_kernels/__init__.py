@@ -1,4 +1,4 @@
-"""Quantized matmul, activation quantization and paged attention for JAX on NVIDIA GPUs.
+"""Quantized matmul, activation quantization, paged attention and sampling for JAX on NVIDIA GPUs.
 
 Each op lives in a folder of its own (`api.py` is the public function, `reference.py` the oracle) and picks an
 implementation for the device at hand; `explain(op, *args)` says which one and why. Where `choice.py` stands beside
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pallas_kernels.paged_attention.api import decode_attention, prefill_attention, write_kv
     from pallas_kernels.quantize.api import quantize_rows, rms_norm_quantize, silu_mul_quantize
     from pallas_kernels.rows.api import rms_norm, silu_mul
+    from pallas_kernels.sample.api import sample
     from pallas_kernels.scaled_matmul.api import scaled_matmul
     from pallas_kernels.w4a16.api import w4a16_matmul
     from pallas_kernels.w8a16.api import w8a16_matmul
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # public name -> module that defines it; imported at first use.
 _LAZY = {
     "grouped_matmul": "pallas_kernels.grouped_matmul.api",
+    "sample": "pallas_kernels.sample.api",
     "scaled_matmul": "pallas_kernels.scaled_matmul.api",
     "quantize_rows": "pallas_kernels.quantize.api",
     "rms_norm_quantize": "pallas_kernels.quantize.api",
@@ -53,6 +55,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_quantize",
+    "sample",
     "scaled_matmul",
     "silu_mul",
     "silu_mul_quantize",
@@ -72,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(types.ModuleType):
-    """Two ops are named like their folders: importing a folder must not put the folder in the function's place."""
+    """Some ops are named like their folders: importing a folder must not put the folder in the function's place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _LAZY and isinstance(value, types.ModuleType)):

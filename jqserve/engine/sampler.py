@@ -7,7 +7,8 @@
     temperature 0: argmax(l2); else l3 = l2 / temperature, then top-k, top-p (of what top-k left), min-p, and a draw
 
 The draw is argmax(l3 + Gumbel noise), the noise a function of (seed, position) alone: the same request with the same
-seed draws the same token alone, in any batch, and after it was preempted and recomputed.
+seed draws the same token alone, in any batch, and after it was preempted and recomputed. It is `pallas_kernels.sample`:
+on Hopper one kernel from l2 to the token, elsewhere XLA.
 
 On a CPU parts that no row asks for are skipped by conditionals. On a GPU there are none: see `engine/variant`.
 """
@@ -15,22 +16,18 @@ On a CPU parts that no row asks for are skipped by conditionals. On a GPU there 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jqserve.ops.device import current_device
+from jqserve.ops import sampling
+from jqserve.ops.sampling import if_any
 
 MAX_TOP_LOGPROBS = 20
 #: Beyond it a token is not counted on. int16 wraps at 32,767: a step whose rows all hold one token, at most so many
 #: (`config.MAX_CHUNK`), must not get there from here. At the least penalty that tells (0.001) it is worth 16 logits.
 MAX_COUNT = 2**14
-_HIGH_BIT = np.uint32(0x80000000)
-_GPU_BITS = 4  # bits of a threshold found per pass over the row: 8 passes of 15 candidates each
-_PART = 256  # columns whose weights are summed first
 
 
 @jax.tree_util.register_dataclass
@@ -75,13 +72,7 @@ class Sampled:
 
 def greedy(logits: jax.Array) -> Sampled:
     """The variant of steps in which nobody asked for more: logits float32 [R, V]."""
-    return Sampled(_argmax(logits))
-
-
-def _argmax(logits: jax.Array) -> jax.Array:
-    """int32 [R]; -1 for a row with NaN, so that the engine ends that request instead of emitting noise."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # the first NaN, when there is one
-    return jnp.where(jnp.isnan(jnp.take_along_axis(logits, best[:, None], axis=-1)[:, 0]), -1, best)
+    return Sampled(sampling.argmax(logits))
 
 
 def sample(logits: jax.Array, params: RowParams, *, scored: bool = True, plain: bool = False) -> Sampled:
@@ -90,15 +81,15 @@ def sample(logits: jax.Array, params: RowParams, *, scored: bool = True, plain: 
     `scored`: with the most likely tokens and their logprobs. `plain`: no row has a penalty, a bias or less than all
     tokens to draw from, which saves most of the work.
     """
-    if not plain:
+    if plain:
+        tokens, total = _plain(logits, params)
+    else:
         logits = biased(penalised(logits, params), params)
-    greedy_tokens = _argmax(logits)
-    drawn = _if_any(params.temperature > 0, lambda: _draw(logits, params, plain), lambda: greedy_tokens)
-    tokens = jnp.where((params.temperature > 0) & (greedy_tokens >= 0), drawn, greedy_tokens)
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    logprob = jnp.take_along_axis(logits, tokens[:, None], axis=-1) - total
+        cuts = (params.top_k, params.top_p, params.min_p)
+        tokens, total, _ = sampling.sample(logits, params.temperature, *cuts, params.seed, params.position)
+    logprob = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - total
     if not scored:
-        return Sampled(tokens, logprob[:, 0])
+        return Sampled(tokens, logprob)
     count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
 
     def top() -> tuple[jax.Array, jax.Array]:
@@ -108,15 +99,22 @@ def sample(logits: jax.Array, params: RowParams, *, scored: bool = True, plain: 
     def nothing() -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((logits.shape[0], count), jnp.int32), jnp.zeros((logits.shape[0], count), jnp.float32)
 
-    top_ids, best = _if_any(params.top_logprobs > 0, top, nothing)
-    return Sampled(tokens, logprob[:, 0], top_ids, best - total)
+    top_ids, best = if_any(params.top_logprobs > 0, top, nothing)
+    return Sampled(tokens, logprob, top_ids, best - total[:, None])
 
 
-def _if_any[T](asked: jax.Array, some: Callable[[], T], none: Callable[[], T]) -> T:
-    """`some()` where a row asks, else `none()`, which must be what `some` gives then; a GPU always takes `some`."""
-    if current_device().platform != "cpu":
-        return some()
-    return lax.cond(jnp.any(asked), some, none)
+def _plain(logits: jax.Array, params: RowParams) -> tuple[jax.Array, jax.Array]:
+    """tokens int32 [R] and the logits' logsumexp float32 [R]: what `sampling.sample` gives where nothing is cut."""
+    greedy_tokens = sampling.argmax(logits)
+
+    def draw() -> jax.Array:
+        scaled = sampling.scale(logits, jnp.where(params.temperature > 0, params.temperature, 1.0))
+        noise = jax.vmap(sampling.gumbel, in_axes=(0, 0, None))(params.seed, params.position, logits.shape[-1])
+        return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+
+    drawn = if_any(params.temperature > 0, draw, lambda: greedy_tokens)
+    tokens = jnp.where((params.temperature > 0) & (greedy_tokens >= 0), drawn, greedy_tokens)
+    return tokens, jax.nn.logsumexp(logits, axis=-1)
 
 
 def penalised(logits: jax.Array, params: RowParams) -> jax.Array:
@@ -138,78 +136,4 @@ def biased(logits: jax.Array, params: RowParams) -> jax.Array:
         values = jnp.where(params.position[:, None] < params.bias_until, params.bias_values, 0.0)
         return logits.at[rows, params.bias_ids].add(values, mode="drop")
 
-    return _if_any(params.bias_ids < logits.shape[-1], lambda: add(logits), lambda: logits)
-
-
-def _draw(logits: jax.Array, params: RowParams, plain: bool) -> jax.Array:
-    scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
-    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, params.position, logits.shape[-1])
-    if plain:
-        return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
-    keep = kept(scaled, params.top_k, params.top_p, params.min_p)
-    return jnp.argmax(jnp.where(keep, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
-
-
-def _gumbel(seed: jax.Array, position: jax.Array, count: int) -> jax.Array:
-    """[count] float32 noise from the key of a row: fold_in(key(seed), position)."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-    return jax.random.gumbel(key, (count,), jnp.float32)
-
-
-def kept(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """Which tokens may be drawn, bool [R, V]. Ties at a threshold are all kept, as Hugging Face does.
-
-    No sort: the threshold of top-k and of top-p is found bit by bit, in a few passes over the row, exactly.
-    """
-    order = _sortable(scaled)
-    vocabulary = scaled.shape[-1]
-
-    def by_count() -> jax.Array:
-        k = jnp.where(top_k > 0, jnp.minimum(top_k, vocabulary), vocabulary)
-        return order >= _threshold(order, 1, k)
-
-    keep = _if_any(top_k > 0, by_count, lambda: jnp.ones(scaled.shape, bool))
-
-    def by_mass() -> jax.Array:
-        weight = jnp.where(keep, jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), 0.0)
-        threshold = _threshold(order, weight, top_p * jnp.sum(weight, axis=-1))
-        return keep & ((order >= threshold) | (top_p >= 1)[:, None])
-
-    keep = _if_any(top_p < 1, by_mass, lambda: keep)
-    floor = jnp.max(scaled, axis=-1) + jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-30)), -jnp.inf)
-    return keep & (scaled >= floor[:, None])
-
-
-def _sortable(x: jax.Array) -> jax.Array:
-    """float32 -> uint32 in the same order (both zeros equal)."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.uint32)
-    return jnp.where(bits >= _HIGH_BIT, ~bits, bits | _HIGH_BIT)
-
-
-def _threshold(order: jax.Array, weight: jax.Array | int, wanted: jax.Array) -> jax.Array:
-    """The greatest t per row for which the weights ([R, V] or all 1) of `order >= t` still sum to `wanted` [R]; [R, 1].
-
-    A CPU finds one bit a pass. A GPU, where a pass costs its launches and 0.5 MB of traffic a row, finds `_GPU_BITS`:
-    the sums for all candidates of a pass come out of one reading of the row. They are taken in two stages written out
-    here, for XLA would split a sum over 128k columns itself, and then finish each candidate in a kernel of its own. The
-    loop's trip count is static, so that the host does not wait for it; unrolled, it compiles for a minute.
-    """
-    bits = 1 if current_device().platform == "cpu" else _GPU_BITS
-    rows, vocabulary = order.shape
-    fill = ((0, 0), (0, -vocabulary % _PART))
-    parts = (rows, -1, _PART)
-    order = jnp.pad(order, fill).reshape(parts)
-    if not isinstance(weight, int):
-        weight = jnp.pad(weight, fill).reshape(parts)
-    values = jnp.arange(1, 2**bits, dtype=jnp.uint32)
-
-    def digit(i: jax.Array, t: jax.Array) -> jax.Array:
-        shift = jnp.uint32(32 - bits) - jnp.uint32(bits) * i.astype(jnp.uint32)
-        sums = [
-            jnp.sum(jnp.where(order >= (t | (jnp.uint32(value) << shift))[:, :, None], weight, 0), axis=-1)
-            for value in range(1, 2**bits)
-        ]
-        enough = jnp.sum(jnp.stack(sums, axis=1), axis=-1) >= wanted[:, None]
-        return t | (jnp.max(jnp.where(enough, values, 0), axis=-1, keepdims=True) << shift)
-
-    return lax.fori_loop(0, 32 // bits, digit, jnp.zeros((rows, 1), jnp.uint32))
+    return if_any(params.bias_ids < logits.shape[-1], lambda: add(logits), lambda: logits)

@@ -21,7 +21,7 @@ class Variant(enum.StrEnum):
 
     GREEDY = "greedy"  # argmax of the plain logits
     PLAIN = "plain"  # temperature, the sampled token's logprob
-    SAMPLE = "sample"  # penalties, biases, top-k, top-p, min-p: some 20 more passes over the logits
+    SAMPLE = "sample"  # penalties, biases, top-k, top-p, min-p: without the kernel some 20 more passes over the logits
     SCORED = "scored"  # the most likely tokens with their logprobs as well
 
 
