@@ -43,7 +43,7 @@ def quant_worker(session: Session) -> None:
             if session.sweep and m in (1, 64) and op == "silu":  # a row shared by a cluster's blocks: may hang, so late
                 jobs += [(op, "row fp8", m, mosaic_sm90.Split(wgs, 2, 1, blocks)) for blocks, wgs in ((2, 7), (7, 2))]
             if session.sweep and m in (16, 4096):
-                best = mosaic_sm90.split(m, k)
+                best = mosaic_sm90.split(op, m, k)
                 for runs in (1, 2):
                     for wgs in (1, 2, 4, 7, 8):
                         unit = 512 * runs * wgs
@@ -60,7 +60,7 @@ def quant_worker(session: Session) -> None:
             for op in widths
             for kind in ("row fp8", "block fp8")
             for split in kernel_variants.quant_variants(op, m)
-            if split != mosaic_sm90.split(m, widths[op])
+            if split != mosaic_sm90.split(op, m, widths[op])
         ]
 
     def shapes_of(op: str, m: int) -> tuple[int, Any, Any]:

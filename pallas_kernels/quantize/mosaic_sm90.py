@@ -35,15 +35,18 @@ class Split:
     runs: int  # 128-runs that a warp holds side by side: 2 (8 elements a lane) or 1 (4)
     repeats: int
     blocks: int = 1  # a cluster that shares the row, of SiLU and plain rows; see `exchange`
-    persistent: bool = (
-        False  # as many blocks as multiprocessors, each with the next row's loads in flight (not run yet)
-    )
-    stages: int = 0  # of persistent, lean blocks: rows on their way into shared memory, see `row_ring` (not run yet)
-    lean: bool = False  # fewer instructions: `exact.widen`, `exact.reciprocal`, `exchange.row_maximum` (not run yet)
+    persistent: bool = False  # as many blocks as multiprocessors, each with the next row's loads in flight
+    stages: int = 0  # of persistent, lean blocks: rows on their way into shared memory, see `row_ring`
+    lean: bool = False  # fewer instructions: `exact.widen`, `exact.reciprocal`, `exchange.row_maximum`
 
     def clustered(self, qdtype: Any, block: bool, static: bool) -> bool:
         """Whether the blocks that share a row have something to tell each other: its scale."""
         return self.blocks > 1 and qdtype is not None and not (block or static)
+
+    @property
+    def per_thread(self) -> int:
+        """Elements."""
+        return 4 * self.runs * self.repeats
 
     @property
     def layout(self) -> Any:
@@ -67,16 +70,40 @@ def splits(k: int) -> list[Split]:
     ]
 
 
-def split(m: int, k: int) -> Split:
-    """Many warpgroups a row (short latency) for few rows, else as few as leave at most 32 elements a thread."""
-    options = splits(k)
+def split(op: str, m: int, k: int) -> Split:
+    """A config for rows of k elements. Times are CUPTI's on an H200 (bench/results/quantize_splits.json).
+
+    SiLU (K = 14,336): up to 256 rows are shared by a cluster, 16 elements a thread (M = 1, 16, 64: 1.5, 1.7, 2.5 us
+    against 3.0, 3.0, 3.3 of a block each). More are walked by as many blocks as there are multiprocessors, each with
+    its next row on the way (M = 4,096: 70 us against 92; a ring in shared memory took 72).
+    Others (K = 4,096): many warpgroups a row (short latency) for few rows, else as few as leave at most 32 elements a
+    thread.
+    """
+    options = [dataclasses.replace(s, lean=True) for s in splits(k)]
     if not options:
         raise NotImplementedError(
             f"rows must be a multiple of 512 that 8 warpgroups share, {_MOST_PER_THREAD} elements a thread: got {k}"
         )
+    widest = options[-1]
+    if op == "silu" and m > 256 and widest.per_thread <= 16:
+        return dataclasses.replace(widest, persistent=True)
     if m <= 256:
-        return options[-1]
-    return next((s for s in options if k // (128 * s.wgs) <= 32), options[-1])
+        return next(iter(_shared(k)), widest) if op == "silu" else widest
+    return next((s for s in options if s.per_thread <= 32), widest)
+
+
+def _shared(k: int) -> list[Split]:
+    """Rows over clusters: most blocks first, 16 elements a thread."""
+    found = [(blocks, s) for blocks in range(8, 1, -1) if k % blocks == 0 for s in splits(k // blocks)]
+    return [dataclasses.replace(s, blocks=blocks, lean=True) for blocks, s in found if s.per_thread == 16]
+
+
+def _space(op: str, k: int) -> list[Split]:
+    """Configs worth timing."""
+    found = [dataclasses.replace(s, lean=True) for s in splits(k)]
+    if op == "silu":
+        found += [dataclasses.replace(s, persistent=True) for s in found if s.per_thread <= 16] + _shared(k)
+    return found
 
 
 def _kernel(
@@ -272,8 +299,8 @@ def _run(
     s = config or tuning.choose(
         f"quantize_{op}",
         tuning.key(m=tuning.bucket(m), k=k, dtype=jnp.dtype(qdtype or x.dtype).name, block=block),
-        heuristic=lambda: split(m, k),
-        space=lambda: splits(k),
+        heuristic=lambda: split("rows" if interpretable else op, m, k),  # clusters do not run in interpret mode
+        space=lambda: _space(op, k),
     )
     parts = (s.blocks, s.wgs, 4, s.repeats, s.runs, 128)
     operands = [x.reshape((m, 2, *parts) if op == "silu" else (m, *parts))]

@@ -50,7 +50,7 @@ def choose_config(
         c = tuning.choose(
             OP,
             tuning.key(m=tuning.bucket(m), n=n, k=k, dtype=str(dtype), scales="block" if block else "row"),
-            heuristic=lambda: fill_stages(heuristic(m, n, k, block=block, sms=sms), m, k, 2, block),
+            heuristic=lambda: fill_stages(heuristic(m, n, k, block=block, sms=sms, fp8=not int8), m, k, 2, block),
             space=lambda: (c for c in search_space(m, n, k, block=block, sms=sms) if not (int8 and c.overwrite)),
         )
         if c.smem_bytes(m, k, out_bytes, block) > SMEM_BYTES:  # float32 output stages more

@@ -190,7 +190,7 @@ def _round_up(x: int, to: int) -> int:
 _TILE_OVERHEAD = 52
 
 
-def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
+def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132, fp8: bool = True) -> Config:
     """A config for any shape, by the rules that the H200's measurements left standing.
 
     M <= 64 reads weights and waits: one column of tiles, as wide as makes the fewest rounds over all multiprocessors,
@@ -200,9 +200,11 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
     (256 costs half the stages: o at M = 256 took 9.5 us against 10.4), but 256 for block scales, which wait half as
     often (qkv at M = 256: 15.2 us against 16.9; ptxas awaits both partial sums before it promotes the first).
     Three rounds of tiles and more (M = 4096, an H100: bench/results/scaled_variants_h100.json): 256-wide tiles are
-    stored under the next one's products (gate_up 681 -> 648 us, o 98.6 -> 93.6; with a long K, down, without waiting
-    for its scales: 319 -> 314). With block scales 192-wide tiles in clusters of two where they make fewer rounds
-    (gate_up 914 -> 782 us), else two warpgroups take turns (down 450 -> 429, o 124 -> 119).
+    stored under the next one's products (gate_up 681 -> 648 us, o 98.6 -> 93.6; int8 with a long K, down, without
+    waiting for its scales: 319 -> 314). With block scales 192-wide tiles in clusters of two where they make fewer
+    rounds (gate_up 914 -> 782 us), else two warpgroups take turns (down 450 -> 429, o 124 -> 119).
+    fp8 on an H200 (bench/results/scaled_variants.json): scales late for a long K too (down 333 -> 319 us), pairs of
+    blocks share the weight tile where there are many rounds (gate_up 643 -> 633, in a chain 680 -> 655; not qkv).
     """
     if m <= 64:
         if block:  # a 128-column scale block of its own for each warpgroup, or a whole part of one
@@ -216,6 +218,8 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
         config = Config(wg_n, wgs_n=wgs_n, tile_k=tile_k, promote=True, epilogue_n=_epilogue(wg_n, n))
     else:
         m_tiles = -(-m // 128)
+        if fp8 and block and m_tiles == 2:
+            return _block_scales_256(m, n, k, sms)
         widths = (192, 128, 64, 32) if block and m_tiles > 2 and m_tiles % 2 == 0 else (128, 64, 32)
         rounds_of = {t: -(-m_tiles * -(-n // t) // sms) for t in (widths if block else range(256, 16, -16))}
         tile_n = min(rounds_of, key=lambda t: rounds_of[t] * (t + _TILE_OVERHEAD))
@@ -225,8 +229,32 @@ def heuristic(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Config:
         elif block and tile_n == 128 and rounds_of[tile_n] > 2 and m_tiles > 2:
             config = dataclasses.replace(config, turns=True)
         elif tile_n == 256 and rounds_of[tile_n] > 2 and config.k_steps(k) >= config.pieces:
-            config = dataclasses.replace(config, deferred=True, late_scales=k <= 8192)
+            config = dataclasses.replace(config, deferred=True, late_scales=fp8 or k <= 8192)
+            if fp8 and rounds_of[tile_n] > 8 and m_tiles % 2 == 0:
+                config = dataclasses.replace(config, cluster=2, stripe=8)
     return config if k >= config.tile_k else dataclasses.replace(config, tile_k=_round_up(k, 128))
+
+
+def _block_scales_256(m: int, n: int, k: int, sms: int) -> Config:
+    """fp8 with block scales, M of 129 to 256 (bench/results/scaled_variants.json: CUPTI, an H200, M = 256).
+
+    Tiles of all 256 rows where 128-wide ones of 128 rows make more than one round (gate_up 59.8 -> 56.3 us). In one
+    round: a long K in two halves by a cluster (down 36.3 -> 31.4), else the narrowest that fit, 64 in steps of 256 by
+    turns (o 12.0 -> 11.4), 96 with the deepest pipeline (qkv 16.2 -> 14.7).
+    """
+    lean: dict[str, Any] = dict(wgs_m=2, overwrite=True, late_release=True)
+    tiles = {width: 2 * -(-n // width) for width in (64, 96, 128)}
+    if tiles[128] > sms:
+        epilogue_n = _epilogue(128, n, most=64)
+        slots = max(2, 128 // epilogue_n)
+        return Config(128, m_groups=2, epilogue_n=epilogue_n, out_slots=slots, one_commit=True, **lean)
+    halves = Config(128, epilogue_n=_epilogue(128, n), cluster=2, cluster_axis="k", **lean)
+    if k >= 8192 and 2 * tiles[128] <= sms and halves.refusal(m, n, k, True) is None:
+        return halves
+    if tiles[64] <= sms and k % 256 == 0:
+        return Config(64, tile_k=256, epilogue_n=_epilogue(64, n), turns=True, stripe=16, **lean)
+    width = next(width for width in tiles if tiles[width] <= sms)
+    return Config(width, epilogue_n=_epilogue(width, n), stripe=16, **lean)
 
 
 def search_space(m: int, n: int, k: int, *, block: bool, sms: int = 132) -> Iterator[Config]:
