@@ -175,7 +175,7 @@ def measure(engine: EngineCore, scheme: str, batch: int, context: int, k: int, r
     return row
 
 
-def beside(scheme: str, batch: int, context: int, kv_dtype: str, vllm: str | None) -> dict[str, Any]:
+def beside(scheme: str, batch: int, context: int, kv_dtype: str, vllm: str | None = None) -> dict[str, Any]:
     """The figures to compare with: there are none but for a bf16 cache, which reads twice the bytes of an fp8 one."""
     if kv_dtype != "bfloat16":
         return {"vllm": None, "aim": None}

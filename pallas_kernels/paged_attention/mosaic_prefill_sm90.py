@@ -107,10 +107,11 @@ def prefill_attention(
     if tiles == 0 or queries == 0 or page_table.shape[1] == 0:
         raise NotImplementedError("takes no empty batch or page table")
     items = tiles * queries // (ROWS * CONSUMERS) * heads
+    cores = dispatch.current_device().core_count or 132
     config = config or tuning.choose(
         "prefill_attention",
         tuning.key(head_dim=head_dim, page_size=page_size, kv=k_pages.dtype, items=tuning.bucket(items)),
-        heuristic=lambda: prefill_heuristic(head_dim),
+        heuristic=lambda: prefill_heuristic(head_dim, items, cores, fp8=fp8 is not None),
         space=lambda: prefill_search_space(head_dim, page_size),
     )
     if page_size % 8 or config.block_kv % page_size:
@@ -121,7 +122,6 @@ def prefill_attention(
         raise NotImplementedError(
             f"takes blocks of a multiple of 16 keys and of 2,048 elements, not {config.block_kv} keys x {head_dim}"
         )
-    cores = dispatch.current_device().core_count
     p = Problem(
         tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages,
         page_size=page_size, table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,

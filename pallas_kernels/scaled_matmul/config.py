@@ -243,7 +243,7 @@ def _block_scales_256(m: int, n: int, k: int, sms: int) -> Config:
     turns (o 12.0 -> 11.4), 96 with the deepest pipeline (qkv 16.2 -> 14.7).
     """
     lean: dict[str, Any] = dict(wgs_m=2, overwrite=True, late_release=True)
-    tiles = {width: 2 * -(-n // width) for width in (64, 96, 128)}
+    tiles = {width: 2 * -(-n // width) for width in (32, 64, 96, 128)}
     if tiles[128] > sms:
         epilogue_n = _epilogue(128, n, most=64)
         slots = max(2, 128 // epilogue_n)
@@ -251,9 +251,9 @@ def _block_scales_256(m: int, n: int, k: int, sms: int) -> Config:
     halves = Config(128, epilogue_n=_epilogue(128, n), cluster=2, cluster_axis="k", **lean)
     if k >= 8192 and 2 * tiles[128] <= sms and halves.refusal(m, n, k, True) is None:
         return halves
-    if tiles[64] <= sms and k % 256 == 0:
-        return Config(64, tile_k=256, epilogue_n=_epilogue(64, n), turns=True, stripe=16, **lean)
     width = next(width for width in tiles if tiles[width] <= sms)
+    if width <= 64 and k % 256 == 0:
+        return Config(width, tile_k=256, epilogue_n=_epilogue(width, n), turns=True, stripe=16, **lean)
     return Config(width, epilogue_n=_epilogue(width, n), stripe=16, **lean)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme
+from bench import readme, readme_table
 
 
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=250)
     result = json.loads((tmp_path / "plan_time.json").read_text())
     assert len(result["rows"]) == 6 and all(row["cpu_seconds"] > 0 for row in result["rows"])
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
     sentence = readme.plan_time()
     assert f"{result['rows'][0]['wall_seconds']:.2f} s (" in sentence
     assert "8B model's 49 tensors" in sentence  # of the small stand-in: two layers

@@ -126,9 +126,10 @@ def test_a_step_lowered_by_another_process_is_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_drawing_with_top_p_is_one_kernel() -> None:
-    """Behind the penalties and biases; in XLA it is two loops of eight passes."""
-    launched = operations(compiled_step(Variant.SAMPLE).hlo, "\nENTRY")
+@pytest.mark.parametrize("variant", [Variant.PLAIN, Variant.SAMPLE])
+def test_drawing_a_token_is_one_kernel(variant: Variant) -> None:
+    """Behind the penalties and biases; top-p in XLA is two loops of eight passes."""
+    launched = operations(compiled_step(variant).hlo, "\nENTRY")
     assert launched.count("mosaic_gpu_v2") == 10 * LAYERS + 1 and "while" not in launched
     # Beside those of a greedy step: what the slots ask, tokens counted, penalties, biases, the token's logprob.
     assert len(launched) - 10 * LAYERS - 1 <= 32, launched

@@ -255,7 +255,7 @@ def test_heuristic_is_legal_and_fills_the_gpu(block):
             assert config.smem_bytes(m, k, 2, block) <= SMEM_BYTES and config.stages >= 2, (m, n, k, config)
             assert config.wg_n % 16 == 0 and config.wg_n <= (192 if block else 256)
             assert config.refusal(m, n, k, block) is None, (m, n, k, config)
-            tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+            tiles = -(-m // config.tile_m) * -(-n // config.tile_n) * config.split_k
             # No multiprocessor idles through most of the work: the last round is full, or there are many rounds.
             narrowest = -(-m // config.tile_m) * -(-n // 32)
             assert tiles > 0.6 * min(132, narrowest), (m, n, k, config)
