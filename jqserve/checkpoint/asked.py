@@ -98,7 +98,7 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
     if name in NOTHING:
         return Answer()
     assert name is not None
-    flag = f"--torchao-config {name.removeprefix(TORCHAO_PREFIX)}" if is_torchao(name) else f"--quantization {name}"
+    flag = flag_text(name)
     online = TORCHAO.get(name.removeprefix(TORCHAO_PREFIX)) if is_torchao(name) else ONLINE.get(name)
     if online is None and name not in FORMATS:
         raise UnsupportedError(
@@ -132,6 +132,11 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
 
 def is_torchao(name: str | None) -> bool:
     return name is not None and name.startswith(TORCHAO_PREFIX)
+
+
+def flag_text(name: str) -> str:
+    """The flag as the user writes it."""
+    return f"--torchao-config {name.removeprefix(TORCHAO_PREFIX)}" if is_torchao(name) else f"--quantization {name}"
 
 
 def describe(method: str, spec: QuantSpec) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from typing import Any, get_args
 
-from jqserve.checkpoint.asked import Answer, answer
-from jqserve.checkpoint.audit import Audit, audit
+from jqserve.checkpoint.asked import Answer, answer, flag_text
+from jqserve.checkpoint.audit import Audit, GroupSource, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.model_config import DTYPES, model_config
 from jqserve.checkpoint.names import LinearGroup, modules
+from jqserve.checkpoint.online import Online
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
@@ -62,8 +64,24 @@ def open_model(
     config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
     note = "; ".join(filter(None, (checkpoint.note, note)))
     audited = audit(checkpoint, config, plan, kv=activations == "config")
+    check_something_fits(audited, checkpoint)
     missing = plan.kv_promised and audited.kv is None
     return OpenModel(checkpoint, config, generation, plan.method, note, audited, missing)
+
+
+def check_something_fits(audited: Audit, checkpoint: AnyCheckpoint) -> None:
+    """Raises UnsupportedError where a scheme that leaves misfits dense would leave every Linear dense: whoever asked
+    for it would get, and measure, the unquantized model."""
+    groups = [module for module in audited.modules if isinstance(module, GroupSource)]
+    found = [(p.scheme, p.slot) for group in groups for p in group.parts if isinstance(p.scheme, Online)]
+    if not found or any(scheme.spec(slot.n, slot.k) is not None for scheme, slot in found):
+        return
+    scheme, slot = found[0]
+    raise UnsupportedError(
+        f"{flag_text(scheme.name)}: none of the checkpoint's {len(found)} Linears fits it: {slot.name} would be "
+        f"{scheme.misfit(slot.n, slot.k)}. `jqserve-server --model-path {shlex.quote(str(checkpoint.path))} "
+        "--quantization int4` takes any size"
+    )
 
 
 def read_plan(

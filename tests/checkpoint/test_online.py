@@ -15,7 +15,7 @@ from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.loaded import flat_leaves
 from jqserve.checkpoint.online import ONLINE, TORCHAO
-from jqserve.errors import CheckpointError
+from jqserve.errors import CheckpointError, UnsupportedError
 from jqserve.quant import QuantizedTensor, dequantize
 from tests.checkpoint import tiny
 
@@ -55,6 +55,18 @@ def test_activations_none_keeps_the_weights_alone(tmp_path: Path) -> None:
     tiny.make(tmp_path)
     loaded = load(str(tmp_path), quantization="fp8", activations="none", device_put=keep_on_host)
     assert loaded.params["layers"]["0"]["mlp"]["down"]["weight"].spec.activation.kind == "none"
+
+
+@pytest.mark.parametrize("name", ["torchao:int4wo-128", "bitsandbytes"])
+def test_a_scheme_that_fits_nothing_is_refused(name: str, tmp_path: Path) -> None:
+    """It would leave the model as it is, and look quantized; where one Linear fits, others may not."""
+    tiny.make(tmp_path, hidden_size=96, intermediate_size=160, num_hidden_layers=1)
+    with pytest.raises(UnsupportedError, match=r"none of the checkpoint's 7 Linears.*q_proj.*group of.*int4"):
+        load(str(tmp_path), quantization=name, device_put=keep_on_host)
+    tiny.make(tmp_path, hidden_size=96, intermediate_size=256, num_hidden_layers=1)
+    loaded = load(str(tmp_path), quantization=name, device_put=keep_on_host)
+    notes = {row.path: row.note for row in loaded.plan.rows}
+    assert "not quantized" in notes["layers.0.attn.qkv"] and not notes["layers.0.mlp.down"]
 
 
 SCHEMES = dict.fromkeys((*ONLINE, *(f"torchao:{name}" for name in TORCHAO)))

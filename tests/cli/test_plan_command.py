@@ -135,7 +135,9 @@ def test_what_the_server_would_refuse_is_refused(
 
 
 def test_a_split_that_cuts_a_group_is_said(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    two, three = (planned(capsys, demo_dir, "--tp", n) for n in (2, 3))
+    one, two, three, four = (planned(capsys, demo_dir, "--tp", n) for n in (1, 2, 3, 4))
+    tokens = [found["kv_cache"]["bytes_per_token"] for found in (one, two, three, four)]
+    assert tokens == [tokens[0], tokens[0] // 2, tokens[0], tokens[0] // 2]  # two KV heads: four GPUs hold one each
     assert two["tp"]["problems"] == [] and two["tp"]["bytes_per_gpu"] < 0.6 * two["weight_bytes"]
     assert any("groups of 128" in problem and problem.startswith("o:") for problem in three["tp"]["problems"])
     assert any("heads" in warning for warning in three["warnings"])

@@ -56,7 +56,7 @@ def text_constraint(message: Any, kinds: Mapping[str, str]) -> tuple[str, str] |
     if field == "choice":
         return "choice", json.dumps(list(message.choice.choices))
     if field not in kinds:
-        raise UnsupportedError(f"{field}: not supported by jqserve; supported: {', '.join(kinds)}")
+        raise UnsupportedError(f"{field}: not supported by jqserve; supported: {', '.join(kinds)}, choice, json_object")
     return kinds[field], getattr(message, field)
 
 
