@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
 from typing import Any, get_args
 
-from jqserve.checkpoint.asked import Answer, answer, flag_text
+from jqserve.checkpoint.asked import Answer, answer, check_something_fits
 from jqserve.checkpoint.audit import Audit, GroupSource, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations
@@ -64,24 +63,12 @@ def open_model(
     config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
     note = "; ".join(filter(None, (checkpoint.note, note)))
     audited = audit(checkpoint, config, plan, kv=activations == "config")
-    check_something_fits(audited, checkpoint)
+    parts = [part for module in audited.modules if isinstance(module, GroupSource) for part in module.parts]
+    if plan.asked.online is not None:
+        taken = [part.slot for part in parts if isinstance(part.scheme, Online)]
+        check_something_fits(plan.asked.online, ((s.name, s.n, s.k) for s in taken), checkpoint.path)
     missing = plan.kv_promised and audited.kv is None
     return OpenModel(checkpoint, config, generation, plan.method, note, audited, missing)
-
-
-def check_something_fits(audited: Audit, checkpoint: AnyCheckpoint) -> None:
-    """Raises UnsupportedError where a scheme that leaves misfits dense would leave every Linear dense: whoever asked
-    for it would get, and measure, the unquantized model."""
-    groups = [module for module in audited.modules if isinstance(module, GroupSource)]
-    found = [(p.scheme, p.slot) for group in groups for p in group.parts if isinstance(p.scheme, Online)]
-    if not found or any(scheme.spec(slot.n, slot.k) is not None for scheme, slot in found):
-        return
-    scheme, slot = found[0]
-    raise UnsupportedError(
-        f"{flag_text(scheme.name)}: none of the checkpoint's {len(found)} Linears fits it: {slot.name} would be "
-        f"{scheme.misfit(slot.n, slot.k)}. `jqserve-server --model-path {shlex.quote(str(checkpoint.path))} "
-        "--quantization int4` takes any size"
-    )
 
 
 def read_plan(
@@ -135,7 +122,7 @@ class Asked:
 
     @property
     def method(self) -> str:
-        return self.plan.method
+        return self.asked.method(self.plan.method)
 
     def scheme(self, module: str) -> Scheme:
         scheme = self.plan.scheme(module)
