@@ -7,7 +7,7 @@ import logging
 from typing import Any, get_args
 
 from jqserve.checkpoint.asked import Answer, answer, check_something_fits
-from jqserve.checkpoint.audit import Audit, GroupSource, audit
+from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.model_config import DTYPES, model_config
@@ -63,10 +63,6 @@ def open_model(
     config, generation, plan, note = read_plan(checkpoint, dtype, activations, quantization)
     note = "; ".join(filter(None, (checkpoint.note, note)))
     audited = audit(checkpoint, config, plan, kv=activations == "config")
-    parts = [part for module in audited.modules if isinstance(module, GroupSource) for part in module.parts]
-    if plan.asked.online is not None:
-        taken = [part.slot for part in parts if isinstance(part.scheme, Online)]
-        check_something_fits(plan.asked.online, ((s.name, s.n, s.k) for s in taken), checkpoint.path)
     missing = plan.kv_promised and audited.kv is None
     return OpenModel(checkpoint, config, generation, plan.method, note, audited, missing)
 
@@ -82,9 +78,13 @@ def read_plan(
     slots = [slot for group in groups for _, slot in group.parts]
     specs = (stored.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
     asked = answer(quantization, stored.method, specs, checkpoint.path)
+    plan = Asked(stored, asked, activations == "none")
+    if asked.online is not None:
+        taken = [(slot.name, slot.n, slot.k) for slot in slots if isinstance(plan.scheme(slot.name), Online)]
+        check_something_fits(asked.online, taken, checkpoint.path)
     if asked.note:
         log.info("%s", asked.note)
-    return config, generation, Asked(stored, asked, activations == "none"), asked.note
+    return config, generation, plan, asked.note
 
 
 def read_configs(checkpoint: AnyCheckpoint, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:

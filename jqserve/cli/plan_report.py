@@ -46,7 +46,10 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
         dtype = "float32"  # as the engine computes there
     real = asked.load_format != "dummy"
     with planned(args.model_path if args.model is None else args.model, args.revision, weights=real) as directory:
-        source, quantization = open_asked(directory, quantization_of(args), asked.calibration, headers_alone=True)
+        source: str | Path | AnyCheckpoint = directory
+        quantization = quantization_of(args)
+        if real:  # random weights are nothing to calibrate on: refused as loading them does
+            source, quantization = open_asked(directory, quantization, asked.calibration, headers_alone=True)
         config, found = _foretold(source, dtype, asked.activations, quantization)
     for row in found.plan.rows:
         if row.spec is not None:
