@@ -33,6 +33,8 @@ FORMATS = {
     "torchao": "torchao",
     "gguf": "gguf",
 }
+#: Method of a model that is quantized while loading, before its scheme's name; `jqserve convert` keeps it.
+ONLINE_METHOD = "online"
 NOTHING = (None, "none", "auto")
 CALIBRATED = ("awq", "gptq")
 Test = Callable[[QuantSpec], bool]
@@ -82,6 +84,10 @@ class Answer:
     activation: ActivationSpec | None = None
     note: str = ""
 
+    def method(self, stored: str) -> str:
+        """Of the model as it is loaded; stored: of the checkpoint."""
+        return stored if self.online is None else f"{ONLINE_METHOD}: {self.online.name}"
+
 
 def supported() -> str:
     return f"{', '.join(ONLINE)}; --torchao-config {', '.join(TORCHAO)}"
@@ -89,7 +95,7 @@ def supported() -> str:
 
 def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], path: Any) -> Answer:
     """name    the flag; "torchao:NAME" for --torchao-config NAME
-    method  of the checkpoint: "none", "awq", ...
+    method  of the checkpoint: "none", "awq", "online: fp8" (converted), ...
     specs   of its Linears, None for a dense one
     path    the checkpoint's, for the command that works
 
@@ -98,16 +104,18 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
     if name in NOTHING:
         return Answer()
     assert name is not None
-    flag = f"--torchao-config {name.removeprefix(TORCHAO_PREFIX)}" if is_torchao(name) else f"--quantization {name}"
+    flag = flag_text(name)
     online = TORCHAO.get(name.removeprefix(TORCHAO_PREFIX)) if is_torchao(name) else ONLINE.get(name)
     if online is None and name not in FORMATS:
         raise UnsupportedError(
             f"{flag}: there is no such scheme; on unquantized weights: {supported()}; a quantized checkpoint needs no "
             f"flag (its own names are taken: {', '.join(FORMATS)})"
         )
+    found = list(dict.fromkeys((s.shape, s) for s in specs if s is not None))
+    if method == "none" and found:  # converted before its method was kept
+        method = ONLINE_METHOD
     if method == "none":
         return _on_dense(flag, name, online, path)
-    found = list(dict.fromkeys((s.shape, s) for s in specs if s is not None))
     kinds = list(dict.fromkeys(describe(method, spec) for _, spec in found))
     if method == "gguf" and not found and FORMATS.get(name) != method:  # a file of F16 or BF16 alone
         return _on_dense(flag, name, online, path)
@@ -134,10 +142,30 @@ def is_torchao(name: str | None) -> bool:
     return name is not None and name.startswith(TORCHAO_PREFIX)
 
 
+def flag_text(name: str) -> str:
+    """The flag as the user writes it."""
+    return f"--torchao-config {name.removeprefix(TORCHAO_PREFIX)}" if is_torchao(name) else f"--quantization {name}"
+
+
 def describe(method: str, spec: QuantSpec) -> str:
     """ "gptq: uint4, groups of 128", "fp8: float8_e4m3fn, per tensor, inputs fp8 per token"."""
+    method = method.partition(":")[0]
     text = scheme_text(method, spec)
     return text if spec.activation.kind == "none" else f"{text}, inputs {input_text(method, spec)}"
+
+
+def check_something_fits(online: Online, slots: Iterable[tuple[str, int, int]], path: Any) -> None:
+    """slots: (name, n, k) of the Linears to quantize. Raises UnsupportedError where a scheme that leaves misfits dense
+    would leave all of them dense: whoever asked for it would get, and measure, the unquantized model."""
+    slots = list(slots)
+    if not slots or any(online.spec(n, k) is not None for _, n, k in slots):
+        return
+    name, n, k = slots[0]
+    raise UnsupportedError(
+        f"{flag_text(online.name)}: none of the checkpoint's {len(slots)} Linears fits it: {name} would be "
+        f"{online.misfit(n, k)}. `jqserve-server --model-path {shlex.quote(str(path))} --quantization int4` takes any "
+        "size"
+    )
 
 
 def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:

@@ -36,6 +36,9 @@ _INSIDE = {
     "ffn_down": "mlp.down_proj",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+#: llama.cpp's token type of what is no text, and the names under which Llama 3 and Qwen have ends among such tokens.
+CONTROL = 3
+ENDS = frozenset({"<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<|im_end|>"})
 #: Llama 3.1 and 3.2 as Meta scales their rotary frequencies; a GGUF holds only the factors that follow.
 LLAMA3 = [{"factor": f, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192} for f in (8.0, 32.0)]
 
@@ -62,6 +65,8 @@ def config_json(
     if architecture not in ARCHITECTURES:
         raise fields.unsupported("general.architecture", ", ".join(ARCHITECTURES))
     a = architecture
+    if fields.integer("split.count", 1, minimum=0) > 1:
+        raise fields.unsupported("split.count", "1: join the parts with `llama-gguf-split --merge FIRST OUT.gguf`")
     for key in (f"{a}.expert_count", f"{a}.attention.sliding_window"):
         if fields.data.get(key):
             raise fields.unsupported(key, "0 (no experts, no sliding window in a GGUF)")
@@ -89,10 +94,21 @@ def config_json(
         "tie_word_embeddings": tied,
         "dtype": {0: "float32", 1: "float16"}.get(kind if isinstance(kind, int) else -1, "bfloat16"),
     }
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+    for ours, theirs in (("bos", "bos"), ("pad", "padding")):
         config[f"{ours}_token_id"] = fields.data.get(f"tokenizer.ggml.{theirs}_token_id")
+    config["eos_token_id"] = _ends(fields)
     scaling = _scaling(fields, a, config, factors)
     return {**config, "rope_scaling": scaling} if scaling else config
+
+
+def _ends(fields: Fields) -> list[Any] | None:
+    """The ids that end an answer. eos is often the end of a text alone, after which a chat would go on for ever: as in
+    llama.cpp, the ends of a turn and of a message count too, by their fields and by the names of control tokens."""
+    tokens, kinds = (fields.data.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    named = [fields.data.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    if isinstance(tokens, list) and isinstance(kinds, list) and len(kinds) == len(tokens):
+        named += [i for i, token in enumerate(tokens) if kinds[i] == CONTROL and token in ENDS]
+    return list(dict.fromkeys(i for i in named if i is not None)) or None
 
 
 def _scaling(fields: Fields, a: str, config: dict[str, Any], factors: np.ndarray | None) -> dict[str, Any] | None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from jqserve.checkpoint.fields import Fields
+from jqserve.checkpoint.gguf_config import CONTROL
 from jqserve.checkpoint.gguf_file import GgufFile
 from jqserve.errors import CheckpointError, UnsupportedError
 
 P = "tokenizer.ggml."
 #: llama.cpp's token types.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
 #: tokenizer.ggml.pre -> how text is cut before merging (the models' own tokenizer.json has these).
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -108,7 +109,9 @@ def write_tokenizer(file: GgufFile, out: Path) -> bool:
         if kinds[i] in (CONTROL, USER_DEFINED) or (kinds[i] == UNKNOWN and model == "llama")
     ]
     special = {name: _token(fields, tokens, key) for name, key in _SPECIAL.items()}
-    bos = special["bos_token"] if fields.flag(f"{P}add_bos_token", model == "llama") else None
+    # Where the field is missing llama.cpp puts a bos before SentencePiece's ids and Llama 3's.
+    before = model == "llama" or PRE[fields.text(f"{P}pre", "default")] == _LLAMA3
+    bos = special["bos_token"] if fields.flag(f"{P}add_bos_token", before) else None
     eos = special["eos_token"] if fields.flag(f"{P}add_eos_token") else None
     description = {
         "version": "1.0",

@@ -56,20 +56,24 @@ def planned(model_path: str, revision: str | None = None, *, weights: bool = Tru
     weights=False (--load-format dummy): config.json alone tells what the weights would be.
     """
     with tempfile.TemporaryDirectory(prefix="jqserve-plan-") as folder:
-        if not weights:
-            directory = resolve(model_path, revision, weights=False)
-            headers_of_config(Path(directory), Path(folder))
-            yield folder
-        elif Path(model_path).expanduser().exists() or not _HUB_ID.fullmatch(model_path):
-            yield resolve(model_path, revision)
-        elif cached := _whole_in_cache(model_path, revision):
-            yield cached
-        else:
-            snapshot = Path(resolve(model_path, revision, weights=False))
-            link_side_files(snapshot, Path(folder))
-            with _told(model_path, revision):
-                _fetch_headers(model_path, snapshot.name, Path(folder))  # of the commit that the folder is named after
-            yield folder
+        try:
+            if not weights:
+                directory = resolve(model_path, revision, weights=False)
+                headers_of_config(Path(directory), Path(folder))
+                yield folder
+            elif Path(model_path).expanduser().exists() or not _HUB_ID.fullmatch(model_path):
+                yield resolve(model_path, revision)
+            elif cached := _whole_in_cache(model_path, revision):
+                yield cached
+            else:
+                snapshot = Path(resolve(model_path, revision, weights=False))
+                link_side_files(snapshot, Path(folder))
+                with _told(model_path, revision):
+                    _fetch_headers(model_path, snapshot.name, Path(folder))  # of the commit that it is named after
+                yield folder
+        except JqserveError as error:  # whose commands are to work when the folder is gone
+            error.args = (str(error).replace(folder, model_path),)
+            raise
 
 
 def _whole_in_cache(repo: str, revision: str | None) -> str | None:

@@ -26,6 +26,7 @@ from jqserve.checkpoint.scheme import (
     Prepared,
     Scheme,
     namespace,
+    uneven,
     ungrouped,
 )
 from jqserve.quant import NO_ACTIVATION, ActivationSpec, QuantSpec
@@ -51,12 +52,11 @@ class Online(Scheme):
         return "online"
 
     def misfit(self, n: int, k: int) -> str:
-        """torchao leaves a Linear as it is when its group does not divide K, or fp8's 16 not both sides."""
+        """torchao leaves a Linear as it is when its group does not divide K, or 16 not both sides of one for fp8 x fp8
+        (its `_fp8_mm_compat`, which fp8wo does not ask)."""
         if self.rule in ("int4 tinygemm", "nf4", "fp4") and k % self.group:
             return ungrouped(k, self.group)
-        if self.name.startswith("torchao:fp8") and (n % 16 or k % 16):
-            return f"not quantized: torchao's fp8 takes multiples of 16, not {n} x {k}"
-        return ""
+        return uneven(n, k) if self.name.startswith("torchao:fp8dq") else ""
 
     def spec(self, n: int, k: int) -> QuantSpec | None:
         if self.misfit(n, k):

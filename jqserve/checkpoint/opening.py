@@ -6,12 +6,13 @@ import dataclasses
 import logging
 from typing import Any, get_args
 
-from jqserve.checkpoint.asked import Answer, answer
+from jqserve.checkpoint.asked import Answer, answer, check_something_fits
 from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.model_config import DTYPES, model_config
 from jqserve.checkpoint.names import LinearGroup, modules
+from jqserve.checkpoint.online import Online
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.quant_config import QuantPlan, quant_plan
@@ -77,9 +78,13 @@ def read_plan(
     slots = [slot for group in groups for _, slot in group.parts]
     specs = (stored.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
     asked = answer(quantization, stored.method, specs, checkpoint.path)
+    plan = Asked(stored, asked, activations == "none")
+    if asked.online is not None:
+        taken = [(slot.name, slot.n, slot.k) for slot in slots if isinstance(plan.scheme(slot.name), Online)]
+        check_something_fits(asked.online, taken, checkpoint.path)
     if asked.note:
         log.info("%s", asked.note)
-    return config, generation, Asked(stored, asked, activations == "none"), asked.note
+    return config, generation, plan, asked.note
 
 
 def read_configs(checkpoint: AnyCheckpoint, dtype: str | None) -> tuple[ModelConfig, dict[str, Any]]:
@@ -117,7 +122,7 @@ class Asked:
 
     @property
     def method(self) -> str:
-        return self.plan.method
+        return self.asked.method(self.plan.method)
 
     def scheme(self, module: str) -> Scheme:
         scheme = self.plan.scheme(module)

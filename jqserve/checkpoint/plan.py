@@ -44,7 +44,7 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True)
 class LoadPlan:
-    """The rows in loading order, the checkpoint's method, and notes that concern the whole model."""
+    """The rows in loading order, the method ("gptq", "online: fp8", "none"), and notes that concern the whole model."""
 
     method: str
     rows: tuple[PlanRow, ...]
@@ -54,6 +54,11 @@ class LoadPlan:
     def bytes(self) -> int:
         """Of all the rows, norms and biases not counted."""
         return sum(row.bytes for row in self.rows)
+
+    @property
+    def dense_linears(self) -> list[tuple[str, int, int]]:
+        """(path, n, k) of the layers' matrices that are not quantized."""
+        return [(row.path, *row.shape) for row in self.rows if row.spec is None and row.path.startswith("layers.")]
 
     def to_json(self) -> dict[str, Any]:
         """{"method", "bytes", "rows": [...], "notes": [...]}, all plain JSON."""

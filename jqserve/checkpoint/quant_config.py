@@ -79,6 +79,8 @@ def quant_plan(checkpoint: AnyCheckpoint) -> QuantPlan:
     elif found is None:
         old_awq = checkpoint.optional_json("quant_config.json")
         if old_awq is None:
+            if (theirs := checkpoint.path / "hf_quant_config.json").exists():  # config.json of such a file says nothing
+                raise UnsupportedError(f"{theirs}: modelopt's is not supported: {REFUSED['modelopt']}")
             return Unquantized()
         found, default = Fields(old_awq, str(checkpoint.path / "quant_config.json")), "awq"
     method = found.text("quant_method", default)

@@ -118,6 +118,11 @@ def ungrouped(k: int, group: int) -> str:
     return f"not quantized: {k} in features are no multiple of the group of {group}"
 
 
+def uneven(n: int, k: int) -> str:
+    """The `misfit` of torchao's fp8 x fp8; "" where 16 divides both sides."""
+    return f"not quantized: torchao's fp8 x fp8 takes multiples of 16, not {n} x {k}" if n % 16 or k % 16 else ""
+
+
 def finite(where: str, name: str, array: np.ndarray) -> np.ndarray:
     """`array` itself, or CheckpointError where a value is NaN or infinite."""
     if not np.isfinite(array.astype(np.float32)).all():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jqserve.checkpoint import manifest
-from jqserve.checkpoint.asked import Answer, answer
+from jqserve.checkpoint.asked import Answer, answer, check_something_fits
 from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
@@ -127,6 +127,8 @@ def restore(
     check_activations(activations)
     specs = [leaf.spec for leaves in sections.values() for leaf in leaves.values() if leaf.spec is not None]
     asked = answer(quantization, plan.method, specs, path)
+    if asked.online is not None:
+        check_something_fits(asked.online, plan.dense_linears, path)
     stored = {row.path: row for row in plan.rows}
     params: dict[str, Any] = {}
     rows: list[PlanRow] = []
@@ -144,7 +146,7 @@ def restore(
         set_path(params, name, device_put(leaf))
         if progress:
             progress(done, total, name)
-    plan = dataclasses.replace(plan, rows=tuple(rows))
+    plan = dataclasses.replace(plan, method=asked.method(plan.method), rows=tuple(rows))
     if asked.note:
         plan = dataclasses.replace(plan, notes=(asked.note, *plan.notes))
     return LoadedCheckpoint(dataclasses.replace(config, dtype=dtype), params, plan, generation)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jqserve.checkpoint.asked import Answer, answer
+from jqserve.checkpoint.asked import Answer, answer, check_something_fits
 from jqserve.checkpoint.forecast import Forecast, dense_row, quantized_row
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.manifest import LeafFacts
@@ -32,6 +32,8 @@ def forecast_store(
     check_dtype(dtype)
     leaves = {name: facts for section in sections.values() for name, facts in section.items()}
     asked = answer(quantization, plan.method, [facts.spec for facts in leaves.values() if facts.spec], path)
+    if asked.online is not None:
+        check_something_fits(asked.online, plan.dense_linears, path)
     rows = tuple(_row(row, leaves[f"{row.path}.weight"], dtype, activations, asked) for row in plan.rows)
     matrices = {f"{row.path}.weight" for row in rows}
     scaled = any(name.endswith(KV_SCALES) for name in leaves) and activations == "config"
@@ -39,9 +41,11 @@ def forecast_store(
     nbytes = sum(math.prod(facts.arrays[""].shape) for facts in vectors) * np.dtype(dtype).itemsize
     sizes = sorted(_bytes(facts) for facts in leaves.values())
     tied = config.tied_embeddings
-    reasons = {row.source: _reason(row, plan.method, asked, tied) for row in rows if row.spec is None}
+    whole = all(row.spec is None for row in rows)
+    reasons = {row.source: _reason(row, whole, asked, tied) for row in rows if row.spec is None}
     notes = (asked.note, *plan.notes) if asked.note else plan.notes
-    found = Forecast(dataclasses.replace(plan, rows=rows, notes=notes), nbytes, sum(sizes[-2:]), reasons, scaled)
+    plan = dataclasses.replace(plan, method=asked.method(plan.method), rows=rows, notes=notes)
+    found = Forecast(plan, nbytes, sum(sizes[-2:]), reasons, scaled)
     return dataclasses.replace(config, dtype=dtype), found
 
 
@@ -66,12 +70,13 @@ def _row(row: PlanRow, facts: LeafFacts, dtype: str, activations: Activations, a
     return quantized_row(row.path, row.source, method, spec, facts.arrays["scale"].dtype, ordered, row.note)
 
 
-def _reason(row: PlanRow, method: str, asked: Answer, tied: bool) -> str:
+def _reason(row: PlanRow, whole: bool, asked: Answer, tied: bool) -> str:
+    """whole: nothing of the model is quantized."""
     if row.path == "embed":
         return f"the embedding is looked up{' and serves as head' if tied else ''}"
     if asked.online is not None:
         return HEAD_STAYS if row.path == "lm_head" else asked.online.misfit(*row.shape)
-    return NOT_QUANTIZED if method == "none" else "`jqserve convert` found it unquantized"
+    return NOT_QUANTIZED if whole else "`jqserve convert` found it unquantized"
 
 
 def _bytes(facts: LeafFacts) -> int:

@@ -10,6 +10,7 @@ _ALWAYS = "always on; leave it out"
 _CHOSEN = "chosen by device and shape; leave it out (`jqserve plan` shows what runs)"
 _GATEWAY = "a gateway in front of the worker does this (`jqserve gateway`)"
 _NEVER = "code of a checkpoint is never run; leave it out"
+_READ = "read from the checkpoint's config.json; change it there"
 _SPECULATIVE = "there is no speculative decoding"
 _LORA = "there are no LoRA adapters: merge one into the checkpoint, and quantize that"
 
@@ -33,6 +34,16 @@ HINTS = {
     "--skip-tokenizer-init": "give token ids in the requests; nothing else is needed",
     "--enable-metrics": "give --metrics-port PORT",
     "--download-dir": "set HF_HOME",
+    "--device": "JAX chooses: a GPU where there is one; set JAX_PLATFORMS=cpu to keep off it",
+    "--max-total-tokens": "give --num-pages, counted in pages of --page-size tokens",
+    "--num-gpu-blocks-override": "give --num-pages",
+    "--max-prefill-tokens": "give --chunked-prefill-size",
+    "--ssl-keyfile": "give --tls-key",
+    "--ssl-certfile": "give --tls-cert",
+    "--ssl-ca-certs": "give --tls-client-ca",
+    "--disable-chunked-prefix-cache": "give --disable-radix-cache",
+    "--uds": "give --unix-socket",
+    **dict.fromkeys(("--json-model-override-args", "--hf-overrides", "--rope-scaling", "--rope-theta"), _READ),
     **dict.fromkeys(("--enable-prefix-caching", "--enable-chunked-prefill", "--enable-mixed-chunk"), _ALWAYS),
     **dict.fromkeys(("--enable-torch-compile", "--attention-backend", "--sampling-backend"), _CHOSEN),
     **dict.fromkeys(("--cuda-graph-max-bs", "--cuda-graph-bs", "--compilation-config", "--fp8-gemm-backend"), _CHOSEN),

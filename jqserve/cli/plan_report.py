@@ -46,7 +46,10 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
         dtype = "float32"  # as the engine computes there
     real = asked.load_format != "dummy"
     with planned(args.model_path if args.model is None else args.model, args.revision, weights=real) as directory:
-        source, quantization = open_asked(directory, quantization_of(args), asked.calibration, headers_alone=True)
+        source: str | Path | AnyCheckpoint = directory
+        quantization = quantization_of(args)
+        if real:  # random weights are nothing to calibrate on: refused as loading them does
+            source, quantization = open_asked(directory, quantization, asked.calibration, headers_alone=True)
         config, found = _foretold(source, dtype, asked.activations, quantization)
     for row in found.plan.rows:
         if row.spec is not None:
@@ -96,7 +99,9 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     dtype = kv_dtype(asked.kv_dtype, config.dtype, found.kv_scaled)
     page = asked.page_size or defaults_for(KNOWN_DEVICES[name].platform).page_size
     shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
-    kv_token = shape.page_bytes // page // (n if config.kv_heads % n == 0 else 1)
+    # A GPU holds its share of the KV heads; where there are more GPUs than heads, one head, repeated.
+    kv_parts = n if config.kv_heads % n == 0 else config.kv_heads if n % config.kv_heads == 0 else 1
+    kv_token = shape.page_bytes // page // kv_parts
     free = memory * asked.mem_fraction_static - per_gpu - RESERVE
     tokens = asked.num_pages * page if asked.num_pages else max(0, int(free // kv_token))
     context = wanted_context(asked, config, KNOWN_DEVICES[name].platform)

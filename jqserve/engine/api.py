@@ -45,11 +45,14 @@ class Engine:
             config = dataclasses.replace(model_path, **options)
         else:
             config = EngineConfig(model_path=str(model_path), **({"disable_warmup": True} | options))
-        self.config = config
-        self.core: EngineCore = load_engine(config)
-        directory = resolve(config.model_path, config.revision)
-        gguf = gguf_of(directory)
-        self.tokenizer = _tokenizer(tokenizer_path or (tokenizer_folder(gguf) if gguf else directory))
+        directory = resolve(config.model_path, config.revision, weights=config.load_format != "dummy")
+        gguf, named = gguf_of(directory), tokenizer_path or config.tokenizer_path
+        if gguf and not named:
+            named = tokenizer_folder(gguf)
+        # The engine needs it, too: for grammars, and to calibrate with.
+        self.config = dataclasses.replace(config, tokenizer_path=named)
+        self.core: EngineCore = load_engine(self.config)
+        self.tokenizer = _tokenizer(named or directory)
         self._rids = itertools.count()
 
     @property

@@ -6,16 +6,18 @@ What is loaded then is a `Calibrated` checkpoint, in the place of the path.
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
 from jqserve.checkpoint.asked import CALIBRATED, FORMATS
 from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.hf import Checkpoint
+from jqserve.checkpoint.names import LinearGroup, LinearSlot, modules
 from jqserve.checkpoint.open import AnyCheckpoint, is_store
 from jqserve.checkpoint.opening import read_configs
 from jqserve.checkpoint.quant_config import quant_plan
-from jqserve.errors import RequestError
+from jqserve.errors import RequestError, UnsupportedError
 from jqserve.quantize import calibration
 from jqserve.quantize.online import Calibrated
 from jqserve.quantize.options import Options
@@ -67,6 +69,8 @@ def open_asked(
     )
     how = "" if quantization == scheme else f" (the name is accepted for {scheme})"
     note = f"--quantization {quantization}{how}: quantized while loading as `jqserve quantize --scheme {scheme}` does"
+    groups = [module for module in modules(config) if isinstance(module, LinearGroup) and module.parent]
+    check_groups(path, [slot for group in groups for _, slot in group.parts], quantization, scheme)
     if headers_alone:
         if calibrate_on is not None and not Path(calibrate_on).exists():
             raise RequestError(FLAG, f"no such file or directory: {calibrate_on}")
@@ -85,6 +89,21 @@ def open_asked(
     note += f", calibrated on {len(samples)} rows of {seqlen} tokens of {text}"
     log.info("%s. This takes minutes where other schemes take seconds; `jqserve quantize` does it once", note)
     return Calibrated(path, Options(scheme), samples, note=note), None
+
+
+def check_groups(path: str | Path, slots: list[LinearSlot], quantization: str | None, scheme: str) -> None:
+    """Raises UnsupportedError for a model that the scheme's groups do not divide, with the command that can choose
+    others: the server has no flag for it."""
+    group = Options(scheme).row.group[1]
+    bad = next((slot for slot in slots if slot.k % group), None)
+    if bad is None:
+        return
+    fitting = next((size for size in (64, 32) if not any(s.k % size for s in slots)), -1)
+    raise UnsupportedError(
+        f"--quantization {quantization}: its groups are of {group}, and {bad.name} has {bad.k} in features; `jqserve "
+        f"quantize --model-path {shlex.quote(str(path))} --scheme {scheme} --group-size {fitting} --calibration FILE "
+        "--out DIR`, then serve DIR"
+    )
 
 
 def _tokenizer(path: str) -> Any:

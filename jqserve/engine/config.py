@@ -88,6 +88,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.load_format not in ("auto", "dummy"):
             raise UnsupportedError(f"load_format {self.load_format!r} is not supported; supported: auto, dummy")
+        if self.load_format == "dummy" and self.calibration is not None:
+            raise UnsupportedError("calibration: with load_format dummy there are no weights to calibrate")
         if not 0.05 <= self.mem_fraction_static <= 0.98:
             raise UnsupportedError(
                 f"mem_fraction_static {self.mem_fraction_static} is not in 0.05 .. 0.98 (usual: 0.8 .. 0.9)"

@@ -68,6 +68,8 @@ def load_tokenizer(path: str, revision: str | None = None, chat_template: str | 
 
     template = read_template(chat_template)
     local = Path(path).expanduser().is_dir()
+    if not local and path.startswith(("/", ".", "~")):  # no Hub id; the loader would complain of its letters
+        raise CheckpointError(f"no tokenizer could be loaded from {path}: there is no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(path).expanduser()) if local else path,

@@ -123,6 +123,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
         CheckpointError,
         r"\[4\] found, \[256\]",
     ),
+    "one of several parts": ({"split.count": 2}, {}, UnsupportedError, "split.count.*gguf-split --merge"),
     "half a head": ({"llama.rope.dimension_count": 32}, {}, UnsupportedError, "dimension_count"),
 }
 
@@ -155,6 +156,41 @@ def test_a_file_without_a_tokenizer_takes_the_ends_of_the_one_beside(tmp_path: P
         (tmp_path / "out").mkdir()
         checkpoint.copy_side_files(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"added_tokens": added}
+
+
+ENDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "eos alone": ({}, (1,)),
+    "the end of a turn by its field": ({"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 1}, (1, 5)),
+    "by its name": ({"tokenizer.ggml.tokens": ["a", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"]}, (1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_an_answer_ends_where_llama_cpp_ends_it(case: str, tmp_path: Path) -> None:
+    """Llama 3's eos is the end of a text, an answer's end another token; what is no control token is text."""
+    more, expected = ENDS[case]
+    kinds = {"tokenizer.ggml.token_type": [1, 3, 3, 1]} if "tokenizer.ggml.tokens" in more else {}
+    path = g.write(tmp_path / "m.gguf", fields={"tokenizer.ggml.eos_token_id": 1, **kinds, **more})
+    assert load(path, device_put=keep_on_host).config.eos_token_ids == expected
+
+
+BOS = {("llama-bpe", None): True, ("llama-bpe", False): False, ("qwen2", None): False, ("qwen2", True): True}
+
+
+@pytest.mark.parametrize(("pre", "asked"), BOS)
+def test_a_bos_where_llama_cpp_puts_one(pre: str, asked: bool | None, tmp_path: Path) -> None:
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["a", "<|begin_of_text|>"],
+        "tokenizer.ggml.token_type": [1, 3],
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    if asked is not None:
+        fields["tokenizer.ggml.add_bos_token"] = asked
+    assert write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+    found = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a").ids
+    assert found == ([1, 0] if BOS[pre, asked] else [0])
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -15,9 +15,10 @@ from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.loaded import flat_leaves
 from jqserve.checkpoint.online import ONLINE, TORCHAO
-from jqserve.errors import CheckpointError
+from jqserve.errors import CheckpointError, UnsupportedError
 from jqserve.quant import QuantizedTensor, dequantize
 from tests.checkpoint import tiny
+from tests.checkpoint import tiny_more as more
 
 
 def expected(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -55,6 +56,40 @@ def test_activations_none_keeps_the_weights_alone(tmp_path: Path) -> None:
     tiny.make(tmp_path)
     loaded = load(str(tmp_path), quantization="fp8", activations="none", device_put=keep_on_host)
     assert loaded.params["layers"]["0"]["mlp"]["down"]["weight"].spec.activation.kind == "none"
+
+
+@pytest.mark.parametrize("name", ["torchao:int4wo-128", "bitsandbytes"])
+def test_a_scheme_that_fits_nothing_is_refused(name: str, tmp_path: Path) -> None:
+    """It would leave the model as it is, and look quantized; where one Linear fits, others may not."""
+    tiny.make(tmp_path, hidden_size=96, intermediate_size=160, num_hidden_layers=1)
+    with pytest.raises(UnsupportedError, match=r"none of the checkpoint's 7 Linears.*q_proj.*group of.*int4"):
+        load(str(tmp_path), quantization=name, device_put=keep_on_host)
+    tiny.make(tmp_path, hidden_size=96, intermediate_size=256, num_hidden_layers=1)
+    loaded = load(str(tmp_path), quantization=name, device_put=keep_on_host)
+    notes = {row.path: row.note for row in loaded.plan.rows}
+    assert "not quantized" in notes["layers.0.attn.qkv"] and not notes["layers.0.mlp.down"]
+
+
+def test_sides_that_16_does_not_divide(tmp_path: Path) -> None:
+    """torchao's fp8 x fp8 leaves such a Linear dense, its weight-only fp8 takes it; and so its checkpoints are read."""
+    sizes = {"hidden_size": 64, "intermediate_size": 264, "num_hidden_layers": 1}
+
+    def dense(folder: str, maker: Any, config: Any, flag: str | None) -> list[str]:
+        made = tiny.make(tmp_path / folder, maker, config, **sizes)
+        rows = load(str(made.path), device_put=keep_on_host, quantization=flag).plan.rows
+        return [row.path.rpartition(".")[2] for row in rows if row.spec is None and "layers" in row.path]
+
+    assert dense("a", tiny.dense, None, "torchao:fp8wo") == []
+    for folder, flag in (("b", "torchao:fp8dq-per_row"), ("c", "torchao:fp8dq-per_tensor")):
+        assert dense(folder, tiny.dense, None, flag) == ["gate_up", "down"]
+    stored = more.torchao8("fp8")
+
+    def left(rng: np.random.Generator, n: int, k: int) -> Any:
+        return (tiny.dense if n % 16 or k % 16 else stored)(rng, n, k)
+
+    dynamic = more.torchao("Float8DynamicActivationFloat8WeightConfig")
+    assert dense("d", left, dynamic, None) == ["gate_up", "down"]
+    assert dense("e", stored, more.torchao("Float8WeightOnlyConfig"), None) == []
 
 
 SCHEMES = dict.fromkeys((*ONLINE, *(f"torchao:{name}" for name in TORCHAO)))

@@ -216,6 +216,12 @@ REFUSED: dict[str, tuple[Any, type[JqserveError], tuple[str, ...]]] = {
 }
 
 
+def test_modelopt_beside_a_config_that_says_nothing(tmp_path: Path) -> None:
+    """Its first exports keep the facts in hf_quant_config.json alone."""
+    with pytest.raises(UnsupportedError, match=r"hf_quant_config\.json: modelopt"):
+        plan(tmp_path, None, hf_quant_config={"quantization": {"quant_algo": "FP8"}})
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_by_name(case: str, tmp_path: Path) -> None:
     quantization, kind, words = REFUSED[case]

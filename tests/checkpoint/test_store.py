@@ -15,6 +15,8 @@ import pytest
 from jqserve.checkpoint import manifest, store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.loaded import flat_leaves
+from jqserve.checkpoint.quant_config import NOT_QUANTIZED
+from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.errors import CheckpointError, UnsupportedError
 from tests.checkpoint import configs as c
 from tests.checkpoint import tiny
@@ -65,6 +67,32 @@ def test_flags_on_a_stored_dense_model(tmp_path: Path) -> None:
         assert stored.plan == original.plan and stored.config == original.config
     store.convert(made.path, tmp_path / "fp8", quantization="fp8", dtype="float16")
     same(on_host(tmp_path / "fp8").params, on_host(made.path, quantization="fp8", dtype="float16").params)
+
+
+def test_a_model_quantized_while_it_was_converted_is_quantized(tmp_path: Path) -> None:
+    """Its checkpoint was not: another flag would be believed to have been heeded, and the plan called it dense."""
+    made = tiny.make(tmp_path / "hf", tie_word_embeddings=False)
+    store.convert(made.path, tmp_path / "out", quantization="int4")
+    repeated = on_host(tmp_path / "out", quantization="int4")
+    assert repeated.plan.method == "online: int4" and "is that already" in repeated.plan.notes[0]
+    _, forecast = forecast_store(tmp_path / "out", None, "config", None)
+    assert NOT_QUANTIZED not in forecast.unquantized.values() and "lm_head" in forecast.unquantized
+    for name in ("fp8", "awq", "torchao:int4wo-128", "int4-32"):
+        refused(tmp_path / "out", name, "quantized already: online: uint4, per channel; online: uint4, groups of 128")
+
+
+def test_a_scheme_that_fits_nothing_of_a_stored_model_is_refused(tmp_path: Path) -> None:
+    made = tiny.make(tmp_path / "hf", hidden_size=96, intermediate_size=160)
+    store.convert(made.path, tmp_path / "out")
+    refused(tmp_path / "out", "bitsandbytes", "none of the checkpoint's 8 Linears fits")
+
+
+def refused(path: Path, quantization: str, words: str) -> None:
+    """By loading and by the plan."""
+    with pytest.raises(UnsupportedError, match=words):
+        on_host(path, quantization=quantization)
+    with pytest.raises(UnsupportedError, match=words):
+        forecast_store(path, None, "config", quantization)
 
 
 def test_demo_model(demo_dir: Path, tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ from jqserve.cli.foreign_flags import HINTS, hint
         ("--max-model-len=4096", "--max-model-len: give --context-length"),
         ("--speculative-algorithm EAGLE", "no speculative decoding"),
         ("--trust-remote-code", "never run"),
+        ("--ssl-keyfile key.pem", "give --tls-key"),
+        ("--max-total-tokens 9", "give --num-pages"),
+        ("--device cuda", "JAX chooses"),
     ],
 )
 def test_the_error_says_what_to_do(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

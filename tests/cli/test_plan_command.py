@@ -135,7 +135,9 @@ def test_what_the_server_would_refuse_is_refused(
 
 
 def test_a_split_that_cuts_a_group_is_said(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    two, three = (planned(capsys, demo_dir, "--tp", n) for n in (2, 3))
+    one, two, three, four = (planned(capsys, demo_dir, "--tp", n) for n in (1, 2, 3, 4))
+    tokens = [found["kv_cache"]["bytes_per_token"] for found in (one, two, three, four)]
+    assert tokens == [tokens[0], tokens[0] // 2, tokens[0], tokens[0] // 2]  # two KV heads: four GPUs hold one each
     assert two["tp"]["problems"] == [] and two["tp"]["bytes_per_gpu"] < 0.6 * two["weight_bytes"]
     assert any("groups of 128" in problem and problem.startswith("o:") for problem in three["tp"]["problems"])
     assert any("heads" in warning for warning in three["warnings"])
@@ -159,6 +161,12 @@ def test_flags_and_dense_modules(fixtures_dir: Path, capsys: pytest.CaptureFixtu
         (["x/y", "--model-path", "z"], "takes one model"),
         (["./nowhere"], "no such directory"),
         (["DEMO", "--quantization", "fp8"], "quantized already"),
+        (
+            ["DEMO", "--quantization", "fp8", "--load-format", "dummy"],
+            "Leave the flag out: `jqserve-server --model-path DEMO`",
+        ),
+        (["BASE", "--quantization", "awq", "--load-format", "dummy"], "awq is calibrated on the weights"),
+        (["DEMO", "--calibration", "x.txt", "--load-format", "dummy"], "no weights to calibrate"),
         (["DEMO", "--quantization", "fp8", "--torchao-config", "int8wo"], "give one of them"),
         (["DEMO", "--tp", "0"], "at least 1"),
         (["DEMO", "--kv-cache-dtype", "int3"], "int3"),
@@ -166,11 +174,12 @@ def test_flags_and_dense_modules(fixtures_dir: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_refused_in_one_line(
-    options: list[str], words: str, demo_dir: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], words: str, demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", *(str(demo_dir) if x == "DEMO" else x for x in options)]) == 2
+    base = tiny.make(tmp_path).path
+    assert main(["plan", *(str({"DEMO": demo_dir, "BASE": base}.get(x, x)) for x in options)]) == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and words in message
+    assert message.count("\n") == 1 and words.replace("DEMO", str(demo_dir)) in message
 
 
 def test_the_table_for_people(demo_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

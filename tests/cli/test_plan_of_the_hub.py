@@ -38,6 +38,8 @@ def test_only_headers_are_fetched(tmp_path: Path, demo_dir: Path) -> None:
         shutil.copy(demo_dir / "model.safetensors", snapshot)
         assert plan(hub.url, tmp_path, MODEL) == (0, here, told)
         assert hub.sent["model.safetensors"] == weights, "it is in the cache now"
+        status, _, told = plan(hub.url, tmp_path / "new", MODEL, "--quantization", "fp8")
+        assert status == 2 and f"`jqserve-server --model-path {MODEL}`" in told, "not a folder that is gone"
 
 
 def test_what_is_missing_is_said(tmp_path: Path, demo_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from jqserve.engine import load
 from jqserve.engine.api import Engine
+from jqserve.engine.config import EngineConfig
 from jqserve.engine.request import SamplingParams
 from jqserve.errors import RequestError, UnsupportedError
+from tests.checkpoint import gguf_files, tiny
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=2)
 
@@ -68,3 +71,22 @@ def test_a_context_beyond_the_models_is_refused_before_anything_loads(
     monkeypatch.setattr(load, "load_checkpoint", lambda *_, **__: pytest.fail("it loads"))
     with pytest.raises(UnsupportedError, match="context_length 99999 is more than the model's 2048 positions"):
         Engine(str(demo_dir), context_length=99_999)
+
+
+@pytest.mark.parametrize("how", ["argument", "field", "gguf"])
+def test_a_tokenizer_from_elsewhere_also_serves_grammars(how: str, demo_dir: Path, tmp_path: Path) -> None:
+    """In the model's own directory there is none, or it is a file."""
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    if how == "gguf":
+        model = gguf_files.write(tmp_path / "model.gguf", "F16")
+        for name in names:
+            shutil.copy(demo_dir / name, tmp_path)
+    else:
+        model = tiny.make(tmp_path, vocab_size=4096).path
+    options: dict[str, Any] = {} if how == "gguf" else {"tokenizer_path": str(demo_dir)}
+    given: Any = str(model)
+    if how == "field":
+        given, options = EngineConfig(model_path=str(model), disable_warmup=True, **options), {}
+    engine = Engine(given, max_running_requests=2, num_pages=8, **options)
+    assert engine.tokenizer.encode("a") and engine.core.model_info()["constraints"]
+    assert engine.config.tokenizer_path == str(tmp_path if how == "gguf" else demo_dir)

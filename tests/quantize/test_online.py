@@ -148,3 +148,12 @@ def test_refusals(base: tiny.Tiny, ids: Path, tmp_path: Path) -> None:
         open_asked(quantized.path, "awq", str(ids))
     with pytest.raises(UnsupportedError, match="jqserve quantize"):
         load(base.path, quantization="awq")  # who did not open it so: --load-format dummy, a converted directory
+
+
+def test_groups_that_do_not_fit_name_the_command_that_chooses_others(tmp_path: Path) -> None:
+    """The server has no --group-size: the flags of `jqserve quantize` would be no advice."""
+    made = tiny.make(tmp_path, hidden_size=192, intermediate_size=320, num_attention_heads=6)
+    for name, scheme in (("gptq_marlin", "gptq"), ("awq", "awq")):
+        command = rf"`jqserve quantize --model-path \S+ --scheme {scheme} --group-size 64 "
+        with pytest.raises(UnsupportedError, match=rf"--quantization {name}: .*q_proj has 192 in features; {command}"):
+            open_asked(made.path, name, headers_alone=True)

@@ -120,6 +120,8 @@ def test_no_tokenizer_is_a_clear_error(tmp_path: Path, demo_dir: Path) -> None:
         load_tokenizer(str(tmp_path))
     with pytest.raises(CheckpointError, match="no tokenizer could be loaded from nobody/nothing"):
         load_tokenizer("nobody/nothing")
+    with pytest.raises(CheckpointError, match="from /nobody/nothing: there is no such directory"):
+        load_tokenizer("/nobody/nothing")
 
 
 def test_round_trip(tokenizer: Tokenizer) -> None:

@@ -133,6 +133,8 @@ def test_what_is_not_honoured_is_refused(dialect: Dialect) -> None:
     assert code == "INVALID_ARGUMENT" and "grammar" in text  # and not UNIMPLEMENTED, which gateways take for a fault
     code, text = refused(dialect, dialect.request(IDS, 4, structural_tag="{}"))
     assert code == "INVALID_ARGUMENT" and "structural_tag" in text
+    known = {"vllm": "json_schema, regex, grammar, json_object, choice", "sglang": "regex, json_schema, ebnf_grammar"}
+    assert text.endswith(f"supported: {known[dialect.name]}")
     code, text = refused(dialect, dialect.request([], 4))
     assert code == "INVALID_ARGUMENT" and text.startswith("prompt")
     request = dialect.request(IDS, 4)

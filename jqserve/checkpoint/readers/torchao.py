@@ -23,6 +23,7 @@ from jqserve.checkpoint.scheme import (
     finite,
     grid_f32,
     transposed,
+    uneven,
     ungrouped,
 )
 from jqserve.errors import CheckpointError
@@ -32,20 +33,31 @@ from jqserve.quant.spec import QType
 
 @dataclasses.dataclass(frozen=True)
 class TorchaoEight(Scheme):
-    """Int8Tensor or Float8Tensor: W = qdata * scale, scale a row or one (`tensor`); zero points must be 0."""
+    """Int8Tensor or Float8Tensor: W = qdata * scale, scale a row or one (`tensor`); zero points must be 0.
+
+    sixteens  Linears with a side that 16 does not divide were left as they are (fp8 x fp8)
+    """
 
     qtype: QType
     tensor: bool
     activation: ActivationSpec
+    sixteens: bool = False
 
     @property
     def method(self) -> str:
         return "torchao"
 
-    def spec(self, n: int, k: int) -> QuantSpec:
+    def misfit(self, n: int, k: int) -> str:
+        return uneven(n, k) if self.sixteens else ""
+
+    def spec(self, n: int, k: int) -> QuantSpec | None:
+        if self.misfit(n, k):
+            return None
         return QuantSpec(self.qtype, (n, k), (n if self.tensor else 1, k), "none", self.activation)
 
     def needs(self, n: int, k: int) -> dict[str, Need]:
+        if self.misfit(n, k):
+            return DENSE.needs(n, k)
         shapes: tuple[tuple[int, ...], ...] = ((1, 1), (1,), ()) if self.tensor else ((n, 1), (n,))
         needs = {
             "_weight_qdata": Need(("I8" if self.qtype == "int8" else "F8_E4M3",), ((n, k),)),
@@ -56,12 +68,17 @@ class TorchaoEight(Scheme):
         return needs
 
     def prepare(self, where: str, raw: Mapping[str, np.ndarray], n: int, k: int) -> Prepared:
+        if self.misfit(n, k):
+            return DENSE.prepare(where, raw, n, k)
         if "_weight_zero_point" in raw and raw["_weight_zero_point"].any():
             raise CheckpointError(f"{where}._weight_zero_point: is not 0, though the config's mapping is symmetric")
         return Prepared({"weight": raw["_weight_qdata"], "scale": finite(where, "_weight_scale", raw["_weight_scale"])})
 
     def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
-        return arrays["weight"], grid_f32(arrays["scale"], self.spec(n, k)), None
+        spec = self.spec(n, k)
+        if spec is None:
+            return DENSE.decode(arrays, n, k)
+        return arrays["weight"], grid_f32(arrays["scale"], spec), None
 
     def scale_dtype(self, stored: Mapping[str, str]) -> str:
         return "float32"
@@ -148,7 +165,7 @@ def _scheme(chosen: Fields, data: Fields) -> Scheme:
         case "Float8WeightOnlyConfig":
             return TorchaoEight("float8_e4m3fn", _per_tensor(data), NO_ACTIVATION)
         case "Float8DynamicActivationFloat8WeightConfig":
-            return TorchaoEight("float8_e4m3fn", _per_tensor(data), FP8_TOKEN)
+            return TorchaoEight("float8_e4m3fn", _per_tensor(data), FP8_TOKEN, sixteens=True)
         case "Int4WeightOnlyConfig":
             packing = data.child("int4_packing_format")
             name = packing.data.get("_data") if packing is not None else data.data.get("int4_packing_format", "PLAIN")

@@ -56,7 +56,9 @@ def text_constraint(message: Any, kinds: Mapping[str, str]) -> tuple[str, str] |
     if field == "choice":
         return "choice", json.dumps(list(message.choice.choices))
     if field not in kinds:
-        raise UnsupportedError(f"{field}: not supported by jqserve; supported: {', '.join(kinds)}")
+        fields = (one.name for one in message.DESCRIPTOR.oneofs_by_name["constraint"].fields)
+        known = (name for name in fields if name in kinds or name in ("json_object", "choice"))
+        raise UnsupportedError(f"{field}: not supported by jqserve; supported: {', '.join(known)}")
     return kinds[field], getattr(message, field)
 
 
