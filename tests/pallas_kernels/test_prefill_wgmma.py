@@ -143,10 +143,14 @@ def test_search_space_has_what_the_kernel_takes():
     assert PrefillConfig(160) in prefill_search_space(128, 32)
 
 
-def test_nothing_runs_beside_the_kernel():
-    """Without scales no array of ones is made for them: one kernel a call."""
+@pytest.mark.parametrize(("tiles", "flags"), [(33, 0), (1, 1)])
+def test_nothing_runs_beside_the_kernel(tiles, flags):
+    """Without scales no array of ones is made for them: one kernel a call. A last round that is split (4 items, not
+    132) has flags, which are zeroed once a program."""
     S = jax.ShapeDtypeStruct
-    pages, few = S((64, 2, 16, 128), jnp.bfloat16), S((1,), jnp.int32)
-    call = functools.partial(prefill_attention, sm_scale=0.1)
-    compiled = compile_for_h200(call, S((1, 128, 8, 128), jnp.bfloat16), pages, pages, S((1, 16), jnp.int32), few, few)
-    assert compiled.hlo.count("custom-call(") == 1 and "fusion(" not in compiled.hlo
+    pages, few = S((64, 2, 16, 128), jnp.bfloat16), S((tiles,), jnp.int32)
+    attend = functools.partial(prefill_attention, sm_scale=0.1)
+    call = lambda q, *rest: attend(attend(q, *rest), *rest)  # noqa: E731
+    q, table = S((tiles, 128, 4, 128), jnp.bfloat16), S((tiles, 16), jnp.int32)
+    hlo = compile_for_h200(call, q, pages, pages, table, few, few).hlo
+    assert hlo.count("custom-call(") == 2 and hlo.count(" fusion(") == flags
