@@ -41,7 +41,8 @@ def unpack(peers: Path) -> Path:
 
 def measure(script: Path, scheme: str, args: argparse.Namespace, seconds: float) -> list[dict[str, Any]]:
     command = [sys.executable, str(script), "--scheme", SCHEMES[scheme], "--batches", args.batches, "--hi", "112"]
-    command += ["--tp", args.throughput] if args.throughput else []
+    if args.throughput and scheme in (args.throughput_schemes or args.schemes).split(","):
+        command += ["--tp", args.throughput]
     env = {**os.environ, "PYTHONPATH": SITE}
     began = time.monotonic()
     try:
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--schemes", default="fp8,w4a16,bf16")
     parser.add_argument("--batches", default="1,64,256")
     parser.add_argument("--throughput", default="", help="REQUESTS,IN,OUT; several with semicolons")
+    parser.add_argument("--throughput-schemes", help="of --schemes; default: all")
     parser.add_argument("--budget", type=float, default=420, help="seconds")
     parser.add_argument("--out")
     args = parser.parse_args()
