@@ -184,7 +184,8 @@ def beside(scheme: str, batch: int, context: int, kv_dtype: str, vllm: str | Non
     if vllm is not None:
         from bench.peer_vllm import decode_rates
 
-        row |= {"vllm": decode_rates(vllm).get(point), "vllm_beside": True}
+        if (measured := decode_rates(vllm).get(point)) is not None:
+            row |= {"vllm": measured, "vllm_beside": True}
     return row
 
 

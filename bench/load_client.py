@@ -78,5 +78,5 @@ async def _one(client, item: Item) -> Record:  # type: ignore[no-untyped-def]
     record.ended = time.monotonic()
     choice = stream.result.choices[0]
     record.server_first, record.server_total = choice.first_token_seconds, choice.total_seconds
-    record.cached_tokens = getattr(stream.result, "cached_tokens", 0)
+    record.cached_tokens = stream.result.cached_tokens
     return record

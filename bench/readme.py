@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.readme_kernels import kernels
-from bench.readme_serving import decode, serve, start_line, startup, summary
+from bench.readme_serving import decode, sampling, serve, start_line, startup, summary
 from bench.readme_table import load, source, table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -177,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": serve,
     "quantize_speed": quantize_speed,
     "startup": startup,
+    "sampling": sampling,
     "load_peak": load_peak,
     "kernels": kernels,
 }

@@ -30,20 +30,23 @@ def start_line() -> str:
 
 
 def summary() -> str:
-    """Decode at the first glance: a line per scheme, a column per batch, one step a dispatch."""
-    result = load("decode")
-    if result is None:
+    """Decode at the first glance: a line per scheme, a column per batch, as many steps a dispatch as by default."""
+    found = [result for name in DECODE_RESULTS if (result := load(name)) is not None]
+    if not found:
         return "Not measured yet."
-    measured = [r for r in result["rows"] if "step_ms" in r and r["decode_steps"] == 1]
-    rows = {(r["scheme"], r["batch"]): r for r in measured if r["vllm"]}  # other contexts and caches have no figure
-    batches = sorted({batch for _, batch in rows})
+    rows: dict[tuple[str, int], dict[str, Any]] = {}  # of the first file that has one
+    for result in found:
+        known = [r for r in result["rows"] if r.get("vllm")]  # other contexts and caches have no figure to set beside
+        for row in sorted(known, key=lambda r: r["decode_steps"] != (2 if r["batch"] <= 8 else 1)):
+            rows.setdefault((row["scheme"], row["batch"]), row)
+    batches = sorted({batch for _, batch in rows if batch in (1, 64, 256)})
     labels = {"bf16": "bf16", "fp8": "FP8 weights and activations", "w4a16": "4-bit weights, group 128"}
     lines = []
     for scheme, label in labels.items():
-        found = [rows.get((scheme, batch)) for batch in batches]
-        cells = [f"**{row['tokens_per_second']:,.0f}** ({_peer(row)})" if row else "-" for row in found]
+        mine = [rows.get((scheme, batch)) for batch in batches]
+        cells = [f"**{row['tokens_per_second']:,.0f}** ({_peer(row)})" if row else "-" for row in mine]
         lines.append([label, *cells])
-    header = [f"tokens/s, {result['device']} (vLLM 0.25.1)", *(f"batch {batch}" for batch in batches)]
+    header = [f"tokens/s, {found[0]['device']} (vLLM 0.25.1)", *(f"batch {batch}" for batch in batches)]
     return table(header, lines)
 
 
@@ -53,25 +56,29 @@ def _peer(row: dict[str, Any]) -> str:
     return f"{row['vllm']:,.0f}{ratio}"
 
 
-DECODE_RESULTS = ("decode", "decode_steps2")
+DECODE_RESULTS = ("decode", "decode_steps4", "decode_steps2")
 
 
 def decode() -> str:
-    """Decode steps of the engine, in process: the rows of every file, then where each comes from."""
+    """Decode steps of the engine, in process: each case from the newest file that has it, then the files."""
     found = {name: result for name in DECODE_RESULTS if (result := load(name)) is not None}
     if not found:
         return "Not measured yet."
-    rows = [row for result in found.values() for row in _decode_rows(result)]
+    shown: set[tuple[Any, ...]] = set()
+    rows = [row for result in found.values() for row in _decode_rows(result, shown)]
     header = ["weights", "KV", "sequences x context", "K", "tokens/s (vLLM 0.25.1)", "step ms", "its kernels ms"]
     header += ["kernels", "host ms", "of the bound"]
     return table(header, rows) + "\n\n" + "\n".join(source(result, name) for name, result in found.items())
 
 
-def _decode_rows(result: dict[str, Any]) -> list[list[str]]:
+def _decode_rows(result: dict[str, Any], shown: set[tuple[Any, ...]]) -> list[list[str]]:
+    """The rows that no file before has shown."""
     rows = []
     for row in result["rows"]:
-        if "step_ms" not in row:
+        case = tuple(row.get(key) for key in ("scheme", "kv_dtype", "batch", "context", "decode_steps"))
+        if "step_ms" not in row or case in shown:
             continue
+        shown.add(case)
         peer = f" ({_peer(row)})" if row.get("vllm") else ""
         host = sum(row["host_ms"][phase] for phase in ("schedule", "launch", "emit"))
         share = row.get("share_of_bound")
@@ -86,26 +93,36 @@ def _decode_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def startup() -> str:
-    """From the command to the first token."""
-    result = load("startup")
+def sampling() -> str:
+    """What a draw costs by batch: a line per way, microseconds by wall clock."""
+    result = load("sampling")
     if result is None:
         return "Not measured yet."
-    phases = list(result["rows"][0]["phases"])
-    rows = [
-        [row["run"], *(f"{row['phases'][phase]:.1f}" for phase in phases), f"**{row['total']:.1f}**"]
-        for row in result["rows"]
-    ]
-    return (
-        table(["compile cache", *(p.replace("_", " ") for p in phases), "seconds"], rows)
-        + "\n\n"
-        + source(result, "startup")
-    )
+    timed = {(row["way"], row["rows"]): row["us"] for row in result["rows"] if "us" in row}
+    batches = sorted({rows for _, rows in timed})
+    ways = list(dict.fromkeys(way for way, _ in timed))
+    lines = [[way, *(f"{timed[way, n]:,.0f}" if (way, n) in timed else "-" for n in batches)] for way in ways]
+    return table(["us", *(f"{n} rows" for n in batches)], lines) + "\n\n" + source(result, "sampling")
+
+
+def startup() -> str:
+    """From the command to the first token."""
+    found = {name: result for name in ("startup", "startup_before") if (result := load(name)) is not None}
+    if not found:
+        return "Not measured yet."
+    phases = list(next(iter(found.values()))["rows"][0]["phases"])
+    rows = []
+    for result in found.values():
+        for row in result["rows"]:
+            name = row["run"] + (f", {result['note']}" if "note" in result and row["run"] == "cold" else "")
+            rows.append([name, *(f"{row['phases'][phase]:.1f}" for phase in phases), f"**{row['total']:.1f}**"])
+    header = ["compile cache", *(p.replace("_", " ") for p in phases), "seconds"]
+    return table(header, rows) + "\n\n" + "\n".join(source(result, name) for name, result in found.items())
 
 
 SERVE_RESULTS = (
-    "serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512", "serve_128_768",
-    "serve_2048", "serve_sweep", "serve_first", "serve",
+    "serve_beside", "serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512",
+    "serve_128_768", "serve_2048", "serve_sweep", "serve_first", "serve",
 )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Result:
 
     request_id: str = ""
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the server's prefix cache
     choices: list[Choice] = dataclasses.field(default_factory=lambda: [Choice(0)])
 
     @property
@@ -88,7 +89,7 @@ class Result:
             return Event(finished.index, finish_reason=choice.finish_reason)
         if kind == "started":
             self.request_id = response.started.request_id
-            self.prompt_tokens = response.started.prompt_tokens
+            self.prompt_tokens, self.cached_tokens = response.started.prompt_tokens, response.started.cached_tokens
         return None
 
     def _choice(self, index: int) -> Choice:

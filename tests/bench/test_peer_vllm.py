@@ -22,7 +22,7 @@ def test_its_lines_become_rows_that_the_benches_look_up(tmp_path):
     )
     assert peer_vllm.decode_rates(path) == {("w4a16", 64, 1024): 8600.0}
     assert decode.beside("w4a16", 64, 1024, "bfloat16", path)["vllm"] == 8600.0
-    assert decode.beside("w4a16", 1, 1024, "bfloat16", path) == {"vllm": None, "aim": 420, "vllm_beside": True}
+    assert decode.beside("w4a16", 1, 1024, "bfloat16", path) == {"vllm": 271, "aim": 420}
     assert decode.beside("w4a16", 64, 1024, "float8_e4m3fn", path) == {"vllm": None, "aim": None}
     assert serve.peers("w4a16", "random:1000/1000", path) == {"vllm": 9043, "beside": True}
     assert serve.peers("fp8", "random:1000/1000", path) == {"vllm": 11634, "trtllm_fp8_kv": 17744}

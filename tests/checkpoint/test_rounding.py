@@ -105,6 +105,7 @@ def test_half_a_step(name: str, shape: tuple[int, int], where: str) -> None:
 
 
 def test_modules_that_torchao_leaves_alone() -> None:
-    """Its group must divide K, and fp8 wants 16 to divide both sides."""
+    """Its group must divide K, and fp8 x fp8 wants 16 to divide both sides."""
     assert TORCHAO["int4wo-128"].spec(64, 192) is None and TORCHAO["int4wo-64"].spec(64, 192) is not None
-    assert TORCHAO["fp8wo"].spec(8, 256) is None and TORCHAO["int8wo"].spec(8, 256) is not None
+    assert TORCHAO["fp8dq-per_row"].spec(8, 256) is None and TORCHAO["fp8dq-per_tensor"].spec(16, 40) is None
+    assert TORCHAO["fp8wo"].spec(8, 256) is not None and TORCHAO["int8wo"].spec(8, 256) is not None

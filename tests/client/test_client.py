@@ -11,6 +11,7 @@ import pytest
 
 from jqserve.client import AsyncClient, Client, ServerError
 from jqserve.client.requests import generate_request
+from jqserve.client.result import Result
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
 from tests.server.fake_engine import SLOW, STUCK
@@ -37,6 +38,12 @@ def test_iterating_gives_text_and_the_result_gathers_it(client: Client) -> None:
     pieces = list(stream)
     assert "".join(pieces) == stream.result.text and len(pieces) > 1
     assert stream.result.finish_reason == "length" and stream.result.completion_tokens == 9
+
+
+def test_the_result_says_what_was_in_the_prefix_cache() -> None:
+    result = Result()
+    result.add(pb.GenerateResponse(started=pb.Started(request_id="a", prompt_tokens=9, cached_tokens=4)))
+    assert (result.request_id, result.prompt_tokens, result.cached_tokens) == ("a", 9, 4)
 
 
 def test_leaving_a_with_block_cancels(client: Client) -> None:
