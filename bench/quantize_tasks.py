@@ -76,7 +76,6 @@ def quantize_alternatives(ms: Sequence[int]) -> list[Task]:
     configs: list[tuple[str, int, list[int], list[Split]]] = [
         ("silu_mul", FFN, few, [L(7, 2, 2)]),
         ("silu_mul", FFN, many, [L(7, 2, 2), L(2, 2, 7), L(7, 2, 2, persistent=True)]),
-        ("silu_mul", FFN, many, [L(w, r, n, persistent=True, stages=3) for w, r, n in ((7, 2, 2), (4, 1, 7))]),
         ("silu_mul", FFN, few, [L(2, 2, 1, 7), L(7, 2, 1, 2), L(7, 1, 1, 4), L(1, 2, 2, 7)]),
         ("silu_mul", FFN, many[:1], [L(1, 2, 2, 7), L(2, 2, 1, 7)]),
         ("quantize_rows", HIDDEN, few, [L(4, 2, 1), L(2, 2, 1, 2), L(1, 2, 1, 4)]),

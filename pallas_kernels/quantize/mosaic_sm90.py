@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
-from pallas_kernels.quantize import exact, exchange, row_ring
+from pallas_kernels.quantize import exact, exchange
 from pallas_kernels.quantize.reference import FP8_MAX, divide
 
 _SHARED = "silu and rows"
@@ -36,7 +36,6 @@ class Split:
     repeats: int
     blocks: int = 1  # a cluster that shares the row, of SiLU and plain rows; see `exchange`
     persistent: bool = False  # as many blocks as multiprocessors, each with the next row's loads in flight
-    stages: int = 0  # of persistent, lean blocks: rows on their way into shared memory, see `row_ring`
     lean: bool = False  # fewer instructions: `exact.widen`, `exact.reciprocal`, `exchange.row_maximum`
 
     def clustered(self, qdtype: Any, block: bool, static: bool) -> bool:
@@ -111,7 +110,6 @@ def _kernel(
     early_launch: bool, *args,
 ):  # fmt: skip
     refs: list[Any] = list(args)
-    barriers, ring = (refs.pop(), refs.pop()) if s.stages else (None, None)
     x_gmem = refs.pop(0)
     weight_gmem: Any = refs.pop(0) if "norm" in op else None
     residual_gmem: Any = refs.pop(0) if op == "residual_norm" else None
@@ -161,7 +159,7 @@ def _kernel(
             return [load(x_gmem.at[row, half, part, wg]) for half in (0, 1)]
         return [load(ref.at[row, part, wg]) for ref in (x_gmem, residual_gmem) if ref is not None]
 
-    def process(row, loaded, turn, all_have_read=lambda: None):
+    def process(row, loaded, turn):
         partial = partial_.at[turn]
         if op == "silu":
             gate, up = (wide(value) for value in loaded)
@@ -199,7 +197,6 @@ def _kernel(
             magnitude = jnp.abs(y).max(axis=1).max(axis=2).max(axis=1)
         elif direct:
             magnitude = exchange.row_maximum(y, words_.at[turn], layout, warps=4 * s.wgs, blocks=s.blocks, rank=part)
-            all_have_read()
         if total is not None and block:
             [total] = over_row([total], [jnp.add], partial)
         elif total is not None:
@@ -248,26 +245,6 @@ def _kernel(
         return
     step, rows = lax.axis_size("row"), x_gmem.shape[0]
     count = lax.div(rows - first + (step - 1), step)
-    if s.stages:
-        halves = 2 if op == "silu" else 1
-        size = 2 * halves * width
-        fetch = functools.partial(row_ring.fetch, x_gmem, ring, barriers, rows=rows, size=size)
-        row_ring.begin(barriers, s.stages)
-        for i in range(s.stages):
-            fetch(first + i * step, jnp.int32(i))
-
-        def one_of_ring(i, _):
-            row, slot = first + i * step, lax.rem(i, jnp.int32(s.stages))
-            row_ring.wait(barriers, slot, lax.rem(lax.div(i, jnp.int32(s.stages)), jnp.int32(2)))
-            shape = (4, s.repeats, s.runs, 128)
-            loaded = [
-                row_ring.read(ring, slot, layout, shape, x_gmem.dtype, size=size, offset=2 * width * half)
-                for half in range(halves)
-            ]
-            process(row, loaded, lax.rem(i, jnp.int32(2)), lambda: fetch(row + s.stages * step, slot))
-
-        lax.fori_loop(0, count, one_of_ring, None)
-        return
 
     def one(i, loaded):
         row = first + i * step
@@ -318,13 +295,6 @@ def _run(
     static = static_scale is not None
     if s.blocks > 1 and ("norm" in op or interpretable or s.persistent):
         raise NotImplementedError(f"clusters share rows of {_SHARED}, one row each, on a device; not {op} with {s}")
-    if s.stages and not (
-        s.persistent and s.lean and op in ("silu", "rows") and qdtype is not None and x.dtype.itemsize == 2
-        and block is None and static_scale is None and not interpretable
-    ):  # fmt: skip
-        raise NotImplementedError(
-            f"a ring of rows holds rows of {_SHARED} in 16 bits, a scale a row: not {op} with {s}"
-        )
     kernel = functools.partial(
         _kernel, op, s, k, block is not None, eps, divisor, qdtype, static, interpretable, early_launch
     )
@@ -344,7 +314,6 @@ def _run(
             plgpu.SMEM((turns, 2, s.wgs, 4), jnp.float32),
             plgpu.Barrier(num_arrivals=s.wgs),
             plgpu.SMEM((turns, exchange.words_of(s.blocks, 4 * s.wgs)), jnp.uint32),
-            *_ring_types(s, op, x, k),
         ],
         **places,
         num_threads=s.wgs,
@@ -357,14 +326,6 @@ def _run(
     xq = results[0].reshape(m, k)
     scale = static_scale if static_scale is not None or qdtype is None else results[1].reshape(m, -1)
     return xq, scale, (results[-1].reshape(m, k) if residual is not None else x)
-
-
-def _ring_types(s: Split, op: str, x: Any, k: int) -> list[Any]:
-    """Rows in flight, and a barrier (two words) for each."""
-    if not s.stages:
-        return []
-    row = 2 * k if op == "silu" else k
-    return [plgpu.SMEM((s.stages, row), x.dtype), plgpu.SMEM((2 * s.stages,), jnp.uint32)]
 
 
 def rms_norm(x, weight, residual=None, *, eps: float, **internal: Any):

@@ -206,26 +206,24 @@ def test_rows_in_turns_fit_a_multiprocessor(lean):
     assert compiled.spill_bytes == 0 and compiled.registers <= 72
 
 
-@pytest.mark.parametrize("wgs, runs, registers", [(7, 2, 72), (4, 1, 128), (2, 2, 128)])
-def test_ring_of_rows_compiles(wgs, runs, registers):
-    """Three rows of 57 KB on their way; a place is filled again behind the barrier before which all have read it."""
-    config = mosaic_sm90.Split(wgs, runs, 28 // (wgs * runs), persistent=True, stages=3, lean=True)
-    call = functools.partial(mosaic_sm90.silu_mul_quantize, qdtype=jnp.float8_e4m3fn, divisor=448.0, config=config)
-    compiled = compile_for_h200(call, jax.ShapeDtypeStruct((4096, 28672), jnp.bfloat16))
-    assert compiled.spill_bytes == 0 and compiled.registers <= registers
-    assert compiled.count("cp.async.bulk") == compiled.count("expect_tx") == 4  # three ahead, one in the loop
-    assert compiled.count("ld.shared.v") == 2 * config.repeats and "ld.global" not in compiled.ptx
-    loop = compiled.ptx[compiled.ptx.index("ld.shared.v") :]
-    assert loop.rindex("ld.shared.v") < loop.index("bar.sync") < loop.index("cp.async.bulk")
-    assert compiled.hlo.count("custom-call(") == 1 and "fusion(" not in compiled.hlo
+@pytest.mark.parametrize("op", ["rows", "silu", "norm", "residual_norm"])
+def test_the_chosen_split_holds_the_row(op):
+    for k in (512, 896 * 8, 4096, 8192, 12288, 14336, 28672):
+        for m in (1, 64, 256, 257, 4096):
+            s = mosaic_sm90.split(op, m, k)
+            assert s.blocks * s.wgs * 4 * s.repeats * s.runs * 128 == k and s.per_thread <= 64
+            assert (s.blocks > 1 or s.persistent) <= (op == "silu") and not (s.blocks > 1 and s.persistent)
+    assert mosaic_sm90.split("silu", 64, 14336).blocks == 7 and mosaic_sm90.split("silu", 4096, 14336).persistent
 
 
-def test_ring_of_rows_refuses_what_has_no_barrier():
-    config = mosaic_sm90.Split(7, 2, 2, persistent=True, stages=3, lean=True)
-    x = jax.ShapeDtypeStruct((4096, 28672), jnp.bfloat16)
-    call = functools.partial(mosaic_sm90.silu_mul_quantize, qdtype="int8", divisor=127.0, config=config, block=128)
-    with use_device(KNOWN_DEVICES["h200"]), pytest.raises(NotImplementedError, match="ring of rows"):
-        jax.eval_shape(call, x)
+@pytest.mark.parametrize("m", [16, 4096])
+@pytest.mark.parametrize("options", [None, {"qdtype": "float8_e4m3fn", "divisor": 448.0, "block": 128}])
+def test_silu_of_an_8b_model_compiles(m, options):
+    """Unquantized (in front of 4-bit weights) and with block scales: no other block has to be told anything."""
+    call = mosaic_sm90.silu_mul if options is None else functools.partial(mosaic_sm90.silu_mul_quantize, **options)
+    compiled = compile_for_h200(call, jax.ShapeDtypeStruct((m, 28672), jnp.bfloat16))
+    assert compiled.spill_bytes == 0 and "barrier.cluster" not in compiled.ptx
+    assert compiled.count("bar.sync") == 1  # behind the initialisation of barriers that nobody waits for
 
 
 @pytest.mark.parametrize("qdtype", ["int8", "float8_e4m3fn"])
