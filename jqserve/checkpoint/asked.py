@@ -122,7 +122,8 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
     if name in FORMATS:
         if FORMATS[name] == method:
             return Answer(note=_alias(flag, name, method))
-        raise _contradiction(flag, f"a {FORMATS[name]} checkpoint", kinds, path)
+        article = "an" if FORMATS[name][0] in "aeiou" else "a"
+        raise _contradiction(flag, f"{article} {FORMATS[name]} checkpoint", kinds, path)
     assert online is not None
     asks, test = SCHEMES.get(name, (f"torchao's {name.removeprefix(TORCHAO_PREFIX)}", None))
     if test is None:

@@ -1,9 +1,9 @@
 """Step programs traced and lowered by processes of their own, several at once.
 
 Tracing and lowering one program costs 1.5 to 4 seconds of Python under the interpreter's lock, and a cold start of an
-8B model has 29 of them: 83 of the 96 seconds of its warm-up on an H200 (bench/results/startup.json at 3b28bbb), in
-which 16 cores had little to compile. Children of this process have no GPU and need none: what they lower is for the
-platform and the device that they are told, and goes back as StableHLO.
+8B model has 29 of them: 83 of the 96 seconds of its warm-up on an H200 (bench/results/startup_before.json), in which
+16 cores had little to compile; with eight processes it takes 60 (startup.json). Children of this process have no GPU
+and need none: what they lower is for the platform and the device that they are told, and goes back as StableHLO.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jqserve.ops.device import Device, use_device
 
 log = logging.getLogger(__name__)
 
-MOST = 8  # processes: 29 programs of 3 s are lowered in 12 s, less than compiling the first of them takes
+MOST = 8  # processes of 400 MB: 29 programs of 3 s are lowered in 12 s, less than compiling the first of them takes
 PROGRAMS_EACH = 3  # fewer are lowered here sooner than a process has imported JAX (2 to 3 s)
 FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 

@@ -25,7 +25,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
                 found.append((f"  {kind}", f"{right} of {count}", f"{base[0]} of {base[1]}" if base else ""))
     if result["layers"]:
         worst = min(result["layers"], key=lambda layer: layer["own"])
-        found.append(("worst layer, dB", f"{worst['own']:.1f} (layer {worst['index']})", ""))
+        decibels = "exact" if worst["own"] >= 999 else f"{worst['own']:.1f}"
+        found.append(("worst layer, dB", f"{decibels} (layer {worst['index']})", ""))
     if result["speed"]:
         speed = result["speed"]
         found.append(("tokens a second", _number(speed["model"], ",.0f"), _number(speed["base"], ",.0f")))
