@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench.torch_graph import graph_microseconds
+
 S, H, KV, D, PAGE, CALLS = 4096, 32, 8, 128, 16, 8
-
-
-def graph_microseconds(call: Callable[[], Any]) -> float:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    graph.replay()
-    times = []
-    for _ in range(9):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times) * 1e3 / (2 * CALLS)
 
 
 def main() -> None:
@@ -96,7 +72,7 @@ def main() -> None:
                 out = call(causal)
                 wanted = {r: reference(r, causal) for r in (0, 99, S - 1)}
                 worst = max(((out[r].float() - want).norm() / want.norm()).item() for r, want in wanted.items())
-                us = graph_microseconds(functools.partial(call, causal))
+                us = graph_microseconds(functools.partial(call, causal), CALLS)
                 flops = 4 * (S * (S + 1) / 2 if causal else S * S) * H * D
                 row |= {"us": round(us, 1), "tflops": round(flops / us / 1e6)}
                 row |= {"error": round(worst, 5), "ok": worst < 0.02}

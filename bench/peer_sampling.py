@@ -9,36 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from bench.torch_graph import graph_microseconds
+
 CALLS = 4
 ASKED = {"top-p": (0.6, None, 0.9), "top-k+top-p": (0.7, 20, 0.8)}
-
-
-def graph_microseconds(call: Callable[[], Any]) -> float:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(9):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:]) * 1e3 / CALLS
 
 
 def draw(logits: torch.Tensor, temperature: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor) -> torch.Tensor:
@@ -64,7 +41,7 @@ def main() -> None:
         for name, (t, k, p) in ASKED.items():
             temperature, top_p = (torch.full((rows, 1), value, device="cuda") for value in (t, p))
             top_k = None if k is None else torch.full((rows,), k, device="cuda", dtype=torch.long)
-            us = graph_microseconds(lambda a=(logits, temperature, top_k, top_p): draw(*a))
+            us = graph_microseconds(lambda a=(logits, temperature, top_k, top_p): draw(*a), CALLS)
             print(json.dumps({"rows": rows, "way": f"{name} torch", "us": round(us, 2), "torch": torch.__version__}))
 
 

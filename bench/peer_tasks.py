@@ -117,9 +117,9 @@ def peer_tasks(
 
     def prefill() -> Task:
         def run(python: str) -> dict[str, Any]:
-            script = Path(__file__).parent / "peer_prefill.py"
-            command = [python, str(script), "--parts", str(parts)]
-            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+            command = [python, "-m", "bench.peer_prefill", "--parts", str(parts)]
+            root = Path(__file__).parents[1]
+            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, cwd=root)
             good = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             for row in good:
                 rows.add({"key": f"peer {row['peer']} {row['kind']}", **row})

@@ -194,9 +194,9 @@ def peers(args: argparse.Namespace) -> list[dict[str, Any]]:
     python = None if args.quick else python_with_torch()
     if python is None:
         return []
-    script = Path(__file__).with_name("peer_sampling.py")
-    command = [python, str(script), "--rows", ",".join(map(str, args.rows)), "--vocabulary", str(args.vocabulary)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command = [python, "-m", "bench.peer_sampling", "--rows", ",".join(map(str, args.rows))]
+    command += ["--vocabulary", str(args.vocabulary)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
     if done.returncode:
         return [{"way": "torch", "failed": done.stderr[-300:]}]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
