@@ -14,8 +14,10 @@ import logging
 import os
 import pickle
 import queue
+import select
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import jax
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MOST = 8  # processes of 400 MB: 29 programs of 3 s are lowered in 12 s, less than compiling the first of them takes
 PROGRAMS_EACH = 3  # fewer are lowered here sooner than a process has imported JAX (2 to 3 s)
+PATIENCE = 120.0  # seconds for one program; on a busy machine they have taken 10
 FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
 
@@ -97,7 +100,7 @@ class Lowerers:
     def __init__(self, job: Job, count: int) -> None:
         self._processes = [_Process(job) for _ in range(count)]
         self._idle: queue.Queue[_Process | None] = queue.Queue()  # None, for good: there is none left
-        self._left = count
+        self._left, self._lock = count, threading.Lock()
 
     @classmethod
     def for_programs(cls, job: Job | None, programs: int) -> contextlib.AbstractContextManager[Lowerers | None]:
@@ -137,9 +140,10 @@ class Lowerers:
 
     def _lost(self, error: Exception) -> None:
         log.warning("a process that lowers programs is gone (%s: %s); others go on", type(error).__name__, error)
-        self._left -= 1
-        if not self._left:
-            self._idle.put(None)
+        with self._lock:
+            self._left -= 1
+            if not self._left:
+                self._idle.put(None)
 
 
 class _Process:
@@ -160,12 +164,14 @@ class _Process:
         )
 
     def ask(self, program: Program) -> bytes | str:
-        """Raises OSError or EOFError when it has ended."""
+        """Raises OSError or EOFError when it has ended or does not answer."""
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         for message in (program,) if self._job is None else (self._job, program):
             pickle.dump(message, self._process.stdin)
         self._job = None
         self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], PATIENCE)[0]:
+            raise TimeoutError(f"no answer in {PATIENCE:.0f} seconds")
         reply: bytes | str = pickle.load(self._process.stdout)
         return reply
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +95,23 @@ def test_a_process_that_cannot_start_is_done_without(
     runner.prepare().result()
     assert "No such file" in caplog.text
     assert len(answers(make_core, runner=runner)) == 4
+
+
+@pytest.mark.usefixtures("several")
+def test_a_process_that_does_not_answer_is_done_without(
+    make_runner: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    monkeypatch.setattr(lowering, "PATIENCE", 0.2)
+    runner = make_runner()
+    program = Draw(SLOTS, Variant.SCORED)
+    with Lowerers(runner.job, 1) as elsewhere:
+        assert runner.compile(program, elsewhere) is not None
+        assert runner.compile(program, elsewhere) is not None  # nobody is asked any more
+    assert caplog.text.count("no answer in 0 seconds") == 1
 
 
 @pytest.mark.usefixtures("several")
