@@ -293,7 +293,8 @@ def _run(
     if residual is not None:
         outputs.append(jax.ShapeDtypeStruct((m, *parts), x.dtype))
     static = static_scale is not None
-    if s.blocks > 1 and ("norm" in op or interpretable or s.persistent):
+    shared = s.clustered(qdtype, block is not None, static)
+    if (s.blocks > 1 and ("norm" in op or s.persistent)) or (shared and interpretable):
         raise NotImplementedError(f"clusters share rows of {_SHARED}, one row each, on a device; not {op} with {s}")
     kernel = functools.partial(
         _kernel, op, s, k, block is not None, eps, divisor, qdtype, static, interpretable, early_launch
@@ -303,7 +304,7 @@ def _run(
         operands.append(after)
     rows = min(m, current_device().core_count or 132) if s.persistent else m
     places: dict[str, Any] = dict(grid=(rows,), grid_names=("row",))
-    if s.clustered(qdtype, block is not None, static):
+    if shared:
         places |= dict(cluster=(s.blocks,), cluster_names=("part",))
     elif s.blocks > 1:
         places = dict(grid=(rows, s.blocks), grid_names=("row", "part"))

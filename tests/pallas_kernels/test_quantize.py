@@ -171,6 +171,22 @@ def test_rows_in_turns_interpreted(op, monkeypatch):
         np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.parametrize("split", [mosaic_sm90.Split(1, 2, 2, 2), mosaic_sm90.Split(1, 2, 4, persistent=True)], ids=str)
+def test_silu_that_tells_nobody_anything_interpreted(split):
+    """Block scales, and no scale at all: a row over several blocks, and a block that walks over rows."""
+    case = Case("silu_mul_quantize", 3, 4096, "float8_e4m3fn", 128)
+    with use_device(KNOWN_DEVICES["h200"]), plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        want = hopper(case, mosaic_sm90, interpretable=True, config=mosaic_sm90.Split(1, 2, 4))
+        got = hopper(case, mosaic_sm90, interpretable=True, config=split)
+        x = make(case, 0)
+        plain = mosaic_sm90.silu_mul(x, interpretable=True, config=split)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+    gate, up = np.split(np.asarray(x, np.float64), 2, axis=1)
+    rounded = (gate / (1 + np.exp(-gate))).astype(x.dtype).astype(np.float64)  # as Hugging Face's tensors are
+    np.testing.assert_allclose(np.asarray(plain, np.float64), rounded * up, rtol=2.0**-6, atol=1e-30)
+
+
 COMPILED = (
     *((op, 4096, 4096, block) for op in OPS for block in (None, 128)),
     ("residual_rms_norm_quantize", 1, 4096, None),
