@@ -19,7 +19,7 @@ from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.cli.server import ENGINE_FLAGS, GIVEN_FLAGS
 from jqserve.engine.buckets import make_buckets
-from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_source
+from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_source, slow_pages
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.kernel_plan import with_kernels
@@ -116,6 +116,7 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
             "bytes_per_token": kv_token,
             "tokens": tokens,
             "scales": kv_source(dtype, found.kv_scaled),
+            "slow_pages": slow_pages(shape, KNOWN_DEVICES[name]),
         },
         "read_bytes_per_step": read,
         "bound_tokens_per_second": speed * n / read,
@@ -178,6 +179,8 @@ def _warnings(plan: LoadPlan, facts: dict[str, Any], missing: bool) -> list[str]
     kv = facts["kv_cache"]
     if kv["scales"] and kv["scales"] != CHECKPOINT_SCALES:
         found.append(f"KV cache in {kv['dtype']}: {kv['scales']}")
+    if kv["slow_pages"] is not None:
+        found.append(kv["slow_pages"])
     if missing and not kv["dtype"].startswith("fp8"):
         found.append(KV_MISSING)
     found += facts["tp"]["problems"]

@@ -14,7 +14,7 @@ import jax
 from jqserve.engine.batch import StepShape
 from jqserve.engine.buckets import Buckets, make_buckets
 from jqserve.engine.budget import decode_tiles
-from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages
+from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages, slow_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.engine import EngineCore
@@ -68,6 +68,8 @@ def assemble(
     dtype = kv_dtype(config.kv_dtype, str(params["embed"]["weight"].dtype), scaled)
     context = wanted_context(config, model, device.platform)
     smallest = cache_shape(model, page_size=page_size, pages=1, dtype=dtype)
+    if (slow := slow_pages(smallest, current_device())) is not None:
+        log.warning("%s", slow)
     shape = StepShape(slots, page_size, -(-context // page_size), tile_size, model.vocab_size)
     pages = config.num_pages or _choose_pages(
         config, structure, leaves, model, shape, smallest, buckets, defaults.variants, programs

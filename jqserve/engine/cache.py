@@ -10,6 +10,7 @@ import numpy as np
 
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.config import ModelConfig
+from jqserve.ops.device import Device
 
 if TYPE_CHECKING:
     import jax
@@ -58,6 +59,18 @@ class CacheShape:
 
         leaf = jax.ShapeDtypeStruct(self.layer, KV_DTYPES[self.dtype])
         return ((leaf, leaf),) * self.layers
+
+
+def slow_pages(shape: CacheShape, device: Device) -> str | None:
+    """Why the attention kernels of a Hopper GPU do not take such pages; None where they do, or where there are none."""
+    block = 64 if shape.head_dim > 128 else 128  # keys that the prefill kernel takes at once; decode takes 16
+    if device.compute_capability != (9, 0) or (shape.page_size % 16 == 0 and block % shape.page_size == 0):
+        return None
+    *few, last = (str(size) for size in (16, 32, 64, 128) if size <= block)
+    return (
+        f"KV pages of {shape.page_size} tokens: no attention kernel takes them, so that attention runs in XLA, several "
+        f"times slower; --page-size {', '.join(few)} or {last} has kernels"
+    )
 
 
 def cache_shape(config: ModelConfig, *, page_size: int, pages: int, dtype: str) -> CacheShape:

@@ -253,6 +253,8 @@ def test_it_takes_the_servers_flags(demo_dir: Path, capsys: pytest.CaptureFixtur
     ]
     assert planned(capsys, "--model-path", demo_dir, *serving) == plain
     assert planned(capsys, demo_dir, "--num-pages", "10")["kv_cache"]["tokens"] == 10 * 64
+    assert "--page-size 16, 32" in planned(capsys, demo_dir, "--page-size", "48")["kv_cache"]["slow_pages"]
+    assert plain["kv_cache"]["slow_pages"] is None
     assert planned(capsys, demo_dir, "--num-continuous-decode-steps", "4")["buckets"]["steps"] == 4
     assert planned(capsys, demo_dir, "--max-running-requests", "24")["buckets"]["decode"] == [1, 8, 16, 24]
     chunked = planned(capsys, demo_dir, "--chunked-prefill-size", "256")["buckets"]["mixed"]
