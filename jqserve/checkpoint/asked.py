@@ -155,9 +155,12 @@ def describe(method: str, spec: QuantSpec) -> str:
     return text if spec.activation.kind == "none" else f"{text}, inputs {input_text(method, spec)}"
 
 
-def check_something_fits(online: Online, slots: Iterable[tuple[str, int, int]], path: Any) -> None:
-    """slots: (name, n, k) of the Linears to quantize. Raises UnsupportedError where a scheme that leaves misfits dense
-    would leave all of them dense: whoever asked for it would get, and measure, the unquantized model."""
+def check_something_fits(online: Online | None, slots: Iterable[tuple[str, int, int]], path: Any) -> None:
+    """online: the scheme asked for, if any; slots: (name, n, k) of the Linears to quantize. Raises UnsupportedError
+    where a scheme that leaves misfits dense would leave all of them dense: whoever asked for it would get, and measure,
+    the unquantized model."""
+    if online is None:
+        return
     slots = list(slots)
     if not slots or any(online.spec(n, k) is not None for _, n, k in slots):
         return

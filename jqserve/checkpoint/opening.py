@@ -79,9 +79,8 @@ def read_plan(
     specs = (stored.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
     asked = answer(quantization, stored.method, specs, checkpoint.path)
     plan = Asked(stored, asked, activations == "none")
-    if asked.online is not None:
-        taken = [(slot.name, slot.n, slot.k) for slot in slots if isinstance(plan.scheme(slot.name), Online)]
-        check_something_fits(asked.online, taken, checkpoint.path)
+    taken = ((slot.name, slot.n, slot.k) for slot in slots if isinstance(plan.scheme(slot.name), Online))
+    check_something_fits(asked.online, taken, checkpoint.path)
     if asked.note:
         log.info("%s", asked.note)
     return config, generation, plan, asked.note

@@ -127,8 +127,7 @@ def restore(
     check_activations(activations)
     specs = [leaf.spec for leaves in sections.values() for leaf in leaves.values() if leaf.spec is not None]
     asked = answer(quantization, plan.method, specs, path)
-    if asked.online is not None:
-        check_something_fits(asked.online, plan.dense_linears, path)
+    check_something_fits(asked.online, plan.dense_linears, path)
     stored = {row.path: row for row in plan.rows}
     params: dict[str, Any] = {}
     rows: list[PlanRow] = []

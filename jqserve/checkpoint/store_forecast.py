@@ -32,8 +32,7 @@ def forecast_store(
     check_dtype(dtype)
     leaves = {name: facts for section in sections.values() for name, facts in section.items()}
     asked = answer(quantization, plan.method, [facts.spec for facts in leaves.values() if facts.spec], path)
-    if asked.online is not None:
-        check_something_fits(asked.online, plan.dense_linears, path)
+    check_something_fits(asked.online, plan.dense_linears, path)
     rows = tuple(_row(row, leaves[f"{row.path}.weight"], dtype, activations, asked) for row in plan.rows)
     matrices = {f"{row.path}.weight" for row in rows}
     scaled = any(name.endswith(KV_SCALES) for name in leaves) and activations == "config"

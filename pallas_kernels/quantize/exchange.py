@@ -123,13 +123,6 @@ class Ops:
 
         return llvm.ptrtoint(self.i32, utils.memref_ptr(ref))
 
-    def global_address(self, ref: Any) -> Any:
-        from jax.experimental.mosaic.gpu import utils
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import llvm
-
-        return llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(ref))
-
     def ptx(self, text: str, *args: Any, result: Any = None, convergent: bool = False) -> Any:
         return self.inline(text, *args, result_types=result, has_side_effects=True, convergent=convergent)
 
