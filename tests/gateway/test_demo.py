@@ -131,13 +131,22 @@ def test_chat_gives_what_the_native_service_gives(
     if stream:
         text = "".join(choice.delta.content or "" for choice in chunks)
         finish = [choice.finish_reason for choice in chunks if choice.finish_reason]
-        assert 4 * len(chunks) >= expected.completion_tokens and finish == [expected.finish_reason]
+        assert finish == [expected.finish_reason]
     else:
         text = answer.choices[0].message.content
         assert answer.choices[0].finish_reason == expected.finish_reason
         assert answer.usage.completion_tokens == expected.completion_tokens
         assert answer.usage.prompt_tokens == expected.prompt_tokens
     assert text == expected.text
+
+
+def test_a_stream_comes_in_pieces(client: openai.OpenAI) -> None:
+    """How many depends on how fast they are read: on a busy machine 13 tokens have come as one. 200 take longer to
+    compute than any reader waits."""
+    ask: dict[str, Any] = {"model": "demo", "messages": messages(STORY), "max_tokens": 200, "temperature": 0}
+    chunks = client.chat.completions.create(**ask, stream=True, extra_body={"ignore_eos": True})
+    texts = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert len([text for text in texts if text]) >= 5
 
 
 def test_each_of_these_options_makes_a_difference(native: Client) -> None:
