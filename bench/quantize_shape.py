@@ -22,6 +22,7 @@ from jqserve.quantize import awq, compensate
 from jqserve.quantize import layer as layer_module
 from jqserve.quantize.activations import Activations
 from jqserve.quantize.layer import LayerQuantizer, Through
+from jqserve.quantize.memory import memory_bound
 from jqserve.quantize.options import CHUNK_TOKENS, Options
 from jqserve.quantize.source import HostLayer, Part
 
@@ -158,7 +159,7 @@ def measure(scheme: str, layers: int, samples: int, seqlen: int, scale: int) -> 
             "matmul_tflop": {name: round(value / 1e12, 2) for name, value in flops.items()},
             "matmul_share": round(sum(flops[name] / rates[name] for name in flops) / seconds, 3),
             "peak_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 3),
-            "bound_gib": round(memory_bound(config, activations) / 2**30, 3),
+            "bound_gib": round(memory_bound(config, chunk.shape[0] * chunk.shape[1], chunk.dtype.itemsize) / 2**30, 3),
         }
         print(row, flush=True)
         rows.append(row)
@@ -167,12 +168,3 @@ def measure(scheme: str, layers: int, samples: int, seqlen: int, scale: int) -> 
     rows.append({"layers": LAYERS, "seconds": round(total, 1), "matmul_tflops_at_best": best})
     print(rows[-1], flush=True)
     return rows
-
-
-def memory_bound(config: ModelConfig, activations: Activations) -> int:
-    """Bytes that the design allows: one layer's weights and three matrices of its largest K, all float32, and what a
-    chunk takes at its widest (the residual stream, gate and up and their product, in and out)."""
-    d, f = config.hidden_size, config.ffn_size
-    weights = 4 * ((2 * config.heads + 2 * config.kv_heads) * config.head_dim * d + 3 * d * f)
-    tokens = activations.chunks[0].shape[0] * activations.chunks[0].shape[1]
-    return weights + 3 * 4 * f * f + tokens * (4 * d + 4 * f) * activations.chunks[0].dtype.itemsize

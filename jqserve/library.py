@@ -89,7 +89,7 @@ def load(
       calibration: text for quantization "awq" and "gptq" (.txt, .jsonl, .npy of ids); None: a small built-in one.
       activations: "none" leaves activations unquantized whatever the checkpoint asks, to look at the weights alone.
       revision: of a Hub id.
-      progress: called with (modules done, modules in all, the path just done).
+      progress: called with (modules done, modules in all, the path just done); where it calibrates, with layers first.
       layout: "kernel" rearranges each weight for this device's kernels; "canonical" keeps the documented packing.
 
     Returns (model, params): params is the parameter tree, a nested dict whose weights are arrays [N out, K in] or
@@ -97,7 +97,7 @@ def load(
     """
     if layout not in ("kernel", "canonical"):
         raise UnsupportedError(f"layout {layout!r} is not supported; supported: kernel, canonical")
-    source, quantization = open_asked(resolve(str(path), revision), quantization, calibration)
+    source, quantization = open_asked(resolve(str(path), revision), quantization, calibration, progress=progress)
     loaded = load_checkpoint(
         source,
         dtype=dtype,

@@ -23,7 +23,7 @@ class Forecast:
 
     vectors       bytes of norms and biases, which have no rows
     largest       bytes in the file of the two largest modules: what loading holds beside the finished weights
-    working       (device, host) bytes that calibrating takes while loading, roughly
+    working       (device, host) bytes that calibrating takes at most: on the device before anything is loaded
     kv_scaled     whether there are scales for an fp8 KV cache; kv_missing: whether there are none, though promised
     unquantized   module -> why it stays as it is
     """
@@ -35,6 +35,10 @@ class Forecast:
     kv_scaled: bool = False
     kv_missing: bool = False
     working: tuple[int, int] = (0, 0)
+
+    def peak_bytes(self, weights: int) -> tuple[int, int]:
+        """(device, host) while loading, where `weights` bytes stay on the device."""
+        return max(weights + self.largest, self.working[0]), 2 * self.largest + self.working[1]
 
 
 def forecast(opened: OpenModel) -> Forecast:

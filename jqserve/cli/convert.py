@@ -27,7 +27,6 @@ def run(args: argparse.Namespace) -> int:
     from jqserve.engine.calibrated import open_asked
 
     directory = resolve(args.model_path, args.revision)
-    source, quantization = open_asked(directory, quantization_of(args), args.calibration)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
@@ -35,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         def progress(done: int, total: int, path: str) -> None:
             bar.update(task, completed=done, total=total, description=path)
 
+        source, quantization = open_asked(directory, quantization_of(args), args.calibration, progress=progress)
         plan = store.convert(source, args.out, dtype=args.dtype, quantization=quantization, progress=progress)
     console = Console()
     console.print(plan.to_table())

@@ -96,6 +96,7 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     read = bytes_read(found.plan, weights)
     problems = [p for row in rows for p in _cuts(row, config, n)] if n > 1 else []
     per_gpu = weights if n == 1 else -(-sum(row.bytes for row in rows) // n) + found.vectors
+    peak_device, peak_host = found.peak_bytes(per_gpu)
     dtype = kv_dtype(asked.kv_dtype, config.dtype, found.kv_scaled)
     page = asked.page_size or defaults_for(KNOWN_DEVICES[name].platform).page_size
     shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
@@ -109,8 +110,8 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
         "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
         "device": {"name": name, "memory_bytes": memory, "bytes_per_second": speed},
         "weight_bytes": weights,
-        "peak_device_bytes": per_gpu + found.largest + found.working[0],
-        "peak_host_bytes": 2 * found.largest + found.working[1],
+        "peak_device_bytes": peak_device,
+        "peak_host_bytes": peak_host,
         "kv_cache": {
             "dtype": dtype,
             "bytes_per_token": kv_token,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def open_asked(
     tokenizer: str | None = None,
     *,
     headers_alone: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[str | Path | AnyCheckpoint, str | None]:
     """(what to load, the `quantization` to load it with): the arguments themselves but for a scheme that calibrates, on
     a Hugging Face directory that is not quantized yet.
@@ -43,6 +45,7 @@ def open_asked(
     calibrate_on   a file or directory, as `jqserve quantize` takes it; None: the built-in text
     tokenizer      a directory, if it is not the model's
     headers_alone  for a plan: no text is read, and no tensor can be
+    progress       of calibrating: called with (layers done, layers in all, which one was quantized)
 
     Raises RequestError for a flag that has nothing to do, and for a file that is missing, unreadable or too short;
     CheckpointError and UnsupportedError as opening does.
@@ -74,7 +77,7 @@ def open_asked(
     if headers_alone:
         if calibrate_on is not None and not Path(calibrate_on).exists():
             raise RequestError(FLAG, f"no such file or directory: {calibrate_on}")
-        tokens = SAMPLES * SEQLEN if calibrate_on else BUILT_IN.stat().st_size // 4
+        tokens = SAMPLES * seqlen if calibrate_on else BUILT_IN.stat().st_size // 4
         return Calibrated(path, Options(scheme), note=f"{note}, calibrated on {text}", tokens=tokens), None
     end = config.eos_token_ids[0] if config.eos_token_ids else None
     samples = calibration.read_calibration(
@@ -88,7 +91,7 @@ def open_asked(
     )
     note += f", calibrated on {len(samples)} rows of {seqlen} tokens of {text}"
     log.info("%s. This takes minutes where other schemes take seconds; `jqserve quantize` does it once", note)
-    return Calibrated(path, Options(scheme), samples, note=note), None
+    return Calibrated(path, Options(scheme), samples, note=note, progress=progress), None
 
 
 def check_groups(path: str | Path, slots: list[LinearSlot], quantization: str | None, scheme: str) -> None:

@@ -156,7 +156,9 @@ def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:
     if config.context_length is not None and not is_store(directory):
         with open_checkpoint(directory, weights=False) as checkpoint:  # now, and not when the weights are loaded
             wanted_context(config, read_configs(checkpoint, dtype)[0], jax.default_backend())
-    source, quantization = open_asked(directory, config.quantization, config.calibration, config.tokenizer_path)
+    source, quantization = open_asked(
+        directory, config.quantization, config.calibration, config.tokenizer_path, progress=progress
+    )
     return load_checkpoint(
         source,
         dtype=dtype,

@@ -2,7 +2,7 @@
 make of the calibration samples.
 
 Device memory is at its peak in `Through.collect` for AWQ, while `down_input` computes: 4.82 GiB for a layer of the
-Llama-3.1-8B shape, where bench.quantize_shape.memory_bound allows 5.36 (an H200, by XLA's analysis of the programs;
+Llama-3.1-8B shape, where quantize.memory allows 5.36 (an H200, by XLA's analysis of the programs;
 tests/quantize/test_device_memory.py adds it up):
 
     the sums of all four inputs, with carries  1.91  0.77 for each of down's two, 0.06 for each of the others' six

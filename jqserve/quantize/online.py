@@ -1,7 +1,8 @@
 """`--quantization awq` and `gptq`: an unquantized checkpoint that reads as what `jqserve quantize` would write.
 
-Its headers are known at once. The tensors of a layer are made when the first of them is read, and forgotten when the
-next layer's are: loading is the same loop, with the same readers, as for a quantized checkpoint on disk.
+Its headers are known at once. When the first tensor is read all layers are quantized, one after the other, and wait on
+the host, packed. So calibrating has the device to itself, and loading, which comes after it, is the same loop with the
+same readers as for a quantized checkpoint on disk: the memory that both need is the larger of the two, not the sum.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,25 +23,26 @@ from jqserve.checkpoint.safetensors_file import DTYPES, TensorEntry
 from jqserve.errors import CheckpointError
 from jqserve.quantize.described import Described
 from jqserve.quantize.grid import stored_as
+from jqserve.quantize.memory import memory_bound
 from jqserve.quantize.options import CHUNK_TOKENS, Options
 from jqserve.quantize.source import Source
 from jqserve.quantize.target import target_of
 
 if TYPE_CHECKING:
     from jqserve.quantize.activations import Activations
-    from jqserve.quantize.layer import LayerQuantizer
 
 log = logging.getLogger(__name__)
 EMBEDDING = "model.embed_tokens.weight"
 
 
 class Calibrated(Checkpoint):
-    """Layers must be read in order, as loading does; each only once the one before has been.
+    """The first read takes minutes.
 
     samples        int32 [rows, tokens]; None: headers alone (`jqserve plan`), nothing can be read
     tokens         of the samples, where they are not given yet
     note           for the plan: what it is calibrated on
     activations    dtype of the calibration's activations; None: the model's own, on a CPU float32
+    progress       called with (layers done, layers in all, which one was quantized)
 
     Raises as `Source` and `target_of` do.
     """
@@ -54,6 +57,7 @@ class Calibrated(Checkpoint):
         tokens: int = 0,
         activations: str | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
+        progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
         super().__init__(path, weights=False)
         self.note = note
@@ -63,17 +67,13 @@ class Calibrated(Checkpoint):
             self.config = self._target.config_json
             self._tokens = tokens if samples is None else samples.size
             self._samples, self._dtype, self._chunk = samples, activations, chunk_tokens
-            self._options = options
+            self._options, self._progress = options, progress
             self._entries: dict[str, TensorEntry] = {}
-            self._layer_of: dict[str, int] = {}
             self._describe(quant_plan(Described(self.config, self.path)))  # type: ignore[arg-type]
         except BaseException:
             self.close()
             raise
-        self._at, self._made = -1, dict[str, np.ndarray]()
-        self._quantizer: LayerQuantizer | None = None
-        self._stream: Activations | None = None
-        self._seconds = 0.0
+        self._made: dict[str, np.ndarray] | None = None
 
     def close(self) -> None:
         super().close()
@@ -81,15 +81,13 @@ class Calibrated(Checkpoint):
 
     @property
     def working_bytes(self) -> tuple[int, int]:
-        """(device, host), roughly, beside what is loaded. Device: a layer in float32 twice (before and after), its
-        largest Hessian with factor and workspace, and what one chunk makes in the MLP; host: the residual stream."""
-        config = self._source.config
-        layer = sum(slot.n * slot.k for slot in self._source.slots()) // config.layers
-        widest = max(slot.k for slot in self._source.slots())
-        chunk = min(self._chunk, self._tokens) * (3 * widest + 4 * config.hidden_size) * 4
-        return 8 * layer + 12 * widest * widest + chunk, 2 * self._tokens * config.hidden_size * np.dtype(
-            np.float32
-        ).itemsize
+        """Device: `memory_bound`. Host: the samples' residual stream with what is on its way to and from the device,
+        and what waits to be loaded."""
+        config, tokens = self._source.config, min(self._chunk, self._tokens)
+        width = np.dtype(config.dtype).itemsize
+        stream = self._tokens * config.hidden_size * width
+        made = sum(entry.nbytes for name, entry in self._entries.items() if _in_layer(name))
+        return memory_bound(config, tokens, width), 2 * stream + made
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -109,11 +107,12 @@ class Calibrated(Checkpoint):
         return self._source.checkpoint.unread
 
     def prefetch(self, names: list[str]) -> None:
-        self._source.checkpoint.prefetch([name for name in names if name not in self._layer_of])
+        self._source.checkpoint.prefetch([name for name in names if not _in_layer(name)])
 
     def read(self, name: str) -> np.ndarray:
-        if name in self._layer_of:
-            self._make(self._layer_of[name])
+        if self._made is None:
+            self._made = self._quantized()
+        if _in_layer(name):
             array = self._made[name]
         else:
             raw = self._source.read(name)
@@ -152,45 +151,39 @@ class Calibrated(Checkpoint):
     def _add(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         nbytes = math.prod(shape) * DTYPES[dtype].itemsize
         self._entries[name] = TensorEntry(name, dtype, shape, 0, nbytes)
-        if name.startswith("model.layers."):
-            self._layer_of[name] = int(name.split(".")[2])
 
-    def _make(self, index: int) -> None:
-        """Quantizes the layers up to `index`."""
-        if index < self._at:
-            raise AssertionError(f"layer {index} is asked for after layer {self._at}")
-        while self._at < index:
-            began = time.perf_counter()
-            if self._quantizer is None or self._stream is None:
-                self._quantizer, self._stream = self._start()
-            self._at += 1
-            self._made = {}
-            host, window = self._source.layer(self._at), self._source.window(self._at)
-            self._made = self._quantizer.run(host, window, self._stream).tensors
-            self._seconds += time.perf_counter() - began
-            self._tell()
+    def _quantized(self) -> dict[str, np.ndarray]:
+        """The tensors of all layers. jax is loaded here, where the work begins: headers need none."""
+        from jqserve.quantize.layer import LayerQuantizer
 
-    def _start(self) -> tuple[LayerQuantizer, Activations]:
-        """The quantizer, and the samples' embeddings. jax is loaded here, where the work begins: headers need none."""
+        began, made = time.perf_counter(), dict[str, np.ndarray]()
+        source, target, layers = self._source, self._target, self._source.config.layers
+        stream = self._embedded()
+        quantizer = LayerQuantizer(source.config, self._options, target.grid, target.writer.dtype)
+        for index in range(layers):
+            made |= quantizer.run(source.layer(index), source.window(index), stream).tensors
+            done, seconds = index + 1, time.perf_counter() - began
+            if done <= min(2, layers - 1):  # the first one compiles
+                left = seconds / done * (layers - done)
+                log.info("layer %d of %d quantized in %.1f s; at most %.0f s more", done, layers, seconds, left)
+            if self._progress is not None:
+                self._progress(done, layers, f"layer {index} quantized")
+        log.info("calibrated %d layers in %.0f s", layers, time.perf_counter() - began)
+        return made
+
+    def _embedded(self) -> Activations:
+        """The samples' embeddings."""
         import jax
 
         from jqserve.quantize.activations import Activations
-        from jqserve.quantize.layer import LayerQuantizer
 
         if self._samples is None:
             raise CheckpointError(f"{self.path}: {self.note}: opened for its headers alone")
-        config, target = self._source.config, self._target
-        dtype = self._dtype or ("float32" if jax.default_backend() == "cpu" else config.dtype)
+        dtype = self._dtype or ("float32" if jax.default_backend() == "cpu" else self._source.config.dtype)
         raw = self._source.read(EMBEDDING)
-        table = stored_as(raw, target.stored(raw.dtype.name), EMBEDDING).astype(np.float32)
-        stream = Activations.embed(self._samples, table, dtype, self._chunk)
-        return LayerQuantizer(config, self._options, target.grid, target.writer.dtype), stream
+        table = stored_as(raw, self._target.stored(raw.dtype.name), EMBEDDING).astype(np.float32)
+        return Activations.embed(self._samples, table, dtype, self._chunk)
 
-    def _tell(self) -> None:
-        done, layers = self._at + 1, self._source.config.layers
-        if done == layers:
-            self._stream = None  # the calibration is over
-            log.info("calibrated %d layers in %.0f s", layers, self._seconds)
-        elif done <= 2:  # the first one compiles
-            left = self._seconds / done * (layers - done)
-            log.info("layer %d of %d quantized in %.1f s; at most %.0f s more", done, layers, self._seconds, left)
+
+def _in_layer(name: str) -> bool:
+    return name.startswith("model.layers.")

@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bench.quantize_shape import memory_bound, random_layer
+from bench.quantize_shape import random_layer
 from jqserve.quantize import awq
 from jqserve.quantize.activations import Activations
 from jqserve.quantize.layer import LayerQuantizer
+from jqserve.quantize.memory import memory_bound
 from jqserve.quantize.options import CHUNK_TOKENS, Options
 from tests.quantize.device_memory import FULL, SCALE, SMALL, Ledger
 
@@ -35,6 +36,5 @@ def test_awq_of_an_8b_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger()
     ledger.watch(monkeypatch)
     quantizer.run(layer, None, Activations([chunk] * 32))
-    whole = Activations([np.empty((samples, SEQLEN, FULL.hidden_size), ml_dtypes.bfloat16)])
-    bound = memory_bound(FULL, whole)
+    bound = memory_bound(FULL, samples * SEQLEN, chunk.dtype.itemsize)
     assert ledger.peak().total < bound - 0.3 * 2**30, "\n".join(map(str, ledger.summary()))
