@@ -16,6 +16,7 @@ from jqserve.models.linear import Linear
 from jqserve.models.norm import RMSNorm
 from jqserve.models.rope import rotate
 from jqserve.ops.activations import QuantizedRows, fusible_activation
+from jqserve.ops.ahead import Ahead, read_ahead
 from jqserve.quant import ActivationSpec
 
 Rope = tuple[jax.Array, jax.Array]  # cos, sin float32 [..., Dh/2]
@@ -26,11 +27,12 @@ class Attend:
     """What the caller does with queries, keys and values; both forms return ([..., H, Dh], what the caller keeps).
 
     turned      takes q [..., H, Dh], k, v [..., Hkv, Dh], with the rotary embedding applied
-    projection  takes the fused projection [..., (H + 2 Hkv) * Dh] as it is, and the angles; None: there is no such form
+    projection  takes the fused projection [..., (H + 2 Hkv) * Dh] as it is, the angles, and what to read ahead; None:
+                there is no such form
     """
 
     turned: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-    projection: Callable[[jax.Array, Rope], tuple[jax.Array, Any]] | None = None
+    projection: Callable[[jax.Array, Rope, Ahead | None], tuple[jax.Array, Any]] | None = None
 
 
 class Attention(nnx.Module):
@@ -64,7 +66,7 @@ class Attention(nnx.Module):
         """x [..., D], rope = (cos, sin) [..., Dh/2] -> ([..., D], what `attend` kept)."""
         parts = [projection(x) for projection in self.projections]
         if len(parts) == 1 and attend.projection is not None and self.q_norm is None:
-            out, kept = attend.projection(parts[0], rope)
+            out, kept = attend.projection(parts[0], rope, read_ahead("rope", self.o.matrix))
         else:
             if len(parts) == 1:
                 widths = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim

@@ -21,6 +21,7 @@ from jqserve.models.linear import Linear
 from jqserve.models.mlp import MLP
 from jqserve.models.norm import RMSNorm
 from jqserve.models.rope import rope_table
+from jqserve.ops.ahead import read_ahead
 from jqserve.ops.attention import (
     AttentionMetadata,
     full_attention,
@@ -55,9 +56,13 @@ class Layer(nnx.Module):
         self, x: jax.Array, residual: jax.Array, rope: Rope, attend: Attend, *, fuse: bool
     ) -> tuple[jax.Array, jax.Array, Any]:
         """x, residual [..., D] -> (the MLP's output, the residual stream without it, what `attend` kept)."""
-        normed, residual = self.attn_norm.add(x, residual, self.attn.input_scheme if fuse else None, fuse=fuse)
+        ahead = read_ahead("attn_norm", self.attn.projections[0].matrix)
+        scheme = self.attn.input_scheme if fuse else None
+        normed, residual = self.attn_norm.add(x, residual, scheme, fuse=fuse, ahead=ahead)
         mixed, kept = self.attn(normed, rope, attend)
-        normed, residual = self.mlp_norm.add(mixed, residual, self.mlp.input_scheme if fuse else None, fuse=fuse)
+        ahead = read_ahead("mlp_norm", self.mlp.projections[0].matrix)
+        scheme = self.mlp.input_scheme if fuse else None
+        normed, residual = self.mlp_norm.add(mixed, residual, scheme, fuse=fuse, ahead=ahead)
         return self.mlp(normed, fuse=fuse), residual, kept
 
 

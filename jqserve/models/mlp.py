@@ -11,6 +11,7 @@ from flax import nnx
 
 from jqserve.models.linear import Linear
 from jqserve.ops.activations import QuantizedRows, fusible_activation, silu_mul, silu_mul_and_quantize
+from jqserve.ops.ahead import read_ahead
 from jqserve.quant import ActivationSpec
 
 
@@ -32,8 +33,8 @@ class MLP(nnx.Module):
         scheme = fusible_activation(self.down.matrix) if fuse else None
         if scheme is not None:
             gate_up = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-            return self.down(silu_mul_and_quantize(gate_up, scheme=scheme))
+            return self.down(silu_mul_and_quantize(gate_up, scheme=scheme, ahead=read_ahead("silu", self.down.matrix)))
         if fuse and len(parts) == 1:
-            return self.down(silu_mul(parts[0]))
+            return self.down(silu_mul(parts[0], ahead=read_ahead("silu", self.down.matrix)))
         gate, up = jnp.split(parts[0], 2, axis=-1) if len(parts) == 1 else parts
         return self.down(jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jqserve.ops.activations import QuantizedRows, norm_and_quantize, rms_norm
+from jqserve.ops.ahead import Ahead
 from jqserve.quant import ActivationSpec
 
 
@@ -27,15 +28,21 @@ class RMSNorm(nnx.Module):
         return unit.astype(x.dtype) * self.weight.get_value().astype(x.dtype)
 
     def add(
-        self, x: jax.Array, residual: jax.Array | None, scheme: ActivationSpec | None = None, *, fuse: bool = False
+        self,
+        x: jax.Array,
+        residual: jax.Array | None,
+        scheme: ActivationSpec | None = None,
+        *,
+        fuse: bool = False,
+        ahead: Ahead | None = None,
     ) -> tuple[jax.Array | QuantizedRows, jax.Array]:
         """(norm of x + residual, x + residual). With a `scheme` (x [T, D] then) the norm comes out quantized by it.
 
-        `fuse`: one kernel where there is one (x [T, D]; no gradient).
+        `fuse`: one kernel where there is one (x [T, D]; no gradient), which may read `ahead`.
         """
         if scheme is not None:
-            return norm_and_quantize(x, self.weight.get_value(), residual, eps=self.eps, scheme=scheme)
+            return norm_and_quantize(x, self.weight.get_value(), residual, eps=self.eps, scheme=scheme, ahead=ahead)
         if fuse:
-            return rms_norm(x, self.weight.get_value(), residual, eps=self.eps)
+            return rms_norm(x, self.weight.get_value(), residual, eps=self.eps, ahead=ahead)
         total = x if residual is None else x + residual
         return self(total), total

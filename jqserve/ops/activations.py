@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jqserve.quant import ActivationSpec, QuantizedTensor
+from pallas_kernels.ahead import Ahead
 from pallas_kernels.quantize.api import quantize_rows, rms_norm_quantize, silu_mul_quantize
 from pallas_kernels.rows.api import rms_norm as rms_norm
 from pallas_kernels.rows.api import silu_mul as silu_mul
@@ -70,18 +71,33 @@ def quantize_input(x: jax.Array, weight: QuantizedTensor) -> QuantizedRows:
 
 
 def norm_and_quantize(
-    x: jax.Array, weight: jax.Array, residual: jax.Array | None, *, eps: float, scheme: ActivationSpec
+    x: jax.Array,
+    weight: jax.Array,
+    residual: jax.Array | None,
+    *,
+    eps: float,
+    scheme: ActivationSpec,
+    ahead: Ahead | None = None,
 ) -> tuple[QuantizedRows, jax.Array]:
     """RMS norm of x + residual [M, D], quantized -> (rows, x + residual). `scheme` from `fusible_activation`."""
     assert scheme.qtype is not None
     values, scale, total = rms_norm_quantize(
-        x, weight, residual, eps=eps, qdtype=_DTYPES[scheme.qtype], block=scheme.block, divisor=scheme.divisor
+        x,
+        weight,
+        residual,
+        eps=eps,
+        qdtype=_DTYPES[scheme.qtype],
+        block=scheme.block,
+        divisor=scheme.divisor,
+        ahead=ahead,
     )
     return QuantizedRows(values, scale, x.dtype), total
 
 
-def silu_mul_and_quantize(gate_up: jax.Array, *, scheme: ActivationSpec) -> QuantizedRows:
+def silu_mul_and_quantize(gate_up: jax.Array, *, scheme: ActivationSpec, ahead: Ahead | None = None) -> QuantizedRows:
     """silu(gate) * up of gate_up [M, 2F] -> rows [M, F], quantized. `scheme` from `fusible_activation`."""
     assert scheme.qtype is not None
-    values, scale = silu_mul_quantize(gate_up, qdtype=_DTYPES[scheme.qtype], block=scheme.block, divisor=scheme.divisor)
+    values, scale = silu_mul_quantize(
+        gate_up, qdtype=_DTYPES[scheme.qtype], block=scheme.block, divisor=scheme.divisor, ahead=ahead
+    )
     return QuantizedRows(values, scale, gate_up.dtype)

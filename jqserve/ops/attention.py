@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jqserve.ops.ahead import Ahead
 from pallas_kernels.paged_attention.api import decode_attention, prefill_attention, write_kv
 from pallas_kernels.rope_write.api import rope_write
 
@@ -63,9 +64,10 @@ def paged_attention(
 def paged_attention_of_projection(
     qkv: jax.Array,
     rope: tuple[jax.Array, jax.Array],
+    ahead: Ahead | None = None,
+    *,
     pages: tuple[jax.Array, jax.Array],
     meta: AttentionMetadata,
-    *,
     sm_scale: float,
     window: int | None,
     k_scale: jax.Array | None = None,
@@ -76,7 +78,7 @@ def paged_attention_of_projection(
     rope: cos, sin float32 [T, Dh/2]. Turning them and writing the pages is one kernel where a device has it.
     """
     scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
-    q, *written = rope_write(qkv, *rope, meta.kv_slots, *pages, **scales)
+    q, *written = rope_write(qkv, *rope, meta.kv_slots, *pages, **scales, ahead=ahead)
     pages = (written[0], written[1])
     return attend_pages(q, pages, meta, sm_scale=sm_scale, window=window, **scales), pages
 

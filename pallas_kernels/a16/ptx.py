@@ -31,6 +31,10 @@ def const(value: int) -> ir.Value:
     return arith.constant(i32_type(), value - (1 << 32) if value >= 1 << 31 else value)
 
 
+def const64(value: int) -> ir.Value:
+    return arith.constant(i64_type(), value)
+
+
 def f32(value: float) -> ir.Value:
     return arith.constant(f32_type(), value)
 
@@ -360,6 +364,11 @@ def bulk_load_keep(destination: Int, source: ir.Value, size: int, barrier: Int) 
         const(size),
         barrier,
     )
+
+
+def bulk_prefetch(source: ir.Value, size: Int) -> None:
+    """Global memory into L2, nobody waits; 16-byte aligned."""
+    asm("cp.async.bulk.prefetch.L2.global [$0], $1;", source, size)
 
 
 def cluster_map(address: Int, rank: Int | int) -> Int:

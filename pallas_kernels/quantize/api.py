@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.ahead import Ahead
 from pallas_kernels.quantize import mosaic_sm90, reference
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -58,6 +59,7 @@ def rms_norm_quantize(
     qdtype: jax.typing.DTypeLike,
     block: int | None = None,
     divisor: float,
+    ahead: Ahead | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Residual add, RMSNorm and quantization in one pass over memory.
@@ -69,6 +71,7 @@ def rms_norm_quantize(
       x: [M, K] bfloat16, float16 or float32. residual: the same shape and dtype, or None.
       weight: [K], any float dtype (Gemma's 1 + w is the caller's affair). eps: > 0.
       qdtype, block, divisor, implementation: as in `quantize_rows`.
+      ahead: weights of the next kernel to bring into L2 meanwhile (`pallas_kernels.ahead`); changes no result.
 
     Returns: (xq [M, K] qdtype, scale float32 [M, 1] or [M, ceil(K/block)], r [M, K] in x.dtype; x without residual).
     """
@@ -89,6 +92,7 @@ def rms_norm_quantize(
         qdtype=qdtype,
         block=block,
         divisor=divisor,
+        ahead=ahead,
     )
 
 
@@ -98,20 +102,23 @@ def silu_mul_quantize(
     qdtype: jax.typing.DTypeLike,
     block: int | None = None,
     divisor: float,
+    ahead: Ahead | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """SwiGLU's product and its quantization in one pass: y = silu(gate) * up in float32, then as in `quantize_rows`.
 
     Args:
       gate_up: [M, 2F] bfloat16, float16 or float32; gate is the first half of each row, up the second.
-      qdtype, block, divisor, implementation: as in `quantize_rows`.
+      qdtype, block, divisor, implementation: as in `quantize_rows`. ahead: as in `rms_norm_quantize`.
 
     Returns: (xq [M, F] qdtype, scale float32 [M, 1] or [M, ceil(F/block)]).
     """
     _check("silu_mul_quantize", gate_up, qdtype, block, divisor)
     if gate_up.shape[1] % 2:
         raise ValueError(f"silu_mul_quantize: gate_up must be [M, 2F], got {gate_up.shape}")
-    return dispatch.call("silu_mul_quantize", implementation, gate_up, qdtype=qdtype, block=block, divisor=divisor)
+    return dispatch.call(
+        "silu_mul_quantize", implementation, gate_up, qdtype=qdtype, block=block, divisor=divisor, ahead=ahead
+    )
 
 
 def _check(op: str, x: jax.Array, qdtype: jax.typing.DTypeLike, block: int | None, divisor: float) -> None:

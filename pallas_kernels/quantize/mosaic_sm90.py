@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tuning
+from pallas_kernels.ahead import BLOCKS, Ahead, ask, spare_blocks
 from pallas_kernels.dispatch import current_device
 from pallas_kernels.quantize import exact, exchange
 from pallas_kernels.quantize.reference import FP8_MAX, divide
@@ -107,9 +108,11 @@ def _space(op: str, k: int) -> list[Split]:
 
 def _kernel(
     op: str, s: Split, width: int, block: bool, eps: float, divisor: float, qdtype, static: bool, interpretable: bool,
-    early_launch: bool, *args,
+    early_launch: bool, rows: int, asking: Any, *args,
 ):  # fmt: skip
     refs: list[Any] = list(args)
+    if asking is not None:
+        asking(refs.pop(0))
     x_gmem = refs.pop(0)
     weight_gmem: Any = refs.pop(0) if "norm" in op else None
     residual_gmem: Any = refs.pop(0) if op == "residual_norm" else None
@@ -240,10 +243,17 @@ def _kernel(
             q_gmem[row, part, wg] = (jnp.clip(y, -FP8_MAX, FP8_MAX) if static else y).astype(qdtype)
 
     first = lax.axis_index("row")
+    if asking is not None:
+
+        @pl.when(first < rows)
+        def _():
+            process(first, loads(first), 0)
+
+        return
     if not s.persistent:
         process(first, loads(first), 0)
         return
-    step, rows = lax.axis_size("row"), x_gmem.shape[0]
+    step = lax.axis_size("row")
     count = lax.div(rows - first + (step - 1), step)
 
     def one(i, loaded):
@@ -258,12 +268,14 @@ def _kernel(
 def _run(
     op: str, x, weight, residual, static_scale, *, eps: float = 0.0, qdtype, block, divisor: float,
     config: Split | None = None, interpretable: bool = False, early_launch: bool = False, after=None,
+    ahead: Ahead | None = None,
 ):  # fmt: skip
     """Runs one op -> (xq, scale, x + residual); with qdtype None (y in x's dtype, None, x + residual).
 
     config         None chooses.
     interpretable  divides with Pallas' own operation, for interpret mode.
     early_launch   starts beside the kernel before; see `scaled_matmul.mosaic_sm90`.
+    ahead          see `pallas_kernels.ahead`; left out where rows are many or the interpreter runs.
     after          an array that is waited for and not read: benchmarks chain calls by it.
     """
     m, k = x.shape
@@ -296,13 +308,20 @@ def _run(
     shared = s.clustered(qdtype, block is not None, static)
     if (s.blocks > 1 and ("norm" in op or s.persistent)) or (shared and interpretable):
         raise NotImplementedError(f"clusters share rows of {_SHARED}, one row each, on a device; not {op} with {s}")
+    rows = min(m, current_device().core_count or 132) if s.persistent else m
+    asking, spare = None, 0
+    request = None if ahead is None or m > BLOCKS or s.persistent or interpretable else ahead.request()
+    if ahead is not None and request is not None:
+        spare = -(-spare_blocks(m * s.blocks) // s.blocks)
+        asking = ask(request, (m + spare) * s.blocks)
+        operands.insert(0, ahead.weight)
     kernel = functools.partial(
-        _kernel, op, s, k, block is not None, eps, divisor, qdtype, static, interpretable, early_launch
+        _kernel, op, s, k, block is not None, eps, divisor, qdtype, static, interpretable, early_launch, m, asking
     )
     given, turns = len(operands), 2 if s.persistent else 1
     if after is not None:
         operands.append(after)
-    rows = min(m, current_device().core_count or 132) if s.persistent else m
+    rows += spare
     places: dict[str, Any] = dict(grid=(rows,), grid_names=("row",))
     if shared:
         places |= dict(cluster=(s.blocks,), cluster_names=("part",))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ahead import Ahead
+
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
@@ -70,8 +72,9 @@ def rms_norm_quantize(
     qdtype,
     block: int | None = None,
     divisor: float,
+    ahead: Ahead | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `api.rms_norm_quantize`."""
+    """See `api.rms_norm_quantize`; `ahead` changes nothing."""
     if residual is not None:
         x = _add(x, residual)
     y = x.astype(jnp.float32)
@@ -80,8 +83,8 @@ def rms_norm_quantize(
 
 
 def silu_mul_quantize(
-    gate_up: jax.Array, *, qdtype, block: int | None = None, divisor: float
+    gate_up: jax.Array, *, qdtype, block: int | None = None, divisor: float, ahead: Ahead | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """See `api.silu_mul_quantize`."""
+    """See `api.silu_mul_quantize`; `ahead` changes nothing."""
     gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
     return _quantize(jax.nn.silu(gate) * up, qdtype, block, divisor)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.ahead import Ahead
 from pallas_kernels.rope_write import mosaic_sm90, reference
 
 
@@ -19,6 +20,7 @@ def rope_write(
     *,
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
+    ahead: Ahead | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Turns queries and keys by their position's angles and writes keys and values into their pages.
@@ -29,6 +31,7 @@ def rope_write(
       slots: [T] int32, page * Ps + offset; one of page 0 (padding) or past the pool is dropped.
       k_pages, v_pages: [P, Hkv, Ps, Dh]; donate them in the jit around this call to have them written in place.
       k_scale, v_scale: as in `write_kv`.
+      ahead: weights of a later kernel to bring into L2 meanwhile (`pallas_kernels.ahead`); changes no result.
       implementation: name of one implementation, None chooses.
 
     Returns (q [T, H, Dh] in qkv's dtype, k_pages, v_pages). Raises ValueError for shapes or dtypes that do not fit.
@@ -46,7 +49,17 @@ def rope_write(
     if slots.shape != qkv.shape[:1] or not jnp.issubdtype(slots.dtype, jnp.integer):
         raise ValueError(f"rope_write: slots must be integers [{qkv.shape[0]}], got {slots.dtype}{slots.shape}")
     return dispatch.call(
-        "rope_write", implementation, qkv, cos, sin, slots, k_pages, v_pages, k_scale=k_scale, v_scale=v_scale
+        "rope_write",
+        implementation,
+        qkv,
+        cos,
+        sin,
+        slots,
+        k_pages,
+        v_pages,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        ahead=ahead,
     )
 
 

@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxlib.mlir.dialects import arith
 
+from pallas_kernels.ahead import BLOCKS, Request, ask, spare_blocks
 from pallas_kernels.paged_attention.simt import Mlir, Reg
 from pallas_kernels.rope_write.program import UNIT, Problem, turn_and_write
 
@@ -86,14 +87,25 @@ def problem(qkv: jax.Array, k_pages: jax.Array, threads: int, scales: int = 1) -
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(p: Problem, rows: int, dtype: Any) -> Any:
+def _kernel(p: Problem, rows: int, dtype: Any, request: Request | None) -> Any:
+    spare = 0 if request is None else spare_blocks(rows)
+    asking = None if request is None else ask(request, rows + spare)
+
     def rope_write(*refs: Any) -> None:
+        if asking is not None:
+            asking(refs[0])
+            refs = refs[1:]
+
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (len(_NAMES) + 1))
         def program(ctx: Any, *buffers: Any) -> None:
             del ctx
             ops = Ops(dict(zip(_NAMES, buffers)), buffers[-1])
             ops.kind = p.kind
-            turn_and_write(ops, p, ops.special("ctaid.x"), ops.special("tid.x"))
+            token, thread = ops.special("ctaid.x"), ops.special("tid.x")
+            if spare:
+                ops.when(token < rows, lambda: turn_and_write(ops, p, token, thread))
+            else:
+                turn_and_write(ops, p, token, thread)
 
         program(*refs)
 
@@ -101,7 +113,7 @@ def _kernel(p: Problem, rows: int, dtype: Any) -> Any:
         rope_write,
         out_type=jax.ShapeDtypeStruct((rows, p.heads, p.head_dim), dtype),
         scratch_types=[plgpu.SMEM((16,), jnp.int8)],  # unused: simt.py wants a buffer
-        grid=(rows,),
+        grid=(rows + spare,),
         grid_names=("token",),
         num_threads=p.threads // 128,
         thread_name="wg",
@@ -110,8 +122,8 @@ def _kernel(p: Problem, rows: int, dtype: Any) -> Any:
     )
 
 
-def rope_write(qkv, cos, sin, slots, k_pages, v_pages, *, k_scale=None, v_scale=None):
-    """See api.rope_write."""
+def rope_write(qkv, cos, sin, slots, k_pages, v_pages, *, k_scale=None, v_scale=None, ahead=None):
+    """See api.rope_write. `ahead`: see `pallas_kernels.ahead`; left out where there are many tokens."""
     if k_pages.dtype != jnp.float8_e4m3fn and not (k_scale is None and v_scale is None):
         raise NotImplementedError("takes scales with fp8 pages only")
     k_scale, v_scale = (jnp.asarray(1.0 if s is None else s, jnp.float32).reshape(-1) for s in (k_scale, v_scale))
@@ -120,6 +132,8 @@ def rope_write(qkv, cos, sin, slots, k_pages, v_pages, *, k_scale=None, v_scale=
     # Few tokens: all units of one at once, for latency; many: fewer threads a block, several blocks a multiprocessor.
     p = problem(qkv, k_pages, 512 if qkv.shape[0] <= 256 else 256, k_scale.size)
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    kernel = _kernel(p, qkv.shape[0], qkv.dtype)
-    q = kernel(qkv, cos, sin, slots.astype(jnp.int32), k_scale, v_scale, k_ref, v_ref)
+    request = None if ahead is None or qkv.shape[0] > BLOCKS else ahead.request()
+    kernel = _kernel(p, qkv.shape[0], qkv.dtype, request)
+    weight = [] if request is None else [ahead.weight]
+    q = kernel(*weight, qkv, cos, sin, slots.astype(jnp.int32), k_scale, v_scale, k_ref, v_ref)
     return q, jax.freeze(k_ref), jax.freeze(v_ref)

@@ -15,8 +15,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def rope_write(qkv, cos, sin, slots, k_pages, v_pages, *, k_scale=None, v_scale=None):
-    """See api.rope_write."""
+def rope_write(qkv, cos, sin, slots, k_pages, v_pages, *, k_scale=None, v_scale=None, ahead=None):
+    """See api.rope_write; `ahead` changes nothing."""
     kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
     rows = qkv.reshape(qkv.shape[0], -1, head_dim)
     q, k, v = jnp.split(rows, (rows.shape[1] - 2 * kv_heads, rows.shape[1] - kv_heads), axis=1)

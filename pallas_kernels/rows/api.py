@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.ahead import Ahead
 from pallas_kernels.quantize import mosaic_sm90
 from pallas_kernels.rows import reference
 
@@ -18,6 +19,7 @@ def rms_norm(
     residual: jax.Array | None = None,
     *,
     eps: float,
+    ahead: Ahead | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Residual add and RMSNorm in one pass over memory.
@@ -28,6 +30,7 @@ def rms_norm(
     Args:
       x: [M, K] bfloat16, float16 or float32. residual: the same shape and dtype, or None.
       weight: [K], any float dtype, rounded to x.dtype. eps: > 0, in the units of x squared.
+      ahead: weights of the next kernel to bring into L2 meanwhile (`pallas_kernels.ahead`); changes no result.
       implementation: name of one implementation (see `pallas_kernels.explain`), None chooses.
 
     Returns: (y, r), [M, K] in x.dtype each; without residual r is x. Raises ValueError for other shapes or dtypes.
@@ -38,15 +41,15 @@ def rms_norm(
         raise ValueError(f"rms_norm: weight must be {(x.shape[1],)}, got {weight.shape}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"rms_norm: residual must be {x.dtype}{x.shape} like x, got {residual.dtype}{residual.shape}")
-    return dispatch.call("rms_norm", implementation, x, weight, residual, eps=eps)
+    return dispatch.call("rms_norm", implementation, x, weight, residual, eps=eps, ahead=ahead)
 
 
-def silu_mul(gate_up: jax.Array, *, implementation: str | None = None) -> jax.Array:
+def silu_mul(gate_up: jax.Array, *, ahead: Ahead | None = None, implementation: str | None = None) -> jax.Array:
     """SwiGLU's product: silu(gate), in float32 and rounded to the dtype, times up.
 
     Args:
       gate_up: [M, 2F] bfloat16, float16 or float32; gate is the first half of each row, up the second.
-      implementation: as in `rms_norm`.
+      ahead, implementation: as in `rms_norm`.
 
     Returns: [M, F] in the same dtype. Raises ValueError for other shapes or dtypes.
     """
@@ -54,7 +57,7 @@ def silu_mul(gate_up: jax.Array, *, implementation: str | None = None) -> jax.Ar
         raise ValueError(
             f"silu_mul: gate_up must be [M, 2F] of 16- or 32-bit floats, got {gate_up.dtype}{gate_up.shape}"
         )
-    return dispatch.call("silu_mul", implementation, gate_up)
+    return dispatch.call("silu_mul", implementation, gate_up, ahead=ahead)
 
 
 for _op in ("rms_norm", "silu_mul"):
