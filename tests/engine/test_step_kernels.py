@@ -21,6 +21,7 @@ from jqserve.engine.traceable import Traceable
 from jqserve.engine.variant import Variant
 from jqserve.models.build import build, split
 from jqserve.models.config import ModelConfig, RopeConfig
+from jqserve.ops import ahead
 from jqserve.ops.compiler_options import compiler_options
 from jqserve.ops.relayout import relayout_leaf
 from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
@@ -105,6 +106,26 @@ def test_a_decode_layer_is_ten_kernels() -> None:
     assert set(launched) <= {"mosaic_gpu_v2", "fusion", "custom-call", "copy"} | {"__cublas$gemm", "__cublas$lt$matmul"}
     # Beside the layers: page table, positions, rotary table, embedding, last norm, head, argmax, the token's place.
     assert len(launched) - 10 * LAYERS <= 18, launched
+
+
+@pytest.mark.slow
+def test_a_layer_that_reads_ahead_is_as_many_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of which ask; and the weights are passed to two kernels each as they are, not copied for one."""
+    sites = ("attn_norm", "rope", "mlp_norm", "silu")
+    monkeypatch.setattr(ahead, "BYTES", dict.fromkeys(sites, 1 << 20))
+    jax.clear_caches()  # what is asked for is looked up while tracing
+    try:
+        compiled = compiled_step(Variant.GREEDY)
+    finally:
+        jax.clear_caches()
+    launched = operations(compiled.hlo, "\nENTRY")
+    assert launched.count("mosaic_gpu_v2") == 10 * LAYERS and len(launched) - 10 * LAYERS <= 18, launched
+    asking = [part for part in compiled.ptx.split(".visible .entry")[1:] if "cp.async.bulk.prefetch.L2" in part]
+    names = {part.split("(")[0].strip() for part in asking}
+    assert len(asking) >= len(sites)  # equal kernels are compiled once or more
+    assert names == {
+        f"{name}_sm90_mosaic_gpu_kernel" for name in ("quantize_residual_norm", "rope_write", "quantize_silu")
+    }
 
 
 @pytest.mark.slow
