@@ -106,6 +106,42 @@ def test_llama3_rope_from_its_factors(tmp_path: Path) -> None:
         load(path)
 
 
+def test_biases_of_a_llama(tmp_path: Path) -> None:
+    """No field tells of them, their tensors do; those of q and k are in llama.cpp's order of rows, as the weights."""
+    rng = np.random.default_rng(2)
+    attn = {"q": g.HIDDEN, "k": 128, "v": 128, "output": g.HIDDEN}
+    mlp = {"gate": g.FFN, "up": g.FFN, "down": g.HIDDEN}
+    tensors = {f"blk.0.attn_{x}.bias": g.floats(rng, n) for x, n in attn.items()}
+    tensors |= {f"blk.0.ffn_{x}.bias": g.floats(rng, n) for x, n in mlp.items()}
+    loaded = load(g.write(tmp_path / "m.gguf", **tensors), dtype="float32", device_put=keep_on_host)
+    value = {name: np.frombuffer(data, np.float32) for name, (_, _, data) in tensors.items()}
+    q, k = (unpaired(value[f"blk.0.attn_{x}.bias"], heads) for x, heads in (("q", g.HEADS), ("k", g.KV)))
+    layer = loaded.params["layers"]["0"]
+    np.testing.assert_array_equal(layer["attn"]["qkv"]["bias"], np.concatenate([q, k, value["blk.0.attn_v.bias"]]))
+    np.testing.assert_array_equal(layer["attn"]["o"]["bias"], value["blk.0.attn_output.bias"])
+    both = [value["blk.0.ffn_gate.bias"], value["blk.0.ffn_up.bias"]]
+    np.testing.assert_array_equal(layer["mlp"]["gate_up"]["bias"], np.concatenate(both))
+    np.testing.assert_array_equal(layer["mlp"]["down"]["bias"], value["blk.0.ffn_down.bias"])
+
+
+SCALINGS: dict[str, tuple[dict[str, Any], tuple[str, float]]] = {
+    "nothing": ({}, ("default", 1.0)),
+    "a type and its factor": ({"scaling.type": "linear", "scaling.factor": 4.0}, ("linear", 4.0)),
+    "a factor alone": ({"scaling.factor": 4.0}, ("linear", 4.0)),
+    "an early file": ({"scale_linear": 4.0}, ("linear", 4.0)),
+    "none, whatever the factor": ({"scaling.type": "none", "scaling.factor": 4.0}, ("default", 1.0)),
+    "a factor of one": ({"scaling.factor": 1.0}, ("default", 1.0)),
+}
+
+
+@pytest.mark.parametrize("case", SCALINGS)
+def test_rope_scaling_as_llama_cpp_reads_it(case: str, tmp_path: Path) -> None:
+    fields, expected = SCALINGS[case]
+    path = g.write(tmp_path / "m.gguf", fields={f"llama.rope.{key}": value for key, value in fields.items()})
+    rope = load(path, device_put=keep_on_host).config.rope
+    assert (rope.kind, rope.factor) == expected
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError], str]] = {
     "architecture": ({"general.architecture": "mamba"}, {}, UnsupportedError, "mamba.*llama, qwen2"),
     "experts": ({"llama.expert_count": 8}, {}, UnsupportedError, "expert_count"),
@@ -124,6 +160,30 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
         r"\[4\] found, \[256\]",
     ),
     "one of several parts": ({"split.count": 2}, {}, UnsupportedError, "split.count.*gguf-split --merge"),
+    "a type that is not read": (
+        {},
+        {"blk.0.attn_q.weight": ("IQ4_XS", (g.HIDDEN, g.HIDDEN), bytes(g.HIDDEN * 136))},
+        UnsupportedError,
+        "IQ4_XS; supported.*Q4_K.*llama-quantize",
+    ),
+    "two scalings of rope": (
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+        {"rope_freqs.weight": ("F32", (32,), bytes(128))},
+        UnsupportedError,
+        "scaling.type.*yarn.*none beside rope_freqs",
+    ),
+    "a scaling without its factor": (
+        {"llama.rope.scaling.type": "yarn"},
+        {},
+        CheckpointError,
+        "scaling.factor: found nothing.*yarn",
+    ),
+    "biases in q, k and v alone": (
+        {},
+        {f"blk.0.attn_{x}.bias": ("F32", (n,), bytes(4 * n)) for x, n in (("q", 256), ("k", 128), ("v", 128))},
+        UnsupportedError,
+        "k_proj, q_proj, v_proj have a bias, o_proj none.*all of them or none",
+    ),
     "half a head": ({"llama.rope.dimension_count": 32}, {}, UnsupportedError, "dimension_count"),
 }
 
