@@ -18,6 +18,7 @@ from jqserve.checkpoint.hub import resolve
 from jqserve.checkpoint.open import is_store, open_checkpoint
 from jqserve.checkpoint.opening import read_configs
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
+from jqserve.engine.cache import kv_dtype
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.compile_cache import (
     ProgramCache,
@@ -56,6 +57,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
             f"the engine's own process sets that. Start this program with XLA_FLAGS={NO_COMMAND_BUFFERS}, or serve "
             "with jqserve-server --frontend process"
         )
+    kv_dtype(config.kv_dtype, "", False)  # a wrong name is refused now, not when the weights are loaded
     tell: Report = report or (lambda stage, text, detail: None)
     programs = choose_folder(config.compilation_cache_dir, jax.default_backend())
     use_jax_cache(programs)

@@ -15,7 +15,9 @@ from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.kv_scales import NAMES
 from jqserve.engine.cache import kv_dtype, kv_source
-from jqserve.errors import CheckpointError
+from jqserve.engine.config import EngineConfig
+from jqserve.engine.load import load_engine
+from jqserve.errors import CheckpointError, UnsupportedError
 from tests.checkpoint import files, tiny
 
 
@@ -85,3 +87,11 @@ def test_the_dtype_and_its_source() -> None:
     assert "of the checkpoint" in kv_source("fp8_e4m3", True) and "1.0" in kv_source("fp8_e5m2", False)
     assert "not used" in kv_source("bfloat16", True) and kv_source("bfloat16", False) == ""
     assert ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max == 448
+
+
+def test_a_dtype_that_there_is_not_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    told: list[str] = []
+    config = EngineConfig(model_path=str(tiny.make(tmp_path).path), kv_dtype="int8")
+    with pytest.raises(UnsupportedError, match=r"--kv-cache-dtype int8.*fp8_e4m3, fp8_e5m2 \(bf16"):
+        load_engine(config, lambda stage, text, detail: told.append(text))
+    assert told == []
