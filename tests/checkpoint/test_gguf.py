@@ -380,3 +380,44 @@ def test_a_tokenizer_of_another_kind_is_named(tmp_path: Path) -> None:
     fields = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"]}
     with pytest.raises(UnsupportedError, match=r"t5.*--tokenizer-path"):
         write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+
+
+BYTES = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.merges": ["a b"],
+}
+PIECES = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.scores": [0.0, -1.0, -2.0],
+}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a merge of no token": ({**BYTES, "tokenizer.ggml.merges": ["a b", "a c"]}, r"merges: found 'a c', expected pairs"),
+    "a merge that makes no token": ({**BYTES, "tokenizer.ggml.merges": ["b a"]}, r"merges: found 'b a'"),
+    "a merge of one": ({**BYTES, "tokenizer.ggml.merges": ["ab"]}, r"merges: found 'ab'"),
+    "one type": ({**BYTES, "tokenizer.ggml.token_type": 1}, r"token_type: found int, expected 3 numbers"),
+    "types of others": ({**BYTES, "tokenizer.ggml.token_type": [1, 1]}, r"token_type: found 2 entries, expected 3"),
+    "scores in words": (
+        {**PIECES, "tokenizer.ggml.scores": ["a", "b", "c"]},
+        r"scores: found 3 entries, expected 3 num",
+    ),
+    "no scores": ({k: v for k, v in PIECES.items() if "scores" not in k}, r"scores: found nothing, expected 3 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_fields_that_make_no_tokenizer_are_named(case: str, tmp_path: Path) -> None:
+    fields, words = WRONG[case]
+    with pytest.raises(CheckpointError, match=words):
+        write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+
+
+@pytest.mark.parametrize(("pre", "words"), [(None, "pre is missing"), ("default", "pre is 'default'"), ("gpt-2", "")])
+def test_an_unknown_way_to_cut_text_is_warned_of(
+    pre: str | None, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {k: v for k, v in BYTES.items() if not k.endswith("pre")} | ({"tokenizer.ggml.pre": pre} if pre else {})
+    assert write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+    assert words in caplog.text and ("--tokenizer-path" in caplog.text) == bool(words)
