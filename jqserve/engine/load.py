@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jqserve.checkpoint.asked import is_alias
 from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
@@ -65,6 +66,12 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     loaded = read_checkpoint(config, tell)
     load_seconds, loading = time.perf_counter() - began, peaks(jax.devices()[0])
     loaded = with_kernel_plan(config, loaded)
+    if is_alias(config.quantization, loaded.plan.method):
+        kernels = dict.fromkeys(row.kernel for row in loaded.plan.rows if row.spec is not None)
+        log.info(
+            "--quantization %s: the name is accepted for %s; what runs is %s",
+            *(config.quantization, loaded.plan.method, "; ".join(kernels) or "dense: nothing is quantized"),
+        )
     tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
     if config.self_test is not False:
         run_self_test(config, loaded, tell, programs)
