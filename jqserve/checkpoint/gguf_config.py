@@ -40,6 +40,9 @@ BIASES = {
     "attention_bias": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
     "mlp_bias": frozenset({"gate_proj", "up_proj", "down_proj"}),
 }
+#: Fields that change yarn, behind "rope.scaling." -> config.json's key; None where it has none of that meaning.
+YARN: dict[str, str | None] = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+YARN |= dict.fromkeys(("attn_factor", "yarn_attn_factor", "yarn_ext_factor"))
 ROPE_FACTORS = "rope_freqs.weight"
 #: llama.cpp's token type of what is no text, and the names under which Llama 3 and Qwen have ends among such tokens.
 CONTROL = 3
@@ -149,6 +152,13 @@ def _scaling(fields: Fields, a: str, config: dict[str, Any], factors: np.ndarray
     if kind not in ("linear", "yarn"):
         raise fields.unsupported(f"{a}.rope.scaling.type", "none, linear, yarn")
     more = {"original_max_position_embeddings": original} if original else {}
+    for key, ours in YARN.items() if kind == "yarn" else ():
+        found = fields.number(f"{a}.rope.scaling.{key}", None)
+        if found is None:
+            continue
+        if ours is None:
+            raise fields.unsupported(f"{a}.rope.scaling.{key}", "yarn's usual magnitude")
+        more[ours] = found
     return {"rope_type": kind, "factor": factor, **more}
 
 

@@ -142,6 +142,21 @@ def test_rope_scaling_as_llama_cpp_reads_it(case: str, tmp_path: Path) -> None:
     assert (rope.kind, rope.factor) == expected
 
 
+def test_yarn_with_borders_of_its_own(tmp_path: Path) -> None:
+    """They are fields like any: dropped, every angle between would be another."""
+    fields = {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_context_length": 64,
+        "yarn_beta_fast": 16.0,
+        "yarn_beta_slow": 2.0,
+    }
+    path = g.write(tmp_path / "m.gguf", fields={f"llama.rope.scaling.{key}": value for key, value in fields.items()})
+    rope = load(path, device_put=keep_on_host).config.rope
+    assert (rope.kind, rope.factor, rope.original_max_position) == ("yarn", 4.0, 64)
+    assert dict(rope.extra) == {"beta_fast": 16.0, "beta_slow": 2.0}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError], str]] = {
     "architecture": ({"general.architecture": "mamba"}, {}, UnsupportedError, "mamba.*llama, qwen2"),
     "experts": ({"llama.expert_count": 8}, {}, UnsupportedError, "expert_count"),
@@ -171,6 +186,16 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
         {"rope_freqs.weight": ("F32", (32,), bytes(128))},
         UnsupportedError,
         "scaling.type.*yarn.*none beside rope_freqs",
+    ),
+    "a yarn of its own": (
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.yarn_attn_factor": 0.5,
+        },
+        {},
+        UnsupportedError,
+        "yarn_attn_factor: 0.5.*usual",
     ),
     "a scaling without its factor": (
         {"llama.rope.scaling.type": "yarn"},
