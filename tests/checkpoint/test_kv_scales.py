@@ -65,6 +65,10 @@ def damaged(**edits: np.ndarray | None) -> dict[str, np.ndarray]:
 
 DAMAGE = {
     "one missing": (damaged(v_scale=None), "model.layers.1.self_attn.v_scale missing"),
+    "keys alone": (
+        {name: scale for name, scale in damaged().items() if name.endswith("k_scale")},
+        r"layers\.0\.self_attn\.k_scale is there, .*layers\.0\.self_attn\.v_scale, .*layers\.1.*v_scale missing",
+    ),
     "not positive": (damaged(k_scale=np.zeros(1, np.float32)), "positive"),
     "not finite": (damaged(k_scale=np.full(1, np.nan, np.float32)), "positive and finite"),
     "one a head": (damaged(k_scale=np.ones(2, np.float32)), r"\[2\] found"),
