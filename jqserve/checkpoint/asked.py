@@ -78,11 +78,12 @@ OVERRIDES: dict[str, ActivationSpec] = {"w8a8_fp8": FP8_TOKEN, "w8a8_int8": INT8
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """online: quantize what is dense by this; activation: replaces that of every quantized module; note: for the plan
-    and the log."""
+    and the log; alias: the flag is another's name of the format, and the engine logs what runs instead."""
 
     online: Online | None = None
     activation: ActivationSpec | None = None
     note: str = ""
+    alias: bool = False
 
     def method(self, stored: str) -> str:
         """Of the model as it is loaded; stored: of the checkpoint."""
@@ -121,7 +122,7 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
         return _on_dense(flag, name, online, path)
     if name in FORMATS:
         if FORMATS[name] == method:
-            return Answer(note=_alias(flag, name, method))
+            return Answer(note=_alias(flag, name, method), alias=is_alias(name, method))
         article = "an" if FORMATS[name][0] in "aeiou" else "a"
         raise _contradiction(flag, f"{article} {FORMATS[name]} checkpoint", kinds, path)
     assert online is not None
@@ -141,6 +142,11 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
 
 def is_torchao(name: str | None) -> bool:
     return name is not None and name.startswith(TORCHAO_PREFIX)
+
+
+def is_alias(name: str | None, method: str) -> bool:
+    """Whether the flag names a kernel of other servers for the format `method`: awq_marlin for awq."""
+    return name in FORMATS and FORMATS[name] == method and name not in (method, "compressed_tensors")
 
 
 def flag_text(name: str) -> str:
@@ -193,7 +199,7 @@ def _same(spec: QuantSpec, wanted: QuantSpec | None) -> bool:
 
 
 def _alias(flag: str, name: str, method: str) -> str:
-    if name in (method, "compressed_tensors"):
+    if not is_alias(name, method):
         return f"{flag}: the checkpoint is that already"
     return f"{flag}: the checkpoint is {method}; the name is accepted, the kernels are jqserve's own (see the plan)"
 

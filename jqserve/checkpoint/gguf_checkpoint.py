@@ -55,7 +55,8 @@ class GgufCheckpoint:
                 raise CheckpointError(f"{self.path}: {ROPE_FACTORS} is not F32")
             factors = self._file.read(ROPE_FACTORS).view(np.float32)
         rows, tied = self.shape(EMBEDDING)[0], "lm_head.weight" not in self._names
-        config = config_json(str(self.path), self._file.fields, rows, tied, factors)
+        biased = frozenset(name.split(".")[-2] for name in self._names if name.endswith("_proj.bias"))
+        config = config_json(str(self.path), self._file.fields, rows, tied, factors, biased)
         return config if has_tokenizer(self._file) else {**config, **special_ids_beside(self.path)}
 
     def __enter__(self) -> GgufCheckpoint:

@@ -35,6 +35,14 @@ _INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+#: config.json's key -> the Linears of a layer that have a bias together.
+BIASES = {
+    "attention_bias": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "mlp_bias": frozenset({"gate_proj", "up_proj", "down_proj"}),
+}
+#: Fields that change yarn, behind "rope.scaling." -> config.json's key; None where it has none of that meaning.
+YARN: dict[str, str | None] = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+YARN |= dict.fromkeys(("attn_factor", "yarn_attn_factor", "yarn_ext_factor"))
 ROPE_FACTORS = "rope_freqs.weight"
 #: llama.cpp's token type of what is no text, and the names under which Llama 3 and Qwen have ends among such tokens.
 CONTROL = 3
@@ -54,9 +62,10 @@ def hf_name(name: str) -> str | None:
 
 
 def config_json(
-    where: str, raw: Mapping[str, Any], rows: int, tied: bool, factors: np.ndarray | None
+    where: str, raw: Mapping[str, Any], rows: int, tied: bool, factors: np.ndarray | None, biased: frozenset[str]
 ) -> dict[str, Any]:
-    """rows: of the embedding; factors: float32 [Dh/2] of rope_freqs, where the file has them.
+    """rows: of the embedding; factors: float32 [Dh/2] of rope_freqs, where the file has them; biased: which of a
+    layer's Linears have a bias, "q_proj", ...: no field says so.
 
     Raises UnsupportedError for what the dense decoder does not do, CheckpointError for fields that make no sense.
     """
@@ -97,8 +106,24 @@ def config_json(
     for ours, theirs in (("bos", "bos"), ("pad", "padding")):
         config[f"{ours}_token_id"] = fields.data.get(f"tokenizer.ggml.{theirs}_token_id")
     config["eos_token_id"] = _ends(fields)
+    config |= _biases(fields, names[1], biased)
     scaling = _scaling(fields, a, config, factors)
     return {**config, "rope_scaling": scaling} if scaling else config
+
+
+def _biases(fields: Fields, model_type: str, biased: frozenset[str]) -> dict[str, bool]:
+    """What config.json has where a bias is a choice: llama.cpp's "llama" covers models with and without."""
+    if model_type == "qwen2":  # always in q, k and v
+        return {}
+    found = {}
+    for key, inside in BIASES.items():
+        found[key] = bool(biased & inside)
+        if found[key] and not biased >= inside:
+            some, rest = (", ".join(sorted(names)) for names in (biased & inside, inside - biased))
+            raise UnsupportedError(
+                f"{fields.where}: {some} have a bias, {rest} none; supported in {model_type}: all of them or none"
+            )
+    return found
 
 
 def _ends(fields: Fields) -> list[Any] | None:
@@ -112,16 +137,28 @@ def _ends(fields: Fields) -> list[Any] | None:
 
 
 def _scaling(fields: Fields, a: str, config: dict[str, Any], factors: np.ndarray | None) -> dict[str, Any] | None:
+    """As llama.cpp reads it: a factor without a type is linear, and early files call it rope.scale_linear."""
+    factor = fields.number(f"{a}.rope.scaling.factor", fields.number(f"{a}.rope.scale_linear", None))
+    kind = fields.text(f"{a}.rope.scaling.type", "none" if factor in (None, 0.0, 1.0) else "linear")
     if factors is not None:
+        if kind != "none":
+            raise fields.unsupported(f"{a}.rope.scaling.type", f"none beside {ROPE_FACTORS}, which scales already")
         return _llama3(fields, config, factors)
-    kind = fields.text(f"{a}.rope.scaling.type", "none")
     if kind == "none":
         return None
-    factor = fields.number(f"{a}.rope.scaling.factor")
+    if factor is None:
+        raise fields.error(f"{a}.rope.scaling.factor", f"a number, as the type is {kind}")
     original = fields.data.get(f"{a}.rope.scaling.original_context_length")
     if kind not in ("linear", "yarn"):
         raise fields.unsupported(f"{a}.rope.scaling.type", "none, linear, yarn")
     more = {"original_max_position_embeddings": original} if original else {}
+    for key, ours in YARN.items() if kind == "yarn" else ():
+        found = fields.number(f"{a}.rope.scaling.{key}", None)
+        if found is None:
+            continue
+        if ours is None:
+            raise fields.unsupported(f"{a}.rope.scaling.{key}", "yarn's usual magnitude")
+        more[ours] = found
     return {"rope_type": kind, "factor": factor, **more}
 
 

@@ -34,6 +34,10 @@ TYPES: dict[int, tuple[str, int, int]] = {
     14: ("Q6_K", 256, 210),
     30: ("BF16", 1, 2),
 }
+#: Types that are not read, by ggml's number, so that a refusal can name them as their files do.
+OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL"}
+OTHER_TYPES |= {21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
+OTHER_TYPES |= {29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 MAX_FIELDS, MAX_TENSORS, MAX_NAME = 1 << 16, 1 << 20, 1 << 16
@@ -168,7 +172,10 @@ class GgufFile:
         kind, offset = cursor.number("I", f"the type of {name!r}"), cursor.number("Q", f"the offset of {name!r}")
         if kind not in TYPES:
             known = ", ".join(t[0] for t in TYPES.values())
-            raise UnsupportedError(f"{self.path}: tensor {name!r} has ggml type {kind}; supported: {known}")
+            raise UnsupportedError(
+                f"{self.path}: tensor {name!r} has ggml type {OTHER_TYPES.get(kind, kind)}; supported: {known}. Take "
+                "the model's Q4_K_M file, or make one: `llama-quantize F16.gguf OUT.gguf Q4_K_M`"
+            )
         word, block, width = TYPES[kind]
         if shape[-1] % block or min(shape) < 1:
             raise cursor.error(f"tensor {name!r} {list(shape)} does not consist of whole {word} blocks of {block}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +18,8 @@ from jqserve.checkpoint.fields import Fields
 from jqserve.checkpoint.gguf_config import CONTROL
 from jqserve.checkpoint.gguf_file import GgufFile
 from jqserve.errors import CheckpointError, UnsupportedError
+
+log = logging.getLogger(__name__)
 
 P = "tokenizer.ggml."
 #: llama.cpp's token types.
@@ -88,9 +91,9 @@ def write_tokenizer(file: GgufFile, out: Path) -> bool:
         return False
     fields = Fields(dict(file.fields), str(file.path))
     tokens = fields.texts(f"{P}tokens")
-    kinds = fields.data.get(f"{P}token_type") or [1] * len(tokens)
-    if not tokens or len(kinds) != len(tokens):
-        raise CheckpointError(f"{file.path}: {P}token_type has {len(kinds)} entries, {P}tokens {len(tokens)}")
+    if not tokens:
+        raise fields.error(f"{P}tokens", "at least one token")
+    kinds = _numbers(fields, "token_type", len(tokens)) or [1] * len(tokens)
     model = fields.text(f"{P}model")
     if model not in ("gpt2", "llama"):
         raise fields.unsupported(f"{P}model", "gpt2, llama; name another tokenizer with --tokenizer-path")
@@ -142,6 +145,17 @@ _SPECIAL = {
 }
 
 
+def _numbers(fields: Fields, key: str, count: int) -> list[float] | None:
+    """An array with a number for each token; None where there is no such field."""
+    found = fields.data.get(P + key)
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != count or not all(isinstance(x, int | float) for x in found):
+        kind = f"{len(found)} entries" if isinstance(found, list) else type(found).__name__
+        raise CheckpointError(f"{fields.where}: {P}{key}: found {kind}, expected {count} numbers, one a token")
+    return found
+
+
 def _token(fields: Fields, tokens: tuple[str, ...], key: str) -> str | None:
     index = fields.integer(P + key, None, minimum=0)
     if index is not None and index >= len(tokens):
@@ -156,9 +170,18 @@ def _byte_level(fields: Fields, tokens: tuple[str, ...]) -> dict[str, Any]:
             f"{fields.where}: {P}pre: {pre!r} is not supported; supported: {', '.join(PRE)}; name the original model's "
             "tokenizer with --tokenizer-path"
         )
-    merges = fields.texts(f"{P}merges")
-    if any(merge.count(" ") != 1 for merge in merges):
-        raise fields.error(f"{P}merges", "pairs of pieces")
+    merges, known = [merge.split(" ") for merge in fields.texts(f"{P}merges")], set(tokens)
+    for pair in merges:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= known:
+            raise CheckpointError(
+                f"{fields.where}: {P}merges: found {' '.join(pair)[:80]!r}, expected pairs of tokens that make a token"
+            )
+    if PRE[pre] is None and pre != "gpt-2":
+        log.warning(
+            "%s: %spre is %s: how its model cuts text is not known, GPT-2's way is taken, and other tokens than the "
+            "model has learned may come of it; name the original model's tokenizer with --tokenizer-path",
+            *(fields.where, P, repr(pre) if f"{P}pre" in fields.data else "missing"),
+        )
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": PRE[pre] is None}
     cut: Any = level
     if PRE[pre] is not None:
@@ -179,14 +202,14 @@ def _byte_level(fields: Fields, tokens: tuple[str, ...]) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": PRE[pre] == _LLAMA3,
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in merges],
+            "merges": merges,
         },
     }
 
 
 def _sentencepiece(fields: Fields, tokens: tuple[str, ...]) -> dict[str, Any]:
-    scores = fields.data.get(f"{P}scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    scores = _numbers(fields, "scores", len(tokens))
+    if scores is None:
         raise fields.error(f"{P}scores", f"{len(tokens)} numbers, one a token")
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []

@@ -35,25 +35,25 @@ class KvScales:
 
 
 def find(checkpoint: AnyCheckpoint, layers: int) -> KvScales | None:
-    """None when there are none. Raises CheckpointError where some layers have them and others do not, or for a shape
-    or dtype that no tool writes."""
-    found: list[tuple[str, str]] = []
-    without: list[str] = []
-    for layer in range(layers):
-        pair = [_one(checkpoint, layer, kind) for kind in "kv"]
-        if None in pair:
-            without.append(f"model.layers.{layer}.self_attn.{'v' if pair[0] else 'k'}_scale")
-        else:
-            found.append((str(pair[0]), str(pair[1])))
+    """None when there are none. Raises CheckpointError where some layers, or keys alone, have them and others do not,
+    or for a shape or dtype that no tool writes."""
+    pairs = [(_one(checkpoint, layer, "k"), _one(checkpoint, layer, "v")) for layer in range(layers)]
+    found = [name for pair in pairs for name in pair if name is not None]
     if not found:
         return None
+    without = [
+        f"model.layers.{layer}.self_attn.{kind}_scale"
+        for layer, pair in enumerate(pairs)
+        for kind, name in zip("kv", pair)
+        if name is None
+    ]
     if without:
         more = f" and {len(without) - 3} more" if len(without) > 3 else ""
         raise CheckpointError(
-            f"{checkpoint.path}: {found[0][0]} is there, {', '.join(without[:3])}{more} missing: every layer's "
+            f"{checkpoint.path}: {found[0]} is there, {', '.join(without[:3])}{more} missing: every layer's "
             "keys and values have a scale, or none"
         )
-    return KvScales(tuple(found))
+    return KvScales(tuple((str(k), str(v)) for k, v in pairs))
 
 
 def _one(checkpoint: AnyCheckpoint, layer: int, kind: str) -> str | None:

@@ -81,7 +81,7 @@ def read_plan(
     plan = Asked(stored, asked, activations == "none")
     taken = ((slot.name, slot.n, slot.k) for slot in slots if isinstance(plan.scheme(slot.name), Online))
     check_something_fits(asked.online, taken, checkpoint.path)
-    if asked.note:
+    if asked.note and not asked.alias:
         log.info("%s", asked.note)
     return config, generation, plan, asked.note
 

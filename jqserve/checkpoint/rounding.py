@@ -1,8 +1,9 @@
 """Round-to-nearest quantizers: [N, K] of a float dtype -> (qvalue, scale, zero_point or None), canonical.
 
-Pure array code for numpy and, under jit, for the device. Our own rules give the same bits on both. torchao's round to
-the weight's dtype on the way: for bfloat16 the bits are torchao's on both, for float16 and float32 they are on the
-host, and XLA's divisions may be a bit off on the device.
+Pure array code for numpy and, under jit, for the device. The scales of our own rules are the same bits on both; a
+compiler that makes w * (1 / scale) of w / scale, as XLA's for CPUs does, puts a few codes in 10,000 on the other side
+of a tie. torchao's rules round to the weight's dtype on the way: for bfloat16 the scales are torchao's on both, for
+float16 and float32 they are on the host, and XLA's divisions may be a bit off on the device.
 """
 
 from __future__ import annotations

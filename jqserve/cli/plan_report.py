@@ -95,13 +95,14 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     weights = sum(row.bytes for row in rows) + found.vectors
     read = bytes_read(found.plan, weights)
     problems = [p for row in rows for p in _cuts(row, config, n)] if n > 1 else []
-    per_gpu = weights if n == 1 else -(-sum(row.bytes for row in rows) // n) + found.vectors
+    kv_parts = _kv_parts(config, n)
+    shared = sum(row.bytes for row in rows)
+    repeated = sum(round(row.bytes * _kv_share(row, config) * (1 / kv_parts - 1 / n)) for row in rows)
+    per_gpu = weights if n == 1 else -(-shared // n) + repeated + found.vectors
     peak_device, peak_host = found.peak_bytes(per_gpu)
     dtype = kv_dtype(asked.kv_dtype, config.dtype, found.kv_scaled)
     page = asked.page_size or defaults_for(KNOWN_DEVICES[name].platform).page_size
     shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
-    # A GPU holds its share of the KV heads; where there are more GPUs than heads, one head, repeated.
-    kv_parts = n if config.kv_heads % n == 0 else config.kv_heads if n % config.kv_heads == 0 else 1
     kv_token = shape.page_bytes // page // kv_parts
     free = memory * asked.mem_fraction_static - per_gpu - RESERVE
     tokens = asked.num_pages * page if asked.num_pages else max(0, int(free // kv_token))
@@ -125,10 +126,37 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     }
 
 
+def _kv_parts(config: ModelConfig, n: int) -> int:
+    """A GPU holds its share of the KV heads; where there are more GPUs than heads, one head, repeated."""
+    return n if config.kv_heads % n == 0 else config.kv_heads if n % config.kv_heads == 0 else 1
+
+
+def _kv_share(row: PlanRow, config: ModelConfig) -> float:
+    """The part of a module's rows that belongs to KV heads."""
+    part = {"qkv": 2 * config.kv_heads / (config.heads + 2 * config.kv_heads), "k": 1.0, "v": 1.0}
+    return part.get(row.path.rpartition(".")[2], 0.0)
+
+
+def _cut_blocks(row: PlanRow, config: ModelConfig, n: int) -> list[str]:
+    """Scales of blocks of rows (fp8's 128x128) split only where a block ends."""
+    block, tail = (row.spec.group_shape[0] if row.spec else 1), row.path.rpartition(".")[2]
+    if block in (1, row.shape[0]):
+        return []
+    kv = config.kv_heads * config.head_dim // _kv_parts(config, n)
+    parts = {
+        "qkv": [config.heads * config.head_dim // n, kv],
+        "k": [kv],
+        "v": [kv],
+        "gate_up": [row.shape[0] // 2 // n],
+    }
+    rows = parts.get(tail, [row.shape[0] // n] if tail in ("q", "gate", "up", "lm_head") else [])
+    return [f"{tail}: {m} output features a GPU do not end with a block of {block}" for m in rows if m % block]
+
+
 def _cuts(row: PlanRow, config: ModelConfig, n: int) -> list[str]:
     """Why a module cannot be split over n GPUs as Megatron does: q, k, v, gate, up by rows, o and down by columns."""
     tail = row.path.rpartition(".")[2]
-    found = []
+    found = _cut_blocks(row, config, n)
     if tail in ("qkv", "q", "k", "v"):
         if config.heads % n:
             found.append(f"{config.heads} heads do not split over {n} GPUs")

@@ -74,17 +74,24 @@ def slow_pages(shape: CacheShape, device: Device) -> str | None:
 
 
 def cache_shape(config: ModelConfig, *, page_size: int, pages: int, dtype: str) -> CacheShape:
-    """`dtype` "auto" takes the model's compute dtype, given then by the caller. `pages` usable ones."""
-    if dtype not in KV_DTYPES:
-        raise UnsupportedError(f"KV dtype {dtype!r} is not supported; supported: auto, {', '.join(KV_DTYPES)}")
+    """`dtype`: what `kv_dtype` gives. `pages` usable ones."""
     return CacheShape(config.layers, pages + 1, config.kv_heads, page_size, config.head_dim, dtype)
 
 
 def kv_dtype(asked: str, computed: str, scaled: bool) -> str:
-    """--kv-cache-dtype: "auto" is what the checkpoint asks for, fp8 where it has scales, else the compute dtype."""
+    """--kv-cache-dtype: "auto" is what the checkpoint asks for, fp8 where it has scales, else the compute dtype.
+
+    Raises UnsupportedError for a name that there is not.
+    """
     if asked == "auto":
         return "fp8_e4m3" if scaled else computed
-    return ALIASES.get(asked, asked)
+    dtype = ALIASES.get(asked, asked)
+    if dtype not in KV_DTYPES:
+        raise UnsupportedError(
+            f"--kv-cache-dtype {asked} is not supported; supported: auto, {', '.join(KV_DTYPES)} "
+            f"({', '.join(ALIASES)} are taken for them)"
+        )
+    return dtype
 
 
 def kv_source(dtype: str, scaled: bool) -> str:

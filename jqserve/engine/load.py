@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 
+from jqserve.checkpoint.asked import is_alias
 from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
 from jqserve.checkpoint.open import is_store, open_checkpoint
 from jqserve.checkpoint.opening import read_configs
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
+from jqserve.engine.cache import kv_dtype
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.compile_cache import (
     ProgramCache,
@@ -56,6 +58,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
             f"the engine's own process sets that. Start this program with XLA_FLAGS={NO_COMMAND_BUFFERS}, or serve "
             "with jqserve-server --frontend process"
         )
+    kv_dtype(config.kv_dtype, "", False)  # a wrong name is refused now, not when the weights are loaded
     tell: Report = report or (lambda stage, text, detail: None)
     programs = choose_folder(config.compilation_cache_dir, jax.default_backend())
     use_jax_cache(programs)
@@ -63,6 +66,12 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     loaded = read_checkpoint(config, tell)
     load_seconds, loading = time.perf_counter() - began, peaks(jax.devices()[0])
     loaded = with_kernel_plan(config, loaded)
+    if is_alias(config.quantization, loaded.plan.method):
+        kernels = dict.fromkeys(row.kernel for row in loaded.plan.rows if row.spec is not None)
+        log.info(
+            "--quantization %s: the name is accepted for %s; what runs is %s",
+            *(config.quantization, loaded.plan.method, "; ".join(kernels) or "dense: nothing is quantized"),
+        )
     tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
     if config.self_test is not False:
         run_self_test(config, loaded, tell, programs)

@@ -36,7 +36,8 @@ def self_test(
     rows: tuple[int, ...],
     compile_program: Compile = lambda name, lower: lower().compile(),
 ) -> Iterator[str]:
-    """Tests the first weight of each distinct spec with inputs [M, K] of every M in `rows`; yields a line for each.
+    """Tests the first weight of each distinct spec, permuted or not, of each dtype of scales, with inputs [M, K] of
+    every M in `rows`; yields a line for each.
 
     weights  (path, weight in kernel layout, on the device); dtype: of the activations; compile_program: may keep them.
     Raises EngineFailedError naming the module, the kernel and the difference. Takes, for a moment, a float32 copy of
@@ -44,7 +45,8 @@ def self_test(
     """
     first: dict[Any, tuple[str, QuantizedTensor]] = {}
     for path, weight in weights:
-        first.setdefault(weight.spec, (path, weight))
+        leaves, kind = jax.tree.flatten(weight)  # kind has the spec, and which of perm and the zeros there are
+        first.setdefault((kind, tuple(str(leaf.dtype) for leaf in leaves)), (path, weight))
     with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() or 1), "self-test") as pool:
         tests = [
             (

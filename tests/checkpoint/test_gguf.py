@@ -106,6 +106,57 @@ def test_llama3_rope_from_its_factors(tmp_path: Path) -> None:
         load(path)
 
 
+def test_biases_of_a_llama(tmp_path: Path) -> None:
+    """No field tells of them, their tensors do; those of q and k are in llama.cpp's order of rows, as the weights."""
+    rng = np.random.default_rng(2)
+    attn = {"q": g.HIDDEN, "k": 128, "v": 128, "output": g.HIDDEN}
+    mlp = {"gate": g.FFN, "up": g.FFN, "down": g.HIDDEN}
+    tensors = {f"blk.0.attn_{x}.bias": g.floats(rng, n) for x, n in attn.items()}
+    tensors |= {f"blk.0.ffn_{x}.bias": g.floats(rng, n) for x, n in mlp.items()}
+    loaded = load(g.write(tmp_path / "m.gguf", **tensors), dtype="float32", device_put=keep_on_host)
+    value = {name: np.frombuffer(data, np.float32) for name, (_, _, data) in tensors.items()}
+    q, k = (unpaired(value[f"blk.0.attn_{x}.bias"], heads) for x, heads in (("q", g.HEADS), ("k", g.KV)))
+    layer = loaded.params["layers"]["0"]
+    np.testing.assert_array_equal(layer["attn"]["qkv"]["bias"], np.concatenate([q, k, value["blk.0.attn_v.bias"]]))
+    np.testing.assert_array_equal(layer["attn"]["o"]["bias"], value["blk.0.attn_output.bias"])
+    both = [value["blk.0.ffn_gate.bias"], value["blk.0.ffn_up.bias"]]
+    np.testing.assert_array_equal(layer["mlp"]["gate_up"]["bias"], np.concatenate(both))
+    np.testing.assert_array_equal(layer["mlp"]["down"]["bias"], value["blk.0.ffn_down.bias"])
+
+
+SCALINGS: dict[str, tuple[dict[str, Any], tuple[str, float]]] = {
+    "nothing": ({}, ("default", 1.0)),
+    "a type and its factor": ({"scaling.type": "linear", "scaling.factor": 4.0}, ("linear", 4.0)),
+    "a factor alone": ({"scaling.factor": 4.0}, ("linear", 4.0)),
+    "an early file": ({"scale_linear": 4.0}, ("linear", 4.0)),
+    "none, whatever the factor": ({"scaling.type": "none", "scaling.factor": 4.0}, ("default", 1.0)),
+    "a factor of one": ({"scaling.factor": 1.0}, ("default", 1.0)),
+}
+
+
+@pytest.mark.parametrize("case", SCALINGS)
+def test_rope_scaling_as_llama_cpp_reads_it(case: str, tmp_path: Path) -> None:
+    fields, expected = SCALINGS[case]
+    path = g.write(tmp_path / "m.gguf", fields={f"llama.rope.{key}": value for key, value in fields.items()})
+    rope = load(path, device_put=keep_on_host).config.rope
+    assert (rope.kind, rope.factor) == expected
+
+
+def test_yarn_with_borders_of_its_own(tmp_path: Path) -> None:
+    """They are fields like any: dropped, every angle between would be another."""
+    fields = {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_context_length": 64,
+        "yarn_beta_fast": 16.0,
+        "yarn_beta_slow": 2.0,
+    }
+    path = g.write(tmp_path / "m.gguf", fields={f"llama.rope.scaling.{key}": value for key, value in fields.items()})
+    rope = load(path, device_put=keep_on_host).config.rope
+    assert (rope.kind, rope.factor, rope.original_max_position) == ("yarn", 4.0, 64)
+    assert dict(rope.extra) == {"beta_fast": 16.0, "beta_slow": 2.0}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError], str]] = {
     "architecture": ({"general.architecture": "mamba"}, {}, UnsupportedError, "mamba.*llama, qwen2"),
     "experts": ({"llama.expert_count": 8}, {}, UnsupportedError, "expert_count"),
@@ -124,6 +175,40 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
         r"\[4\] found, \[256\]",
     ),
     "one of several parts": ({"split.count": 2}, {}, UnsupportedError, "split.count.*gguf-split --merge"),
+    "a type that is not read": (
+        {},
+        {"blk.0.attn_q.weight": ("IQ4_XS", (g.HIDDEN, g.HIDDEN), bytes(g.HIDDEN * 136))},
+        UnsupportedError,
+        "IQ4_XS; supported.*Q4_K.*llama-quantize",
+    ),
+    "two scalings of rope": (
+        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+        {"rope_freqs.weight": ("F32", (32,), bytes(128))},
+        UnsupportedError,
+        "scaling.type.*yarn.*none beside rope_freqs",
+    ),
+    "a yarn of its own": (
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.yarn_attn_factor": 0.5,
+        },
+        {},
+        UnsupportedError,
+        "yarn_attn_factor: 0.5.*usual",
+    ),
+    "a scaling without its factor": (
+        {"llama.rope.scaling.type": "yarn"},
+        {},
+        CheckpointError,
+        "scaling.factor: found nothing.*yarn",
+    ),
+    "biases in q, k and v alone": (
+        {},
+        {f"blk.0.attn_{x}.bias": ("F32", (n,), bytes(4 * n)) for x, n in (("q", 256), ("k", 128), ("v", 128))},
+        UnsupportedError,
+        "k_proj, q_proj, v_proj have a bias, o_proj none.*all of them or none",
+    ),
     "half a head": ({"llama.rope.dimension_count": 32}, {}, UnsupportedError, "dimension_count"),
 }
 
@@ -320,3 +405,44 @@ def test_a_tokenizer_of_another_kind_is_named(tmp_path: Path) -> None:
     fields = {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"]}
     with pytest.raises(UnsupportedError, match=r"t5.*--tokenizer-path"):
         write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+
+
+BYTES = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.merges": ["a b"],
+}
+PIECES = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["a", "b", "ab"],
+    "tokenizer.ggml.scores": [0.0, -1.0, -2.0],
+}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a merge of no token": ({**BYTES, "tokenizer.ggml.merges": ["a b", "a c"]}, r"merges: found 'a c', expected pairs"),
+    "a merge that makes no token": ({**BYTES, "tokenizer.ggml.merges": ["b a"]}, r"merges: found 'b a'"),
+    "a merge of one": ({**BYTES, "tokenizer.ggml.merges": ["ab"]}, r"merges: found 'ab'"),
+    "one type": ({**BYTES, "tokenizer.ggml.token_type": 1}, r"token_type: found int, expected 3 numbers"),
+    "types of others": ({**BYTES, "tokenizer.ggml.token_type": [1, 1]}, r"token_type: found 2 entries, expected 3"),
+    "scores in words": (
+        {**PIECES, "tokenizer.ggml.scores": ["a", "b", "c"]},
+        r"scores: found 3 entries, expected 3 num",
+    ),
+    "no scores": ({k: v for k, v in PIECES.items() if "scores" not in k}, r"scores: found nothing, expected 3 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_fields_that_make_no_tokenizer_are_named(case: str, tmp_path: Path) -> None:
+    fields, words = WRONG[case]
+    with pytest.raises(CheckpointError, match=words):
+        write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+
+
+@pytest.mark.parametrize(("pre", "words"), [(None, "pre is missing"), ("default", "pre is 'default'"), ("gpt-2", "")])
+def test_an_unknown_way_to_cut_text_is_warned_of(
+    pre: str | None, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {k: v for k, v in BYTES.items() if not k.endswith("pre")} | ({"tokenizer.ggml.pre": pre} if pre else {})
+    assert write_tokenizer(GgufFile(g.write(tmp_path / "m.gguf", fields=fields)), tmp_path)
+    assert words in caplog.text and ("--tokenizer-path" in caplog.text) == bool(words)

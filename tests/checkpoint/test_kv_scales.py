@@ -15,7 +15,9 @@ from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.kv_scales import NAMES
 from jqserve.engine.cache import kv_dtype, kv_source
-from jqserve.errors import CheckpointError
+from jqserve.engine.config import EngineConfig
+from jqserve.engine.load import load_engine
+from jqserve.errors import CheckpointError, UnsupportedError
 from tests.checkpoint import files, tiny
 
 
@@ -63,6 +65,10 @@ def damaged(**edits: np.ndarray | None) -> dict[str, np.ndarray]:
 
 DAMAGE = {
     "one missing": (damaged(v_scale=None), "model.layers.1.self_attn.v_scale missing"),
+    "keys alone": (
+        {name: scale for name, scale in damaged().items() if name.endswith("k_scale")},
+        r"layers\.0\.self_attn\.k_scale is there, .*layers\.0\.self_attn\.v_scale, .*layers\.1.*v_scale missing",
+    ),
     "not positive": (damaged(k_scale=np.zeros(1, np.float32)), "positive"),
     "not finite": (damaged(k_scale=np.full(1, np.nan, np.float32)), "positive and finite"),
     "one a head": (damaged(k_scale=np.ones(2, np.float32)), r"\[2\] found"),
@@ -85,3 +91,11 @@ def test_the_dtype_and_its_source() -> None:
     assert "of the checkpoint" in kv_source("fp8_e4m3", True) and "1.0" in kv_source("fp8_e5m2", False)
     assert "not used" in kv_source("bfloat16", True) and kv_source("bfloat16", False) == ""
     assert ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max == 448
+
+
+def test_a_dtype_that_there_is_not_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    told: list[str] = []
+    config = EngineConfig(model_path=str(tiny.make(tmp_path).path), kv_dtype="int8")
+    with pytest.raises(UnsupportedError, match=r"--kv-cache-dtype int8.*fp8_e4m3, fp8_e5m2 \(bf16"):
+        load_engine(config, lambda stage, text, detail: told.append(text))
+    assert told == []

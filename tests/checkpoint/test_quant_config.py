@@ -164,6 +164,40 @@ REFUSED: dict[str, tuple[Any, type[JqserveError], tuple[str, ...]]] = {
         UnsupportedError,
         ("act_mapping_type", "SYMMETRIC"),
     ),
+    "torchao inputs per tensor, weights per row": (
+        m.torchao(
+            "Int8DynamicActivationInt8WeightConfig",
+            granularity=[{"_type": "PerTensor", "_data": {}}, {"_type": "PerRow", "_data": {"dim": -1}}],
+        ),
+        UnsupportedError,
+        ("granularity", "PerTensor", "the same"),
+    ),
+    "torchao 7 bits": (
+        m.torchao("Int8DynamicActivationInt8WeightConfig", reduce_range=True),
+        UnsupportedError,
+        ("reduce_range", "True", "null or false"),
+    ),
+    "torchao clamps inputs": (
+        m.torchao("Float8DynamicActivationFloat8WeightConfig", activation_value_ub=3.0),
+        UnsupportedError,
+        ("activation_value_ub", "3.0", "null"),
+    ),
+    "torchao e5m2 inputs": (
+        m.torchao(
+            "Float8DynamicActivationFloat8WeightConfig",
+            activation_dtype={"_type": "torch.dtype", "_data": "float8_e5m2"},
+        ),
+        UnsupportedError,
+        ("activation_dtype", "float8_e5m2", "float8_e4m3fn"),
+    ),
+    "torchao fp8 packed for one kernel": (
+        m.torchao(
+            "Float8DynamicActivationFloat8WeightConfig",
+            packing_format={"_type": "Float8PackingFormat", "_data": "SPARSE_CUTLASS"},
+        ),
+        UnsupportedError,
+        ("packing_format", "SPARSE_CUTLASS", "PLAIN"),
+    ),
     "not an object": ("gptq", CheckpointError, ("quantization_config", "object")),
     "awq gemv": (c.awq(version="gemv"), UnsupportedError, ("version", "gemv", "gemm")),
     "awq 8 bit": (c.awq(bits=8), UnsupportedError, ("bits", "8", "4")),

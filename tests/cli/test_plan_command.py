@@ -27,6 +27,7 @@ from jqserve.engine.load import load_engine
 from jqserve.ops.kernels import GENERIC
 from tests.checkpoint import configs, gguf_files, tiny
 from tests.checkpoint.flag_table import CHECKPOINTS
+from tests.checkpoint.tiny_more import blocks
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 256}
 
@@ -141,6 +142,26 @@ def test_a_split_that_cuts_a_group_is_said(demo_dir: Path, capsys: pytest.Captur
     assert two["tp"]["problems"] == [] and two["tp"]["bytes_per_gpu"] < 0.6 * two["weight_bytes"]
     assert any("groups of 128" in problem and problem.startswith("o:") for problem in three["tp"]["problems"])
     assert any("heads" in warning for warning in three["warnings"])
+
+
+def test_a_split_that_cuts_a_block_of_scales_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """256 rows of q are two blocks of 128, for two GPUs and not for four; 512 of gate are four."""
+    sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4)
+    made = tiny.make(tmp_path, blocks(), configs.fp8(weight_block_size=[128, 128]), **sizes)
+    one, two, four = (planned(capsys, made.path, "--tp", n)["tp"]["problems"] for n in (1, 2, 4))
+    assert one == [] and two == []
+    assert "qkv: 64 output features a GPU do not end with a block of 128" in four
+    assert not any(problem.startswith("gate_up") for problem in four)
+    assert any(p.startswith("gate_up: 64 output") for p in planned(capsys, made.path, "--tp", 8)["tp"]["problems"])
+
+
+def test_kv_heads_that_are_repeated_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two KV heads on four GPUs: each holds one whole head's rows of k and of v, and a quarter of all the rest."""
+    made = tiny.make(tmp_path)
+    found = planned(capsys, made.path, "--tp", 4, "--dtype", "bfloat16")
+    vectors = 2 * 128 * (2 * 2 + 1)
+    rest = 64 * 128 + 2 * (128 * 128 * 2 + 3 * 128 * 256)
+    assert found["tp"]["bytes_per_gpu"] == 2 * rest // 4 + 2 * 2 * (2 * 32 * 128) + vectors
 
 
 def test_flags_and_dense_modules(fixtures_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

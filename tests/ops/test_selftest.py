@@ -60,6 +60,16 @@ def test_one_weight_of_each_spec_is_tested() -> None:
     assert [line.partition(":")[0] for line in selftest.self_test(several, "float32", (4,))] == ["layers.0", "head"]
 
 
+def test_what_the_spec_does_not_say_makes_another_kernel_too() -> None:
+    """An act-order weight takes x[:, perm], and scales of another dtype another program."""
+    plain = weight("uint4")
+    permuted = plain.replace(perm=jnp.asarray(np.random.default_rng(1).permutation(256), jnp.int32))
+    half = plain.replace(scale=plain.scale.astype(jnp.float16))
+    assert permuted.spec == plain.spec == half.spec and plain.perm is None and plain.scale.dtype != jnp.float16
+    several = [("a", plain), ("b", permuted), ("c", permuted), ("d", half), ("e", plain)]
+    assert [line.partition(":")[0] for line in selftest.self_test(several, "float32", (4,))] == ["a", "b", "d"]
+
+
 def test_where_only_references_run_there_is_nothing_to_test() -> None:
     found = [("a", weight("uint4"))]
     assert not selftest.worth_testing(found, "bfloat16", (16,))

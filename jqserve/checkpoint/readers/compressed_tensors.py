@@ -127,7 +127,7 @@ class EightBit(Scheme):
         if self.asymmetric_input and self.activation != NO_ACTIVATION:
             raise UnsupportedError(
                 f"{where}: its input is quantized with a zero point (asymmetric), which is not supported; supported: "
-                "symmetric inputs, or `--activations none` where a command has it"
+                "symmetric inputs; `--activations none` (of jqserve-server, too) leaves all inputs in 16 bits instead"
             )
         if self.group_size > 0 and k % self.group_size:
             raise CheckpointError(f"{where}: {k} in features are not a multiple of group_size {self.group_size}")

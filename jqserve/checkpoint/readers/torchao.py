@@ -4,6 +4,7 @@ its scales (FORMATS.md section 6; torchao 0.18, quantize_/workflows)."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -150,6 +151,7 @@ class TorchaoPlan:
 
 
 def _scheme(chosen: Fields, data: Fields) -> Scheme:
+    _plain(data)
     match chosen.text("_type"):
         case "Int8WeightOnlyConfig":
             if data.data.get("group_size") is not None:
@@ -179,11 +181,32 @@ def _scheme(chosen: Fields, data: Fields) -> Scheme:
     )
 
 
+#: Settings under which torchao computes otherwise than the kernels here: key -> what is served, the default first.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "reduce_range": (None, False),  # int8 inputs in 7 bits
+    "activation_value_lb": (None,),
+    "activation_value_ub": (None,),
+    "activation_dtype": (None, "float8_e4m3fn"),
+    "weight_dtype": (None, "float8_e4m3fn"),
+    "packing_format": (None, "PLAIN"),
+}
+
+
+def _plain(data: Fields) -> None:
+    """Raises UnsupportedError for a setting that would change the numbers and that nothing here heeds."""
+    for key, served in PLAIN.items():
+        value = data.data.get(key)
+        if isinstance(value, dict):  # an enum or a dtype: {"_type": ..., "_data": its name}
+            value = value.get("_data")
+        if value not in served:
+            raise data.unsupported(key, " or ".join(v if isinstance(v, str) else json.dumps(v) for v in served))
+
+
 def _per_tensor(data: Fields) -> bool:
-    """Of the weight: `granularity` is one, or [activation's, weight's]; the default is a row."""
+    """Of the weight: `granularity` is one, or [activation's, weight's], which must be alike; the default is a row."""
     value = data.data.get("granularity")
-    last = value[-1] if isinstance(value, list) and value else value
-    kind = last.get("_type") if isinstance(last, dict) else last
-    if kind not in (None, "PerRow", "PerTensor"):
-        raise data.unsupported("granularity", "PerRow, PerTensor")
-    return kind == "PerTensor"
+    both = value if isinstance(value, list) and value else [value]
+    kinds = [one.get("_type") if isinstance(one, dict) else one for one in both]
+    if any(kind not in (None, "PerRow", "PerTensor") or kind != kinds[0] for kind in kinds):
+        raise data.unsupported("granularity", "PerRow, PerTensor, the same for weights and inputs")
+    return kinds[0] == "PerTensor"
