@@ -12,7 +12,15 @@ import numpy as np
 
 
 def bits_at(words: np.ndarray, index: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Field `index` along `axis` of int32 words that hold 32 / bits fields each, the low bits first."""
+    """Field `index` along `axis` of int32 words that hold 32 / bits fields each, the low bits first; of 3 bits, 32 in
+    three words: 10, one across, 10, one across, 10."""
+    if bits == 3:
+        bit = 3 * (index % 32)
+        low = np.take(words.astype(np.int64) & 0xFFFFFFFF, index // 32 * 3 + bit // 32, axis=axis)
+        high = np.take(words.astype(np.int64) & 0xFFFFFFFF, index // 32 * 3 + np.minimum(bit // 32 + 1, 2), axis=axis)
+        shape = [1] * words.ndim
+        shape[axis] = -1
+        return ((low | high << 32) >> (bit % 32).reshape(shape)) & 7
     per = 32 // bits
     word = np.take(words.astype(np.int64) & 0xFFFFFFFF, index // per, axis=axis)
     shape = [1] * words.ndim
@@ -38,6 +46,8 @@ def gptq(t: dict[str, np.ndarray], bits: int, v2: bool) -> np.ndarray:
     if not v2:
         words = (words + sum(1 << (bits * i) for i in range(32 // bits))) % (1 << 32)
     z = bits_at(words, np.arange(n), bits, 1)
+    if bits == 3 and not v2:
+        z = (bits_at(t["qzeros"], np.arange(n), bits, 1) + 1) % 8
     g = t["g_idx"].astype(np.int64)
     return ((q - z[g]).astype(np.float32) * t["scales"].astype(np.float32)[g]).T
 

@@ -39,6 +39,7 @@ CHECKPOINTS: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
     "GPTQ 4-bit, groups of 32, act-order": (tiny.gptq(4, 32, desc_act=True), c.gptq(4, 32, desc_act=True)),
     "GPTQ 4-bit, zero points": (tiny.gptq(4, 128, False), c.gptq(4, 128, False)),
     "GPTQ 8-bit": (tiny.gptq(8), c.gptq(8)),
+    "GPTQ 3-bit": (tiny.gptq(3), c.gptq(3)),
     "GPTQ 4-bit, `dynamic` overrides to 8": (tiny.gptq(8), c.gptq(dynamic={r"+:.*_proj": {"bits": 8}})),
     "GPTQ in Marlin's layout": (m.marlin(128), c.gptq(checkpoint_format="marlin", format="marlin")),
     "compressed-tensors W4A16": (tiny.packed(), c.compressed("pack-quantized", c.weights(4, "int", "group", 128))),

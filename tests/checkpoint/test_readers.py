@@ -47,7 +47,7 @@ CASES: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
             tiny.gptq(bits, group, sym, v2=v2),
             c.gptq(bits, group, sym, v2=v2),
         )
-        for bits in (4, 8)
+        for bits in (2, 3, 4, 8)
         for group in (-1, 32, 64, 128)
         for sym in (True, False)
         for v2 in (False, True)
@@ -57,6 +57,8 @@ CASES: dict[str, tuple[tiny.Maker, dict[str, Any] | None]] = {
         tiny.gptq(8, 64, False, desc_act=True, v2=True),
         c.gptq(8, 64, False, desc_act=True, v2=True),
     ),
+    "gptq 3 bit act-order": (tiny.gptq(3, 32, desc_act=True), c.gptq(3, 32, desc_act=True)),
+    "gptq 2 bit act-order asym": (tiny.gptq(2, 64, False, desc_act=True), c.gptq(2, 64, False, desc_act=True)),
     "gptq act-order with one group": (tiny.gptq(4, -1), c.gptq(4, -1, desc_act=True)),
     "gptq without g_idx": (tiny.gptq(g_idx="no"), c.gptq()),
     "gptq, g_idx all -1": (tiny.gptq(g_idx="minus one"), c.gptq()),

@@ -51,9 +51,19 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def pack(values: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Unsigned fields -> int32 words, the low bits first, along `axis`; the tail is padded with zero bits."""
+    """Unsigned fields -> int32 words, the low bits first, along `axis`; the tail is padded with zero bits.
+
+    3 bits: 32 fields in three words, without gaps.
+    """
     per = 32 // bits
     values = np.moveaxis(values.astype(np.uint64), axis, 0)
+    if bits == 3:
+        stream = np.stack([values >> np.uint64(i) & np.uint64(1) for i in range(3)], axis=1).reshape(
+            -1, values.shape[1]
+        )
+        words = np.packbits(stream.astype(np.uint8), axis=0, bitorder="little")  # [4 * words, ...] bytes
+        words = np.ascontiguousarray(words.T).view(np.int32).T
+        return np.ascontiguousarray(np.moveaxis(words, 0, axis))
     short = -len(values) % per
     values = np.concatenate([values, np.zeros((short, *values.shape[1:]), np.uint64)])
     words = np.zeros((len(values) // per, *values.shape[1:]), np.uint64)
@@ -83,8 +93,8 @@ def gptq(
         index = np.arange(k) // size
         if desc_act:
             index = np.random.default_rng(k).permutation(index)  # the same for q, k and v, as in real files
-        words = pack(z, bits, 1).view(np.uint32)
-        if not v2:
+        words = pack(z if v2 or bits != 3 else (z - 1) % 8, bits, 1).view(np.uint32)
+        if not v2 and bits != 3:
             words = words - np.uint32(sum(1 << (bits * i) for i in range(32 // bits)))
         tensors = {"qweight": pack(q, bits, 0), "qzeros": words.view(np.int32), "scales": s}
         if g_idx == "yes":

@@ -1,4 +1,7 @@
-"""GPTQ as gptqmodel and AutoGPTQ store it (FORMATS.md section 2): 4 or 8 bit, packed along K, zeros along N."""
+"""GPTQ as gptqmodel and AutoGPTQ store it (FORMATS.md section 2): 2, 3, 4 or 8 bit, packed along K, zeros along N.
+
+2 and 3 bits have no kernel of their own: their values are held as 4-bit ones, exactly, and run as such.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,11 @@ from jqserve.checkpoint.scheme import (
 )
 from jqserve.errors import CheckpointError
 from jqserve.quant import QuantSpec
+from jqserve.quant.packing import pack_uint4
 
-#: What v1 subtracted from each word, by bits: one from every field, with borrows between them.
-V1_ONES = {4: 0x11111111, 8: 0x01010101}
+#: What v1 subtracted from each word, by bits: one from every field, with borrows between them. Of 3 bits, whose fields
+#: cross words, each field by itself (gptqmodel 7: `_shift_gptq_qzeros`).
+V1_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 FORMATS = ("gptq", "gptq_v2", "marlin")
 
 
@@ -44,20 +49,20 @@ class Gptq(Scheme):
 
     @property
     def method(self) -> str:
-        return "gptq"
+        return "gptq" if self.bits >= 4 else f"gptq of {self.bits} bits, held in 4"
 
     def _group(self, k: int) -> int:
         return k if self.group_size == -1 else self.group_size
 
     def spec(self, n: int, k: int) -> QuantSpec:
         return QuantSpec(
-            "uint4" if self.bits == 4 else "uint8", (n, k), (1, self._group(k)), "none" if self.sym else "int"
+            "uint8" if self.bits == 8 else "uint4", (n, k), (1, self._group(k)), "none" if self.sym else "int"
         )
 
     def check(self, where: str, n: int, k: int) -> None:
-        per_word = 32 // self.bits
-        if n % per_word or k % per_word:
-            raise CheckpointError(f"{where}: {self.bits}-bit GPTQ packs {per_word} values a word, found [{n}, {k}]")
+        count, words = (32, "three words") if self.bits == 3 else (32 // self.bits, "a word")
+        if n % count or k % count:
+            raise CheckpointError(f"{where}: {self.bits}-bit GPTQ packs {count} values {words}, found [{n}, {k}]")
 
     def needs(self, n: int, k: int) -> dict[str, Need]:
         groups, bits = group_count(k, self._group(k)), self.bits
@@ -70,19 +75,21 @@ class Gptq(Scheme):
 
     def prepare(self, where: str, raw: Mapping[str, np.ndarray], n: int, k: int) -> Prepared:
         finite(where, "scales", raw["scales"])
-        zeros = raw["qzeros"].view(np.uint32)
-        if not self.v2:  # word-wise, as it was subtracted: a zero of 0 had borrowed from its neighbour
-            zeros = zeros + np.uint32(V1_ONES[self.bits])
+        words = raw["qzeros"].view(np.uint32)
+        if not self.v2 and self.bits in V1_ONES:  # word-wise: a zero of 0 had borrowed from its neighbour
+            words = words + np.uint32(V1_ONES[self.bits])
+        zeros = _fields(words, self.bits)
+        if not self.v2 and self.bits == 3:
+            zeros = (zeros + 1) & 7
         arrays: Arrays = {"qweight": raw["qweight"], "scales": raw["scales"]}
         if self.sym:
-            middle = np.uint32(V1_ONES[self.bits] << (self.bits - 1))
+            middle = 1 << (self.bits - 1)
             wrong = zeros[zeros != middle]
             if wrong.size:
-                found, expected = f"0x{int(wrong[0]):08x}", f"0x{int(middle):08x}"
                 raise CheckpointError(
-                    f"{where}.qzeros: the config says sym, so every zero point is {1 << (self.bits - 1)} (words "
-                    f"{expected}), but read as {'gptq_v2' if self.v2 else 'gptq (v1)'} a word is {found}; is "
-                    f"checkpoint_format (gptq | gptq_v2) or sym wrong?"
+                    f"{where}.qzeros: the config says sym, so every zero point is {middle}, but read as "
+                    f"{'gptq_v2' if self.v2 else 'gptq (v1)'} one is {int(wrong[0])}; is checkpoint_format (gptq | "
+                    "gptq_v2) or sym wrong?"
                 )
         else:
             arrays["zeros"] = zeros
@@ -92,16 +99,35 @@ class Gptq(Scheme):
     def decode(self, arrays: Arrays, n: int, k: int) -> tuple[Any, Any, Any]:
         words = arrays["qweight"]
         xp = namespace(words)
-        # Little-endian bytes of a word hold consecutive k, low nibble first: the transpose is the canonical form.
-        qvalue = transposed(words).view(np.uint8)
+        if self.bits >= 4:
+            # Little-endian bytes of a word hold consecutive k, low nibble first: the transpose is the canonical form.
+            qvalue = transposed(words).view(np.uint8)
+        else:
+            values = _fields(transposed(words).view(np.uint32), self.bits)
+            # Without zero points a uint4 means q - 8, and these mean q - 2 or q - 4.
+            qvalue = pack_uint4(values + xp.uint8(8 - (1 << (self.bits - 1)) if self.sym else 0))
         if "perm" in arrays:
-            qvalue = permute_columns(qvalue, arrays["perm"], self.bits, k)
-        zero = None
-        if "zeros" in arrays:
-            per_word, mask = 32 // self.bits, np.uint32((1 << self.bits) - 1)
-            fields = [(arrays["zeros"] >> np.uint32(self.bits * i)) & mask for i in range(per_word)]
-            zero = xp.stack([f.astype(xp.uint8).T for f in fields], axis=1).reshape(n, -1)
+            qvalue = permute_columns(qvalue, arrays["perm"], max(self.bits, 4), k)
+        zero = transposed(arrays["zeros"]) if "zeros" in arrays else None
         return qvalue, transposed(arrays["scales"]), zero
+
+
+def _fields(words: Any, bits: int) -> Any:
+    """uint32 [R, W] -> uint8 [R, W * 32 / bits], the low bits first. 32 fields of 3 bits run through three words."""
+    xp = namespace(words)
+    if bits == 3:
+        low = words.reshape(words.shape[0], -1, 3)
+        high = xp.concatenate([low[..., 1:], low[..., :1]], axis=-1)  # after the third word nothing follows
+    else:
+        low = high = words[..., None]
+    found = []
+    for start in range(0, 32 * low.shape[-1], bits):
+        word, shift = divmod(start, 32)
+        field = low[..., word] >> np.uint32(shift)
+        if shift + bits > 32:
+            field = field | (high[..., word] << np.uint32(32 - shift))
+        found.append((field & np.uint32((1 << bits) - 1)).astype(xp.uint8))
+    return xp.stack(found, axis=-1).reshape(words.shape[0], -1)
 
 
 class GptqPlan:
@@ -169,7 +195,7 @@ def _override(config: Fields, base: Gptq) -> Gptq:
         raise config.error("group_size", "-1 or a positive group size")
     return dataclasses.replace(
         base,
-        bits=config.one_of("bits", (4, 8), base.bits),
+        bits=config.one_of("bits", (2, 3, 4, 8), base.bits),
         group_size=group,
         desc_act=config.flag("desc_act", base.desc_act),
         sym=config.flag("sym", base.sym),
