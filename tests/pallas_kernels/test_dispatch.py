@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -43,10 +44,45 @@ def test_only_disables_the_fallback(op):
 
 
 def test_explain_keeps_reasons(op):
-    choice = explain(op, jax.ShapeDtypeStruct((3,), jnp.float32), device=KNOWN_DEVICES["a100"])
+    fn, x = functools.partial(dispatch.call, op), jax.ShapeDtypeStruct((3,), jnp.float32)
+    choice = dispatch.explain(op, fn, None, x, device=KNOWN_DEVICES["a100"])
     assert choice.chosen == "xla"
     assert [name for name, _ in choice.refused] == ["hopper", "even"]
     assert "9.0" in choice.refused[0][1] and "even sizes" in choice.refused[1][1]
+    alone = dispatch.explain(op, fn, "even", x, device=KNOWN_DEVICES["a100"])
+    assert alone == dispatch.Choice(op, None, choice.refused[1:])
+
+
+S = jax.ShapeDtypeStruct
+X, PAGES = S((16, 512), jnp.bfloat16), S((9, 2, 16, 64), jnp.bfloat16)
+ANGLES, SLOTS = S((4, 32), jnp.float32), S((4,), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "chosen"),
+    [
+        ("quantize_rows", (X, jnp.int8), {"divisor": 127.0}, "mosaic_sm90"),  # a dtype by position
+        ("quantize_rows", (X, "int8"), {"divisor": 127.0, "static_scale": 0.1}, "mosaic_sm90"),
+        ("quantize_rows", (X, jnp.int8), {"divisor": 127.0, "implementation": "xla"}, "xla"),
+        ("grouped_matmul", (X, S((4, 64, 512), jnp.bfloat16), S((4,), jnp.int32)), {}, "xla"),  # defaults left out
+        ("rope_write", (S((4, 512), jnp.bfloat16), ANGLES, ANGLES, SLOTS, PAGES, PAGES), {}, "mosaic_sm90"),
+    ],
+)
+def test_explain_takes_what_the_function_takes(op, args, kwargs, chosen):
+    assert explain(op, *args, device=KNOWN_DEVICES["h200"], **kwargs).chosen == chosen
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "message"),
+    [
+        ("scaled_matmul", (S((4, 512), jnp.int8), S((64, 256), jnp.int8), ANGLES, ANGLES), {}, r"want xq \[M, K\]"),
+        ("quantize_rows", (X, jnp.int4), {"divisor": 7.0}, "qdtype must be"),
+        ("paged_attention", (), {}, "known: decode_attention, .* rope_write, .* write_kv"),
+    ],
+)
+def test_explain_refuses_what_the_function_refuses(op, args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        explain(op, *args, device=KNOWN_DEVICES["h200"], **kwargs)
 
 
 def test_use_device_nests():

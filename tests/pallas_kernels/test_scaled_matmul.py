@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from bench.kernel_variants import CHECKS, MS, matmul_variants
-from pallas_kernels import scaled_matmul
-from pallas_kernels.dispatch import KNOWN_DEVICES, explain, use_device
+from pallas_kernels import KNOWN_DEVICES, explain, scaled_matmul, use_device
 from pallas_kernels.scaled_matmul import mosaic_sm90
 from pallas_kernels.scaled_matmul.cases import (
     CASES,
