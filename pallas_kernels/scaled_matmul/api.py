@@ -56,8 +56,8 @@ def _check(xq, wq, x_scale, w_scale, bias, out_dtype) -> None:
         raise ValueError(f"scaled_matmul: w_scale must be {(n, 1)}, (1, 1) or {(nb, kb)}, got {w_scale.shape}")
     if x_scale.dtype != jnp.float32 or w_scale.dtype != jnp.float32:
         raise ValueError(f"scaled_matmul: scales must be float32, got {x_scale.dtype} and {w_scale.dtype}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"scaled_matmul: bias must be {(n,)}, got {bias.shape}")
+    if bias is not None and (bias.shape != (n,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
+        raise ValueError(f"scaled_matmul: bias must be {(n,)} of a float dtype, got {bias.dtype} {bias.shape}")
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"scaled_matmul: out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
 
