@@ -34,8 +34,8 @@ def scaled_matmul(
       out_dtype: bfloat16, float16 or float32.
       implementation: name of one implementation (see `pallas_kernels.explain`), None chooses.
 
-    Returns: [M, N] in `out_dtype`. int8 products are summed exactly in int32 (K < 2^17), scales and bias are applied
-      in float32 and rounded once. For the accuracy of fp8 sums on Hopper see `mosaic_sm90`.
+    Returns: [M, N] in `out_dtype`. int8 products are summed exactly in int32 (those of K >= 2^17 in parts), scales and
+      bias are applied in float32 and rounded once. For the accuracy of fp8 sums on Hopper see `mosaic_sm90`.
 
     Raises ValueError for shapes or dtypes outside the above.
     """

@@ -75,6 +75,13 @@ def test_nan_and_inf_stay_in_their_row():
     assert np.isnan(out[1]).all() and not np.isfinite(out[2]).any() and np.isfinite(out[[0, 3]]).all()
 
 
+def test_int8_sums_beyond_int32():
+    """The kernel refuses them; XLA's one product would wrap around to a negative number."""
+    k = 2**17 + 128
+    x, w, one = jnp.full((1, k), -128, jnp.int8), jnp.full((8, k), -128, jnp.int8), jnp.ones((1, 1))
+    assert (np.asarray(scaled_matmul(x, w, one, one, out_dtype=jnp.float32)) == 128 * 128 * float(k)).all()
+
+
 def test_jit_and_grad_free_trace():
     case = CASES[0]
     xq, wq, x_scale, w_scale, _ = map(as_jax, make(case))
