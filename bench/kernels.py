@@ -262,8 +262,9 @@ def main() -> None:
     from bench.record import write
 
     for row in rows:
-        if "failed" in row:
-            print(f"FAILED {row['key']}: {row['failed']}")
+        for end in ("failed", "skipped"):
+            if end in row:
+                print(f"{end.upper()} {row['key']}: {row[end]}")
     for total in more["sums"]:
         print(json.dumps(total))
     print(write(args.name, rows, args.out, **more))

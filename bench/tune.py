@@ -3,12 +3,12 @@
     python -m bench.tune [--budget SECONDS] [--groups w4a16,fp8_row,...] [--shapes 8b] [--ms 1,16,64,256,4096]
                          [--most 10] [--out FILE]
 
-A problem is one of the bench's (bench/matmul_tasks.py, bench/kernel_paged_attention.py). Tracing it tells what its op
-wants to have chosen (pallas_kernels/tuning.py); every candidate is compiled beforehand, checked and timed as in the
-table. A process for every group compiles some problems ahead and takes the GPU in turns with the others; M by M, so
-that a short budget reaches all shapes. One whose kernel hangs is started again behind that problem. The file is written
-after every problem; what stands in it for others is kept. A candidate has to win by 1 % over the heuristic's config to
-be written: two runs of one config differ by about that.
+A problem is one of the bench's (bench/{matmul,quantize}_tasks.py, bench/kernel_paged_attention.py). Tracing it tells
+what its op wants to have chosen (pallas_kernels/tuning.py); every candidate is compiled beforehand, checked and timed
+as in the table. A process for every group compiles some problems ahead and takes the GPU in turns with the others; M by
+M, so that a short budget reaches all shapes. One whose kernel hangs, or breaks its CUDA context, is started again
+behind that problem. The file is written after every problem; what stands in it for others is kept. A candidate has to
+win by 1 % over the heuristic's config to be written: two runs of one config differ by about that.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.tasks import Task
+from bench.tasks import DEVICE_LOST, Task
 from bench.timing import GpuLock, time_chain
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
 
-GROUPS = ("w4a16", "fp8_row", "fp8_block", "int8_row", "w8a16", "prefill", "decode")
+GROUPS = ("w4a16", "fp8_row", "fp8_block", "int8_row", "w8a16", "prefill", "decode", "quantize")
 MARGIN = 0.01
 AHEAD = 3  # problems of a group that compile while one is timed
 HANG, HUNG = 20.0, 3  # seconds that one candidate may take, and the exit status of a process whose kernel took more
@@ -50,6 +50,11 @@ def problems(group: str, shapes: dict[str, tuple[int, int]], ms: Sequence[int], 
             else (lambda: attention.decode_tasks(quick=quick))
         )
         return [lambda i=i: make()[i] for i in range(len(make()))]
+    if group == "quantize":
+        from bench.quantize_tasks import quantize_tasks
+
+        sizes = (256, 384) if quick else ()
+        return [lambda m=m, i=i: quantize_tasks((m,), *sizes)[i] for m in ms for i in range(len(quantize_tasks((1,))))]
     from bench.matmul_tasks import KINDS, Weights, matmul_task
 
     kind = KINDS[group]
@@ -97,7 +102,7 @@ def measure(prepared: Prepared, deadline: float, lock: GpuLock, beat: Callable[[
     """Checks and times the candidates of one question, under the GPU's lock."""
     measured: list[tuple[float, Any]] = []
     refused: list[str] = []
-    request = prepared.request
+    request, lost = prepared.request, False
     concurrent.futures.wait([f for _, f in prepared.tried], timeout=max(0.0, deadline - time.time()))
     with lock.hold(f"{request.op} {request.key}"):
         for config, future in prepared.tried:
@@ -110,13 +115,15 @@ def measure(prepared: Prepared, deadline: float, lock: GpuLock, beat: Callable[[
                 row = task.run(compiled)
             except Exception as error:
                 refused.append(f"{config}: {error!r}"[:200])
+                if lost := "CUDA_ERROR" in repr(error):  # nothing works in this process any more
+                    break
                 continue
             if row.get("ok", True):
                 measured.append((row["kernel_us"] or row["us"], config))
             else:
                 refused.append(f"{config}: wrong by {row.get('error')}")
         beat("")
-    return result_of(request, measured, refused)
+    return result_of(request, measured, refused) | ({"device_lost": True} if lost else {})
 
 
 def tune(make: Callable[[], Task], most: int, deadline: float, executor: concurrent.futures.Executor) -> list[dict]:
@@ -194,7 +201,10 @@ def worker(args: argparse.Namespace) -> None:
             write({"begun": i})
             try:
                 for prepared in ahead[at].result(timeout=max(1.0, deadline - time.time())):
-                    write(measure(prepared, deadline, GpuLock(folder), beat))
+                    result = measure(prepared, deadline, GpuLock(folder), beat)
+                    write(result)
+                    if "device_lost" in result:
+                        os._exit(DEVICE_LOST)
             except Exception as error:
                 write({"failed": repr(error)[:300], "problem": i})
             ahead[at] = concurrent.futures.Future()  # frees its executables
@@ -253,6 +263,8 @@ def main() -> None:
         parser.add_argument(internal, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=float, default=time.time(), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := set(args.groups.split(",")) - set(GROUPS):
+        parser.error(f"unknown groups {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
     args.ms = [int(m) for m in args.ms.split(",")]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # of this process too, which only asks what the device is
     if args.worker:

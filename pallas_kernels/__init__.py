@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pallas_kernels.grouped_matmul.api import grouped_matmul
     from pallas_kernels.paged_attention.api import decode_attention, prefill_attention, write_kv
     from pallas_kernels.quantize.api import quantize_rows, rms_norm_quantize, silu_mul_quantize
+    from pallas_kernels.rope_write.api import rope_write
     from pallas_kernels.rows.api import rms_norm, silu_mul
     from pallas_kernels.sample.api import sample
     from pallas_kernels.scaled_matmul.api import scaled_matmul
@@ -34,6 +35,7 @@ _LAZY = {
     "quantize_rows": "pallas_kernels.quantize.api",
     "rms_norm_quantize": "pallas_kernels.quantize.api",
     "silu_mul_quantize": "pallas_kernels.quantize.api",
+    "rope_write": "pallas_kernels.rope_write.api",
     "rms_norm": "pallas_kernels.rows.api",
     "silu_mul": "pallas_kernels.rows.api",
     "w4a16_matmul": "pallas_kernels.w4a16.api",
@@ -55,6 +57,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_quantize",
+    "rope_write",
     "sample",
     "scaled_matmul",
     "silu_mul",
@@ -89,8 +92,9 @@ def explain(op: str, *args: Any, device: Device | None = None, **kwargs: Any) ->
     """Says which implementation `op` takes for `args` (arrays or ShapeDtypeStructs) on `device`, and why.
 
     `op` is the name of a public function of this package, `args` and `kwargs` are that function's own, e.g.
-    `explain("scaled_matmul", xq, wq, x_scale, w_scale, device=KNOWN_DEVICES["l4"])`. Nothing runs.
+    `explain("scaled_matmul", xq, wq, x_scale, w_scale, device=KNOWN_DEVICES["l4"])`. Nothing runs. Raises ValueError
+    for an unknown op, and where the function itself would.
     """
-    if op in _LAZY:
-        importlib.import_module(_LAZY[op])
-    return dispatch.explain(op, *args, device=device, **kwargs)
+    if op not in _LAZY:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_LAZY))}")
+    return dispatch.explain(op, getattr(sys.modules[__name__], op), *args, device=device, **kwargs)

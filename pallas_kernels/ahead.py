@@ -43,6 +43,8 @@ class Ahead:
 
     def request(self) -> Request | None:
         """None where there is nothing to ask for: too few bytes, or rows that are no whole lines."""
+        if self.weight.size == 0:
+            return None
         rows = self.weight.shape[0] if self.weight.ndim > 1 else 1
         stride = self.weight.size * self.weight.dtype.itemsize // rows
         take = min(self.size // rows // LINE * LINE, stride)

@@ -127,6 +127,7 @@ class Choice:
 
 
 _registry: dict[str, tuple[Implementation, ...]] = {}
+_told: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("told", default=None)  # asked by `explain`
 
 
 def register(op: str, implementations: Sequence[Implementation]) -> tuple[Implementation, ...]:
@@ -151,35 +152,48 @@ def call(op: str, only: str | None, *args: Any, **kwargs: Any) -> Any:
     `only` names one implementation and disables the fallback. Raises NotImplementedError, with each
     implementation's reason, when none takes the call.
     """
+    results: list[Any] = []
     device = current_device()
-    reasons = []
-    for implementation in _candidates(op, only):
-        reason = implementation.requires(device)
-        if reason is None:
-            try:
-                return implementation.fn(*args, **kwargs)
-            except NotImplementedError as error:
-                reason = str(error)
-        reasons.append(f"{implementation.name}: {reason}")
-    raise NotImplementedError(f"{op}: no implementation takes this call on {device.kind}: " + "; ".join(reasons))
+    choice = _first(op, _candidates(op, only), lambda i: results.append(i.fn(*args, **kwargs)), device)
+    told = _told.get()
+    if told is not None:
+        told.append(choice)
+    if choice.chosen is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+        raise NotImplementedError(f"{op}: no implementation takes this call on {device.kind}: {reasons}")
+    return results[0]
 
 
-def explain(op: str, *args: Any, device: Device | None = None, **kwargs: Any) -> Choice:
-    """Says which implementation `op` would take for these arguments (arrays or ShapeDtypeStructs), and why.
+def explain(op: str, fn: Callable[..., Any], *args: Any, device: Device | None = None, **kwargs: Any) -> Choice:
+    """Says which implementation of `op` its public function `fn` takes for these arguments, and why.
 
-    Nothing runs: each candidate is traced with `jax.eval_shape` under `use_device(device)`.
+    Nothing runs: `fn` itself is traced with `jax.eval_shape` under `use_device(device)`, and its `call` noted. So the
+    answer is what a call would do, and what `fn` raises ValueError for is raised here.
     """
     import jax
 
-    if op not in _registry:
-        raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(_registry))}")
-    arrays = {name: value for name, value in kwargs.items() if hasattr(value, "shape")}
-    static = {name: value for name, value in kwargs.items() if name not in arrays}
+    positional = {i: value for i, value in enumerate(args) if _is_array(value)}
+    named = {name: value for name, value in kwargs.items() if _is_array(value)}
 
-    def trace(implementation: Implementation) -> None:
-        jax.eval_shape(lambda a, k: implementation.fn(*a, **k, **static), args, arrays)
+    def trace(positional: dict[int, Any], named: dict[str, Any]) -> None:
+        fn(*(positional.get(i, value) for i, value in enumerate(args)), **{**kwargs, **named})
 
-    return _first(op, _registry[op], trace, device or current_device())
+    told: list[Choice] = []
+    token = _told.set(told)
+    try:
+        with use_device(device or current_device()):
+            jax.eval_shape(trace, positional, named)
+    except NotImplementedError:
+        if not told:  # not for want of an implementation
+            raise
+    finally:
+        _told.reset(token)
+    return next(choice for choice in told if choice.op == op)
+
+
+def _is_array(value: Any) -> bool:
+    """An array or a ShapeDtypeStruct, but no dtype, which has a shape too."""
+    return hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple)
 
 
 def choose(op: str, candidates: Sequence[Candidate], *args: Any, device: Device, **kwargs: Any) -> Choice:

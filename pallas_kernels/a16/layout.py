@@ -82,6 +82,14 @@ def scale_shape(shape: tuple[int, ...], rows: int, groups: int, has_offset: bool
     return (rows, 1) if column else table_shape(shape, rows, groups)
 
 
+def check_packed(op: str, shape: tuple[int, ...], k: int, group_size: int, bytes_per_k: int) -> None:
+    """Raises ValueError unless `shape` is a packed weight's for x of K columns. bytes_per_k: of 16 rows' values."""
+    width = bytes_per_k * padded_shape(1, k, group_size)[1]
+    if len(shape) != 2 or shape[1] != width:
+        wanted = f"[ceil(N/64) * 4, {width}] for K = {k} and groups of {group_size}"
+        raise ValueError(f"{op}: qweight in the sm90 layout, as `to_layout` returns it, is {wanted}; got {shape}")
+
+
 def check(op: str, layout: str, n: int, k: int, group_size: int) -> None:
     """Raises ValueError unless `layout` is the name that this weight's padding calls for."""
     reason = refusal(group_size, k)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.a16 import choice, decode_sm90, held_sm90, wgmma_sm90
+from pallas_kernels.a16 import choice, decode_sm90, fragments, held_sm90, wgmma_sm90
 from pallas_kernels.a16 import layout as layouts
 from pallas_kernels.a16.problem import Problem
 
@@ -51,9 +51,9 @@ def prepare(
 
 
 def _complete(table: jax.Array, problem: Problem) -> jax.Array:
-    """A [1, 1] or one-group table for every row and group. Rare: schemes mix one zero with group scales, say."""
+    """A [1, 1], [N, 1] or one-group table for every row and group. Rare: one zero beside group scales, say."""
     if table.ndim == 2:
-        table = jnp.broadcast_to(table, (problem.n // 16, 1, 8, 2))
+        table = fragments.pack_groups(jnp.broadcast_to(table, (problem.n, 1)))
     return jnp.broadcast_to(table, (table.shape[0], problem.groups, 8, 2))
 
 

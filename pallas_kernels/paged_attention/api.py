@@ -18,6 +18,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import mosaic_decode_sm90, mosaic_prefill_sm90, reference
 
 Scale = jax.Array | float | None
+FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -34,7 +35,7 @@ def _check_pages(op: str, k_pages: jax.Array, v_pages: jax.Array) -> None:
     _require(jnp.issubdtype(k_pages.dtype, jnp.floating), f"{op}: pages must be floating point, found {k_pages.dtype}")
 
 
-def _check_scale(op: str, name: str, scale: Scale, kv_heads: int) -> None:
+def check_scale(op: str, name: str, scale: Scale, kv_heads: int) -> None:
     shape = jnp.shape(scale) if scale is not None else ()
     _require(shape in ((), (1,), (kv_heads,)), f"{op}: {name} must be a scalar, [1] or [{kv_heads}], found {shape}")
 
@@ -50,6 +51,7 @@ def _check_read(op, q, k_pages, v_pages, page_table, window, soft_cap, k_scale, 
     _check_pages(op, k_pages, v_pages)
     _, kv_heads, _, head_dim = k_pages.shape
     heads = q.shape[-2]
+    _require(q.dtype in FLOATS, f"{op}: q must be bfloat16, float16 or float32, found {q.dtype}")
     _require(q.shape[-1] == head_dim, f"{op}: q has head dim {q.shape[-1]}, the pages have {head_dim}")
     _require(
         kv_heads > 0 and heads % kv_heads == 0,
@@ -61,8 +63,8 @@ def _check_read(op, q, k_pages, v_pages, page_table, window, soft_cap, k_scale, 
     )
     _require(window is None or window >= 1, f"{op}: window must be None or >= 1, found {window}")
     _require(soft_cap is None or soft_cap > 0, f"{op}: soft_cap must be None or > 0, found {soft_cap}")
-    _check_scale(op, "k_scale", k_scale, kv_heads)
-    _check_scale(op, "v_scale", v_scale, kv_heads)
+    check_scale(op, "k_scale", k_scale, kv_heads)
+    check_scale(op, "v_scale", v_scale, kv_heads)
 
 
 def write_kv(
@@ -92,9 +94,11 @@ def write_kv(
         k.ndim == 3 and k.shape[1:] == (kv_heads, head_dim) and v.shape == k.shape,
         f"{op}: k and v must be [T, {kv_heads}, {head_dim}], found {k.shape} and {v.shape}",
     )
+    for name, x in (("k", k), ("v", v)):
+        _require(jnp.issubdtype(x.dtype, jnp.floating), f"{op}: {name} must be floating point, found {x.dtype}")
     _check_vector(op, "slots", slots, (k.shape[0],))
-    _check_scale(op, "k_scale", k_scale, kv_heads)
-    _check_scale(op, "v_scale", v_scale, kv_heads)
+    check_scale(op, "k_scale", k_scale, kv_heads)
+    check_scale(op, "v_scale", v_scale, kv_heads)
     return dispatch.call(op, None, k_pages, v_pages, k, v, slots, k_scale=k_scale, v_scale=v_scale)
 
 

@@ -70,8 +70,10 @@ class Problem:
         return -(-self.row_bytes // 128) * 128 * TILE
 
     @property
-    def ring_bytes(self) -> int:  # of one warp: keys and values
-        return 2 * self.stages * self.tile_bytes
+    def ring_bytes(self) -> int:
+        """Of one warp: keys and values, and in their place at the end the partial output, which two stages of fp8
+        pages under 16 heads of 128 or 256 elements would not hold."""
+        return max(2 * self.stages * self.tile_bytes, self.partial_bytes)
 
     @property
     def o_stride(self) -> int:  # floats between heads of a partial output: 2 * stride = 8 mod 32 banks

@@ -25,6 +25,8 @@ def problem(q, k_pages, page_table, config: DecodeConfig, **kwargs: Any) -> Prob
     """The static description of a call, or NotImplementedError with what this kernel does not take."""
     _, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
+    if q.size == 0 or page_table.shape[1] == 0:
+        raise NotImplementedError("takes no empty batch or page table")
     q_kind, kv_kind = _KINDS.get(str(q.dtype)), _KINDS.get(str(k_pages.dtype))
     if q_kind not in ("bf16", "f16") or kv_kind is None or (kv_kind in ("bf16", "f16") and kv_kind != q_kind):
         raise NotImplementedError(
@@ -38,8 +40,6 @@ def problem(q, k_pages, page_table, config: DecodeConfig, **kwargs: Any) -> Prob
     parts = -(-group // 16)
     if group % parts:
         raise NotImplementedError(f"takes groups of up to 16 query heads or multiples of 16, not {group}")
-    if q.shape[0] == 0 or page_table.shape[1] == 0:
-        raise NotImplementedError("takes no empty batch or page table")
     return Problem(
         heads=group // parts, parts=parts, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         table_width=page_table.shape[1], kv_kind=kv_kind, q_kind=q_kind, warps=config.warps, stages=config.stages,

@@ -104,7 +104,7 @@ def prefill_attention(
         raise NotImplementedError(f"takes tiles of a multiple of {ROWS * CONSUMERS} queries, not {queries}")
     if not sm_scale > 0:
         raise NotImplementedError(f"takes a positive sm_scale, not {sm_scale}")
-    if tiles == 0 or queries == 0 or page_table.shape[1] == 0:
+    if q.size == 0 or page_table.shape[1] == 0:
         raise NotImplementedError("takes no empty batch or page table")
     items = tiles * queries // (ROWS * CONSUMERS) * heads
     cores = dispatch.current_device().core_count or 132

@@ -44,6 +44,8 @@ def quantize_rows(
     if static_scale is not None:
         if block is not None:
             raise ValueError("quantize_rows: static_scale is one scale per tensor; it takes no block")
+        if jnp.size(static_scale) != 1:
+            raise ValueError(f"quantize_rows: static_scale must be a scalar or [1, 1], got {jnp.shape(static_scale)}")
         static_scale = jnp.asarray(static_scale, jnp.float32).reshape(1, 1)
     return dispatch.call(
         "quantize_rows", implementation, x, qdtype, block=block, divisor=divisor, static_scale=static_scale

@@ -283,8 +283,8 @@ def _run(
         k //= 2
     if block not in (None, 128):
         raise NotImplementedError(f"takes block None or 128, got {block}")
-    if m == 0:
-        raise NotImplementedError("M = 0: nothing to compute")
+    if 0 in (m, k):
+        raise NotImplementedError(f"{'M' if m == 0 else 'K'} = 0: nothing to compute")
     s = config or tuning.choose(
         f"quantize_{op}",
         tuning.key(m=tuning.bucket(m), k=k, dtype=jnp.dtype(qdtype or x.dtype).name, block=block),

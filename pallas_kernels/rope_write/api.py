@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.ahead import Ahead
+from pallas_kernels.paged_attention.api import FLOATS, check_scale
 from pallas_kernels.rope_write import mosaic_sm90, reference
 
 
@@ -26,10 +27,12 @@ def rope_write(
     """Turns queries and keys by their position's angles and writes keys and values into their pages.
 
     Args:
-      qkv: [T, (H + 2 Hkv) * Dh], the fused projection's output: query heads, then key heads, then value heads.
+      qkv: [T, (H + 2 Hkv) * Dh] bfloat16, float16 or float32, the fused projection's output: query heads, then key
+        heads, then value heads.
       cos, sin: float32 [T, Dh/2]; element i and i + Dh/2 of a head are turned together (Hugging Face's Llama form).
       slots: [T] int32, page * Ps + offset; one of page 0 (padding) or past the pool is dropped.
-      k_pages, v_pages: [P, Hkv, Ps, Dh]; donate them in the jit around this call to have them written in place.
+      k_pages, v_pages: [P, Hkv, Ps, Dh], as in `write_kv`; donate them in the jit around this call to have them written
+        in place.
       k_scale, v_scale: as in `write_kv`.
       ahead: weights of a later kernel to bring into L2 meanwhile (`pallas_kernels.ahead`); changes no result.
       implementation: name of one implementation, None chooses.
@@ -48,6 +51,10 @@ def rope_write(
         raise ValueError(f"rope_write: cos and sin must be float32 {angles}, got {cos.dtype}{cos.shape}, {sin.shape}")
     if slots.shape != qkv.shape[:1] or not jnp.issubdtype(slots.dtype, jnp.integer):
         raise ValueError(f"rope_write: slots must be integers [{qkv.shape[0]}], got {slots.dtype}{slots.shape}")
+    if qkv.dtype not in FLOATS:
+        raise ValueError(f"rope_write: qkv must be bfloat16, float16 or float32, got {qkv.dtype}")
+    check_scale("rope_write", "k_scale", k_scale, kv_heads)
+    check_scale("rope_write", "v_scale", v_scale, kv_heads)
     return dispatch.call(
         "rope_write",
         implementation,

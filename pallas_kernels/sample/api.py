@@ -26,7 +26,7 @@ def sample(
     the noise a function of (seed, position) and the token alone. So one seed gives one token, whatever the batch.
 
     Args:
-      logits: float32 [R, V]; -inf and below -1e31 count as masked.
+      logits: float32 [R, V], R may be 0; -inf and below -1e31 count as masked.
       temperature: float32 [R]; below 1e-6 the row is greedy: the argmax of its logits, as where all are masked.
       top_k: int32 [R], 0 (or V and above) for off. top_p: float32 [R] in (0, 1], 1 for off. min_p: float32 [R], 0 off.
       seed: uint32 [R, 2], position: int32 [R]; the noise is jax.random.gumbel of fold_in(key(seed), position).
@@ -37,8 +37,8 @@ def sample(
     sum in other orders: a token at which the mass above is within 3e-6 of top_p may be kept by one and not by another.
     Raises ValueError for other shapes or dtypes.
     """
-    if logits.ndim != 2 or logits.dtype != jnp.float32:
-        raise ValueError(f"sample: logits must be float32 [R, V], got {logits.dtype}{logits.shape}")
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype != jnp.float32:
+        raise ValueError(f"sample: logits must be float32 [R, V] with V > 0, got {logits.dtype}{logits.shape}")
     rows = logits.shape[:1]
     wanted = {
         "temperature": (temperature, rows, jnp.float32),

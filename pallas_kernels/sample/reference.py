@@ -112,7 +112,7 @@ def _greatest(order: jax.Array, weight: jax.Array | int, wanted: jax.Array) -> j
     bits = 1 if current_device().platform == "cpu" else _GPU_BITS
     rows, vocabulary = order.shape
     fill = ((0, 0), (0, -vocabulary % _PART))
-    parts = (rows, -1, _PART)
+    parts = (rows, -(-vocabulary // _PART), _PART)
     order = jnp.pad(order, fill).reshape(parts)
     if not isinstance(weight, int):
         weight = jnp.pad(weight, fill).reshape(parts)

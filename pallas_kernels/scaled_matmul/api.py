@@ -34,8 +34,8 @@ def scaled_matmul(
       out_dtype: bfloat16, float16 or float32.
       implementation: name of one implementation (see `pallas_kernels.explain`), None chooses.
 
-    Returns: [M, N] in `out_dtype`. int8 products are summed exactly in int32 (K < 2^17), scales and bias are applied
-      in float32 and rounded once. For the accuracy of fp8 sums on Hopper see `mosaic_sm90`.
+    Returns: [M, N] in `out_dtype`. int8 products are summed exactly in int32 (those of K >= 2^17 in parts), scales and
+      bias are applied in float32 and rounded once. For the accuracy of fp8 sums on Hopper see `mosaic_sm90`.
 
     Raises ValueError for shapes or dtypes outside the above.
     """
@@ -56,8 +56,8 @@ def _check(xq, wq, x_scale, w_scale, bias, out_dtype) -> None:
         raise ValueError(f"scaled_matmul: w_scale must be {(n, 1)}, (1, 1) or {(nb, kb)}, got {w_scale.shape}")
     if x_scale.dtype != jnp.float32 or w_scale.dtype != jnp.float32:
         raise ValueError(f"scaled_matmul: scales must be float32, got {x_scale.dtype} and {w_scale.dtype}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"scaled_matmul: bias must be {(n,)}, got {bias.shape}")
+    if bias is not None and (bias.shape != (n,) or not jnp.issubdtype(bias.dtype, jnp.floating)):
+        raise ValueError(f"scaled_matmul: bias must be {(n,)} of a float dtype, got {bias.dtype} {bias.shape}")
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"scaled_matmul: out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
 

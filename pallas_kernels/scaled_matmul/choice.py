@@ -14,8 +14,8 @@ _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 def refuse(m: int, n: int, k: int, dtype: Any) -> None:
     """Raises NotImplementedError for shapes that TMA cannot copy without another copy of the weight first."""
-    if m == 0:
-        raise NotImplementedError("M = 0: nothing to compute")
+    if 0 in (m, n, k):
+        raise NotImplementedError(f"{'MNK'[(m, n, k).index(0)]} = 0: nothing to compute")
     if n % 8:
         raise NotImplementedError(f"N must be a multiple of 8 (rows of a TMA tile), got {n}")
     if k % 128 and (k > 128 or k % 16):

@@ -9,6 +9,7 @@ from jax import lax
 from pallas_kernels.dispatch import current_device
 
 _BLOCK = 128
+_EXACT_K = 2**17 - 128  # as many products of two int8 as int32 surely holds
 _NT = (((1,), (1,)), ((), ()))  # contract the last axis of both operands
 
 
@@ -42,6 +43,9 @@ def scaled_matmul(
 def _dot(xq: jax.Array, wq: jax.Array) -> jax.Array:
     """float32 [M, N]: native int8 / fp8 on a GPU (cuBLASLt, Triton); the CPU has no fp8 dot, so float32 there."""
     if xq.dtype == jnp.int8:
+        if xq.shape[1] > _EXACT_K:
+            parts = range(0, xq.shape[1], _EXACT_K)
+            return sum((_dot(xq[:, i : i + _EXACT_K], wq[:, i : i + _EXACT_K]) for i in parts), jnp.float32(0))
         return lax.dot_general(xq, wq, _NT, preferred_element_type=jnp.int32).astype(jnp.float32)
     capability = current_device().compute_capability
     if capability is None or capability < (8, 9):

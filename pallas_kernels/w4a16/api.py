@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.a16 import layout as layouts
 from pallas_kernels.a16 import run
 from pallas_kernels.w4a16 import choice, mosaic_sm90, reference
 
@@ -76,6 +77,7 @@ def _check(x, qweight, scale, zero, offset, perm, group_size, layout) -> None:
     if perm is not None and (perm.shape != (k,) or perm.dtype != jnp.int32):
         raise ValueError(f"w4a16_matmul: perm must be int32 {(k,)}, got {perm.dtype} {perm.shape}")
     if choice.parse(layout) is not None:
+        layouts.check_packed("w4a16_matmul", qweight.shape, k, group_size, 8)
         return
     if qweight.ndim != 2 or qweight.dtype != jnp.uint8 or 2 * qweight.shape[1] != k:
         raise ValueError(f"w4a16_matmul: qweight must be uint8 [N, {k / 2:g}], got {qweight.dtype} {qweight.shape}")

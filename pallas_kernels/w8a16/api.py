@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.a16 import layout as layouts
 from pallas_kernels.a16 import run
 from pallas_kernels.w8a16 import choice, mosaic_sm90, reference
 
@@ -61,6 +62,7 @@ def _check(x, qweight, scale, zero, perm, group_size, layout) -> None:
     if perm is not None and (perm.shape != (k,) or perm.dtype != jnp.int32):
         raise ValueError(f"w8a16_matmul: perm must be int32 {(k,)}, got {perm.dtype} {perm.shape}")
     if choice.parse(layout) is not None:
+        layouts.check_packed("w8a16_matmul", qweight.shape, k, group_size, 16)
         return
     if qweight.ndim != 2 or qweight.dtype not in Q_DTYPES or qweight.shape[1] != k:
         raise ValueError(

@@ -69,6 +69,13 @@ def test_a_failure_is_a_row_and_the_rest_goes_on():
     assert rows.rows == [{"key": "a", "failed": "ValueError: no such tile"}, {"key": "b", "us": 2}]
 
 
+def test_what_the_time_does_not_reach_is_said():
+    rows = Rows(None, echo=False)
+    tasks = [Task("a", lambda: 1, lambda c: time.sleep(0.6) or {"us": c}), Task("b", lambda: 2, lambda c: {"us": c})]
+    run_tasks(tasks, rows, GpuLock(None), deadline=time.time() + 0.5)
+    assert rows.rows == [{"key": "a", "us": 1}, {"key": "b", "skipped": "out of time"}]
+
+
 def test_the_lock_serves_the_lower_rank_first(tmp_path):
     import threading
 

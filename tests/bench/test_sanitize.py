@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 
 from bench import sanitize
@@ -51,3 +54,28 @@ def test_known_races_pass():
 def test_other_races_fail(group, old, new):
     row = sanitize.judge("racecheck", group, REPORT.replace(old, new) if old else REPORT)
     assert "report" in row and row["findings"] != sum(row.get("known", {}).values())
+
+
+@pytest.mark.parametrize(
+    ("group", "clean"),
+    [
+        ('echo \'[{"case": "a", "ok": true}]\'', True),
+        ('echo \'[{"case": "a", "ok": false}]\'', False),
+        ('echo \'[{"case": "a", "failed": "no memory"}]\'', False),
+        ("echo ImportError >&2; false", False),  # no case ran, so the sanitizer saw nothing wrong
+        ("sleep 30", False),  # longer than the budget
+    ],
+)
+def test_only_groups_that_came_to_their_end_are_clean(group, clean, tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{group}\necho '========= ERROR SUMMARY: 0 errors'\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: str(tool))
+    budget = "12" if "sleep" in group else "60"
+    options = ["--tools", "memcheck", "--groups", "decode", "--budget", budget, "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["sanitize", *options])
+    with pytest.raises(SystemExit) as done:
+        sanitize.main()
+    assert done.value.code == (0 if clean else 1)
+    (row,) = json.loads((tmp_path / "sanitize.json").read_text())["rows"]
+    assert ("ImportError" in row.get("failed", "")) == ("ImportError" in group)

@@ -52,3 +52,32 @@ def test_wrong_arguments_are_named():
         grouped_matmul(x, w[:, :, :4], sizes)
     with pytest.raises(ValueError, match="needs a scale"):
         grouped_matmul(x, w.astype(jnp.int8), sizes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": jnp.ones((2, 255, 2))}, "scale must be"),  # was read as 255 blocks of 128 rows
+        ({"scale": jnp.ones((2, 256, 3))}, "scale must be"),  # a group too many: was cut off
+        ({"scale": jnp.ones((2, 256, 2)), "group_size": -1}, "scale must be"),
+        ({"scale": jnp.ones((2, 2, 2)), "group_size": 64}, "scale must be"),  # blocks are of 128
+        ({"scale": jnp.ones((2, 256, 2), jnp.int32)}, "float dtype"),
+        ({"zero": jnp.ones((2, 256, 3), jnp.int8)}, "zero must be"),
+        ({"x_scale": jnp.ones((4, 3))}, "x_scale must be float32"),
+        ({"group_size": 0}, "group_size must be"),
+        ({"x": jnp.ones((4, 256), jnp.int32)}, "x must be"),
+        ({"weight": jnp.ones((2, 256, 256), jnp.int32)}, "weight one of these"),
+        ({"out_dtype": jnp.int32}, "out_dtype must be"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, message):
+    given = dict(
+        x=jnp.ones((4, 256)),
+        weight=jnp.ones((2, 256, 256), jnp.int8),
+        group_sizes=jnp.asarray([2, 2], jnp.int32),
+        scale=jnp.ones((2, 256, 2)),
+        group_size=128,
+    )
+    assert grouped_matmul(**given).shape == (4, 256)
+    with pytest.raises(ValueError, match=message):
+        grouped_matmul(**{**given, **change})

@@ -212,6 +212,34 @@ def test_decode_warp_program(name):
     np.testing.assert_allclose(got, want, atol=2 * ROUNDING[case.dtype] * np.abs(want).max())
 
 
+@pytest.mark.parametrize("config", [DecodeConfig(4, 2, 1), DecodeConfig(4, 2, 2)], ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_short_ring_still_holds_every_warps_output(config):
+    """Two stages of fp8 pages are 256 bytes less than 16 heads' outputs: the tuner may try them, and may have found
+    them the fastest for a model of fewer heads, whose measured config is this one's too."""
+    case = Case("wide", 16, 1, 128, 16, (70, 200), kv_dtype="float8_e4m3fn", scaled=True)
+    data = make(case)
+    want = dense_attention(case, data, case.head_dim**-0.5)
+    got = emulate_decode(case, data, config)
+    np.testing.assert_allclose(got, want, atol=2 * ROUNDING[case.dtype] * np.abs(want).max())
+
+
+@pytest.mark.parametrize("op", ["decode_attention", "prefill_attention"])
+@pytest.mark.parametrize("kv", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 192, 224, 256])
+def test_head_dims_of_the_kernels(op, kv, head_dim):
+    """As README's "Which kernel runs" has it."""
+    S = jax.ShapeDtypeStruct
+    pages, table, lens = S((9, 2, 16, head_dim), kv), S((3, 4), jnp.int32), S((3,), jnp.int32)
+    decode = op == "decode_attention"
+    q = S((3, 8, head_dim) if decode else (3, 128, 8, head_dim), jnp.bfloat16)
+    arrays = (q, pages, pages, table, lens) if decode else (q, pages, pages, table, lens, lens)
+    choice = pallas_kernels.explain(op, *arrays, sm_scale=0.1, device=pallas_kernels.KNOWN_DEVICES["h200"])
+    too_large = not decode and kv == jnp.float8_e4m3fn and head_dim > 224
+    assert choice.chosen == ("xla" if too_large else "mosaic_sm90"), choice
+    assert not too_large or "shared memory" in choice.refused[0][1]
+
+
 # registers: two CTAs of 128 threads an SM allow 255; 168 would still allow three.
 COMPILED = {
     "bf16": (dict(), dict(), 168),

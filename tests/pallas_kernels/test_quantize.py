@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_rows, rms_norm_quantize, silu_mul_quantize
-from pallas_kernels.dispatch import KNOWN_DEVICES, explain, use_device
+from pallas_kernels import KNOWN_DEVICES, explain, quantize_rows, rms_norm_quantize, silu_mul_quantize, use_device
 from pallas_kernels.quantize import mosaic_sm90, reference
 from pallas_kernels.quantize.cases import CASES, OPS, Case
 from tests.pallas_kernels.aot import compile_for_h200

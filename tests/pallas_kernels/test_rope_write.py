@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import KNOWN_DEVICES, explain
+from pallas_kernels import KNOWN_DEVICES, explain
 from pallas_kernels.paged_attention.simt_numpy import Numpy, _lanes
 from pallas_kernels.rope_write import mosaic_sm90
 from pallas_kernels.rope_write.api import rope_write

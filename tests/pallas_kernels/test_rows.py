@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import rms_norm, silu_mul
-from pallas_kernels.dispatch import KNOWN_DEVICES, explain, use_device
+from pallas_kernels import KNOWN_DEVICES, explain, rms_norm, silu_mul, use_device
 from pallas_kernels.quantize import mosaic_sm90
 from pallas_kernels.rows import reference
 from tests.pallas_kernels.aot import compile_for_h200

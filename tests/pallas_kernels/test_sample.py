@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import KNOWN_DEVICES, explain, use_device
+from pallas_kernels import KNOWN_DEVICES, explain, use_device
 from pallas_kernels.sample import mosaic_sm90, noise, reference
 from pallas_kernels.sample.api import sample
 from pallas_kernels.sample.cases import CASES, Case

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from bench.kernel_variants import CHECKS, MS, matmul_variants
-from pallas_kernels import scaled_matmul
-from pallas_kernels.dispatch import KNOWN_DEVICES, explain, use_device
+from pallas_kernels import KNOWN_DEVICES, explain, scaled_matmul, use_device
 from pallas_kernels.scaled_matmul import mosaic_sm90
 from pallas_kernels.scaled_matmul.cases import (
     CASES,
@@ -74,6 +73,13 @@ def test_nan_and_inf_stay_in_their_row():
     x_scale[2] = np.inf
     out = np.asarray(scaled_matmul(*map(as_jax, (xq, wq, x_scale, w_scale)), out_dtype=jnp.float32))
     assert np.isnan(out[1]).all() and not np.isfinite(out[2]).any() and np.isfinite(out[[0, 3]]).all()
+
+
+def test_int8_sums_beyond_int32():
+    """The kernel refuses them; XLA's one product would wrap around to a negative number."""
+    k = 2**17 + 128
+    x, w, one = jnp.full((1, k), -128, jnp.int8), jnp.full((8, k), -128, jnp.int8), jnp.ones((1, 1))
+    assert (np.asarray(scaled_matmul(x, w, one, one, out_dtype=jnp.float32)) == 128 * 128 * float(k)).all()
 
 
 def test_jit_and_grad_free_trace():

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import sys
 import time
 
 import jax
@@ -95,6 +96,41 @@ def test_the_tuner_finds_the_fastest_right_config(tmp_path):
     tune.merge(path, [result], {"device": "d"})
     written = json.loads(path.read_text())
     assert set(written["entries"]["op"]) == {"m=1", "m=2"} and written["device"] == "d"
+
+
+def test_a_broken_device_ends_the_process_but_keeps_what_was_measured():
+    """Candidates that follow would fail for no fault of theirs; the result says so, and the worker ends by it."""
+
+    def make() -> Task:
+        def run(tile: Tile) -> dict:
+            if tile.n == 2:
+                raise RuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS")
+            return {"us": 10.0 - tile.n, "kernel_us": None}
+
+        return Task("t", pick, run)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        (result,) = tune.tune(make, 8, time.time() + 60, executor)
+    assert result["device_lost"] and result["entry"]["config"] == {"n": 1}
+    assert result["tried"] == 1 and len(result["refused"]) == 1
+
+
+def test_the_tuner_knows_its_groups(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tune", "--groups", "decode,quantise"])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "unknown groups quantise; known: w4a16" in capsys.readouterr().err
+
+
+def test_the_tuner_asks_for_quantization_too():
+    makers = tune.problems("quantize", {}, (1, 4096))
+    assert len(makers) == 8
+    with use_device(KNOWN_DEVICES["h200"]), tuning.recording() as asked:
+        for make in makers[:3]:
+            with pytest.raises(Exception, match=r"cpu|CPU"):  # traced; there is nothing to compile it for
+                make().compile()
+    assert {r.op for r in asked} == {"quantize_residual_norm", "quantize_silu", "quantize_rows"}
+    assert all(len(r.space) > 1 for r in asked)
 
 
 def test_a_win_within_the_noise_is_no_win():

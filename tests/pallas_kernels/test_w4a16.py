@@ -79,7 +79,14 @@ def test_compiles_without_spills(name: str) -> None:
     assert compiled.registers <= registers
 
 
-@pytest.mark.parametrize(("change", "message"), [({"group_size": 0}, "group_size"), ({"layout": "x"}, "layout")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 0}, "group_size"),
+        ({"layout": "x"}, "layout"),
+        ({"layout": "sm90"}, r"sm90 layout, .* is \[ceil\(N/64\) \* 4, 2048\]"),  # of canonical arrays
+    ],
+)
 def test_errors_name_the_argument(change: dict, message: str) -> None:
     kwargs = {"group_size": 64, **change}
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import KNOWN_DEVICES, use_device
+from pallas_kernels.a16 import fragments, run
+from pallas_kernels.w8a16 import layout as layouts
 from pallas_kernels.w8a16.api import w8a16_matmul
 
 
@@ -30,3 +33,26 @@ def test_reference_is_the_formula(dtype: str, per: str) -> None:
     )
     # float32 sums of k products: far inside 1e-5 of the sum of magnitudes.
     np.testing.assert_array_less(np.abs(y - x @ w.T), 1e-5 * (np.abs(x) @ np.abs(w.T)) + 1e-6)
+
+
+@pytest.mark.parametrize("zeros", ["group", "channel", "tensor"])
+@pytest.mark.parametrize("scales", ["group", "channel", "tensor"])
+def test_kernels_get_a_scale_and_a_zero_for_every_group(scales: str, zeros: str) -> None:
+    """Of a padded weight, whichever of the two tables the api lets have fewer entries."""
+    rng, n, k, group = np.random.default_rng(0), 100, 200, 64
+    shapes = {"group": (n, 4), "channel": (n, 1), "tensor": (1, 1)}
+    scale = rng.standard_normal(shapes[scales]).astype(np.float32)
+    zero = rng.integers(0, 256, shapes[zeros]).astype(np.uint8)
+    arrays = (jnp.zeros((n, k), jnp.uint8), jnp.asarray(scale), jnp.asarray(zero))
+    h200 = KNOWN_DEVICES["h200"]
+    layout = layouts.preferred_layout(n, k, group, "int", h200)
+    with use_device(h200):
+        packed = layouts.to_layout(*arrays, layout, group)
+        p = run.prepare(
+            "w8a16_matmul", jnp.zeros((3, k), jnp.bfloat16), *packed, None, None, group, layout, four_bit=False
+        )
+    _, found_scale, found_zero = p.arrays
+    seen = np.asarray(found_scale if found_scale.ndim == 2 else fragments.unpack_groups(found_scale))
+    np.testing.assert_array_equal(*np.broadcast_arrays(seen[:n, :4], scale))
+    unpacked = np.asarray(fragments.unpack_groups(found_zero))[:n, :4] ^ 128
+    np.testing.assert_array_equal(*np.broadcast_arrays(unpacked, zero))
