@@ -254,6 +254,11 @@ def test_what_is_no_hugging_face_directory(tmp_path: Path) -> None:
         (["--scheme", "gptq", "--no-clip"], "--no-clip: belongs to AWQ"),
         (["--scheme", "gptq", "--search-tokens", "64"], "--search-tokens: belongs to AWQ"),
         (["--scheme", "w4a16", "--calibration", "x.txt"], "--calibration: --scheme w4a16 as asked for here takes no"),
+        (["--scheme", "w8a8-int8", "--samples", "64"], "--samples: --scheme w8a8-int8 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--seqlen", "64"], "--seqlen: --scheme w4a16 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--seed", "0"], "--seed: --scheme w4a16 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--dtype", "float16"], "--dtype: --scheme w4a16 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--chunk-tokens", "8"], "--chunk-tokens: --scheme w4a16 as asked for here takes no"),
         (["--scheme", "gptq", "--chunk-tokens", "0"], "--chunk-tokens: must be at least 1, found 0"),
     ],
 )
