@@ -100,6 +100,22 @@ def test_a_damaged_piece_is_made_again(base: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("change", [("weight_db", "weight_dB"), ('"weight_db": 1', '"weight_db": 2')])
+def test_a_damaged_report_is_made_again(base: Path, tmp_path: Path, change: tuple[str, str]) -> None:
+    """The tensors' checksum says nothing about it, and it goes into the output."""
+    options = Options("w4a16")
+    quantize(base, tmp_path / "whole", options)
+    with pytest.raises(Stopped):
+        quantize(base, tmp_path / "out", options, progress=stopping(2))
+    about = tmp_path / ".out.quantizing" / "piece-00001.json"
+    assert change[0] in about.read_text()
+    about.write_text(about.read_text().replace(*change))
+    kept: list[bool] = []
+    quantize(base, tmp_path / "out", options, progress=noting(kept))
+    assert kept == [False, True, False]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_another_job_is_not_continued(base: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         quantize(base, tmp_path / "out", GPTQ, SAMPLES, progress=stopping(1))
@@ -160,6 +176,22 @@ def test_a_full_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(files.os, "fsync", real)
     quantize(base, tmp_path / "out", Options("w8a16"))
     assert loadable(tmp_path / "out")
+
+
+def test_a_disk_that_was_full_before(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(
+            jqserve.JqserveError, match=r"\.out\.quantizing: the directory in which a run.*No space left"
+        ):
+            quantize(base, tmp_path / "out", Options("w8a16"))
+    (tmp_path / "file").touch()
+    with pytest.raises(jqserve.JqserveError, match=r"beside --out, could not be written: File exists"):
+        quantize(base, tmp_path / "file" / "out", Options("w8a16"))
+    quantize(base, tmp_path / "out", Options("w8a16"))
 
 
 def test_the_full_disk_names_the_layer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
