@@ -107,6 +107,12 @@ def run(args: argparse.Namespace) -> int:
     if samples is not None:
         fewer = f" (--samples asks for {rows_asked}; there is no more text)" if len(samples) < rows_asked else ""
         print(f"calibrating on {len(samples)} rows of {samples.shape[1]} tokens{fewer}", flush=True)
+    if options.written == "gptq" and not options.grid("float16").symmetric:
+        print(
+            "note: GPTQModel, and transformers with it, load zero points in version 1 only from files of their own "
+            "making; --format gptq_v2 is what they take",
+            flush=True,
+        )
     with _Screen() as screen:
         rows = quantize(
             source,

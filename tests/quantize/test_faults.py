@@ -301,6 +301,16 @@ def test_flags_that_would_do_nothing(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "told"), [(["--asym"], True), ([], False)])
+def test_zero_points_in_version_1_are_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: bool
+) -> None:
+    """GPTQModel 7.6 refuses them in files that it did not write."""
+    flags = ["--scheme", "w4a16", "--format", "gptq", *flags, "--out", str(tmp_path / "out")]
+    assert main(["quantize", "--model-path", str(base), *flags]) == 0
+    assert ("--format gptq_v2 is what they take" in capsys.readouterr().out) == told
+
+
 def test_fewer_rows_than_asked_for_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "ids.npy", SAMPLES)
     flags = ["--scheme", "fp8-static", "--calibration", str(tmp_path / "ids.npy"), "--seqlen", "32"]
