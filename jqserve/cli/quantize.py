@@ -7,6 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+#: Calibration rows.
+SAMPLES = 512
 #: Tokens a calibration row, where the model has as many positions.
 SEQLEN = 2048
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheme", required=True, metavar="S", help="what to make, see below")
     add("--format", help="how to write it; default: the first one of the scheme")
     add("--calibration", metavar="FILE|DIR", help=".txt, .jsonl (text, or messages), .npy of token ids, or a directory")
-    add("--samples", type=int, default=512, help="calibration rows (default 512)")
+    add("--samples", type=int, help="calibration rows (default 512)")
     add("--seqlen", type=int, help="tokens a calibration row (default 2048, or all of the model's positions)")
     add("--seed", type=int, help="draw the calibration rows instead of taking evenly spaced ones")
     add("--ignore", action="append", default=[], metavar="PATTERN", help="leave a Linear dense: its name, or re:REGEX")
@@ -51,14 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of calibration activations"
     )
-    add("--chunk-tokens", type=int, default=16384, help="tokens on the device at a time (16384)")
+    add("--chunk-tokens", type=int, help="tokens on the device at a time (16384)")
     add("--restart", action="store_true", help="throw away an unfinished run with other options")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line a layer, then what came out."""
     from jqserve.errors import RequestError
-    from jqserve.quantize.options import Options
+    from jqserve.quantize.options import CHUNK_TOKENS, Options
 
     options = Options(
         scheme=args.scheme,
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         kv_cache=args.kv_cache,
         ignore=tuple(args.ignore),
     )
-    if args.chunk_tokens < 1:
+    if args.chunk_tokens is not None and args.chunk_tokens < 1:
         raise RequestError("--chunk-tokens", f"must be at least 1, found {args.chunk_tokens}")
     from jqserve.checkpoint.hub import resolve
     from jqserve.quantize.job import quantize
@@ -89,12 +91,28 @@ def run(args: argparse.Namespace) -> int:
     ):
         if given and options.algorithm != algorithm:
             raise RequestError(flag, f"belongs to {algorithm.upper()}, which --scheme {args.scheme} does not run here")
-    if args.calibration and not options.calibrated:
-        raise RequestError("--calibration", f"--scheme {args.scheme} as asked for here takes no data; leave it out")
-    samples = _samples(args, source) if args.calibration else None
+    if not options.calibrated:
+        about_data = {
+            "--calibration": args.calibration is not None,
+            "--samples": args.samples is not None,
+            "--seqlen": args.seqlen is not None,
+            "--seed": args.seed is not None,
+            "--dtype": args.dtype != "auto",
+            "--chunk-tokens": args.chunk_tokens is not None,
+        }
+        for flag in (flag for flag, given in about_data.items() if given):
+            raise RequestError(flag, f"--scheme {args.scheme} as asked for here takes no data; leave it out")
+    rows_asked = SAMPLES if args.samples is None else args.samples
+    samples = _samples(args, source, rows_asked) if args.calibration else None
     if samples is not None:
-        fewer = f" (--samples asks for {args.samples}; there is no more text)" if len(samples) < args.samples else ""
+        fewer = f" (--samples asks for {rows_asked}; there is no more text)" if len(samples) < rows_asked else ""
         print(f"calibrating on {len(samples)} rows of {samples.shape[1]} tokens{fewer}", flush=True)
+    if options.written == "gptq" and not options.grid("float16").symmetric:
+        print(
+            "note: GPTQModel, and transformers with it, load zero points in version 1 only from files of their own "
+            "making; --format gptq_v2 is what they take",
+            flush=True,
+        )
     with _Screen() as screen:
         rows = quantize(
             source,
@@ -102,18 +120,19 @@ def run(args: argparse.Namespace) -> int:
             options,
             samples,
             dtype=None if args.dtype == "auto" else args.dtype,
-            chunk_tokens=args.chunk_tokens,
+            chunk_tokens=CHUNK_TOKENS if args.chunk_tokens is None else args.chunk_tokens,
             restart=args.restart,
             progress=screen.layer,
         )
     size = sum(path.stat().st_size for path in Path(args.out).glob("*.safetensors"))
     print(f"{args.out}: {len(rows)} Linears quantized, {size / 2**20:,.1f} MiB of weights")
-    print(f"compare: jqserve eval --model-path {args.out} --base {args.model_path} --text FILE")
-    print(f"serve:   jqserve-server --model-path {shlex.quote(str(args.out))}")
+    made, base = shlex.quote(str(args.out)), shlex.quote(str(args.model_path))
+    print(f"compare: jqserve eval --model-path {made} --base {base} --text FILE")
+    print(f"serve:   jqserve-server --model-path {made}")
     return 0
 
 
-def _samples(args: argparse.Namespace, source: Any) -> Any:
+def _samples(args: argparse.Namespace, source: Any, rows: int) -> Any:
     from jqserve.checkpoint.hf import Checkpoint
     from jqserve.checkpoint.opening import read_configs
     from jqserve.errors import RequestError
@@ -127,7 +146,7 @@ def _samples(args: argparse.Namespace, source: Any) -> Any:
     seqlen = min(SEQLEN, config.max_position) if args.seqlen is None else args.seqlen
     end = config.eos_token_ids[0] if config.eos_token_ids else None
     return read_calibration(
-        Path(args.calibration), args.samples, seqlen, config.vocab_size, lambda: load_tokenizer(str(source)), end,
+        Path(args.calibration), rows, seqlen, config.vocab_size, lambda: load_tokenizer(str(source)), end,
         args.seed,
     )  # fmt: skip
 

@@ -9,8 +9,9 @@ In a program, importing this module is enough for `lm_eval.simple_evaluate(model
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +21,21 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from jqserve.checkpoint.hub import resolve
+from jqserve.engine.request import SamplingParams
 from jqserve.errors import RequestError
 from jqserve.evaluate.engines import Generator, tokenizer_of
 from jqserve.library import load
+
+log = logging.getLogger(__name__)
 
 #: Logits on the device at a time: tokens x vocabulary.
 LOGITS = 1 << 26
 #: What lm_eval passes to every model; here memory and the engine decide.
 IGNORED = {"batch_size", "max_batch_size", "device"}
+#: Names of the number of new tokens in generation_kwargs, the first one given counts.
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+#: generation_kwargs that are taken.
+GENERATION = {*LIMITS, "until", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
 @register_model("jqserve")
@@ -73,7 +81,18 @@ class JqserveLM(LM):
         return "the checkpoint's own" if self.tokenizer.chat is not None and chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.need_chat().render(chat_history, add_generation_prompt=add_generation_prompt)
+        """Without a generation prompt the last message is the beginning of the answer (a task's gen_prefix): the text
+        ends with it, as transformers' continue_final_message has it, and not with the end of a turn."""
+        text = self.tokenizer.need_chat().render(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = str(chat_history[-1]["content"])
+        for part in (begun, begun.rstrip(), begun.strip()):  # templates trim
+            if (at := text.rfind(part)) >= 0:
+                return text[: at + len(part)]
+        raise RequestError(
+            "gen_prefix", f"the model's chat template does not show the answer begun with, {begun!r:.80}"
+        )
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log probability of the continuation, whether greedy decoding gives it) of each (context, continuation)."""
@@ -100,29 +119,20 @@ class JqserveLM(LM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """What follows each context, greedily unless the task samples, up to one of its stops."""
-        from jqserve.engine.request import SamplingParams
-
         prompts, sampling = [], []
+        unknown = sorted({key for request in requests for key in request.args[1]} - GENERATION)
+        if unknown:
+            log.warning("warning: gen_kwargs: %s do nothing here; there are %s", unknown, sorted(GENERATION))
         for request in requests:
             context, options = request.args
-            until = options.get("until") or []
-            limit = int(options.get("max_gen_toks") or options.get("max_new_tokens") or self.max_gen_toks)
+            limit = limit_of(options, self.max_gen_toks)
+            sampling.append(sampling_of(options, limit))
             if limit >= self.max_length:
                 raise RequestError(
                     "max_gen_toks", f"{limit} leave no room for a prompt in max_length {self.max_length}; raise that"
                 )
             ids = self.tokenizer.encode(context, add_special_tokens=False) or [self.prefix]
             prompts.append(ids[-(self.max_length - limit) :])
-            temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
-            stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-            sampling.append(
-                SamplingParams(
-                    max_new_tokens=limit,
-                    temperature=temperature,
-                    top_p=float(options.get("top_p") or 1.0),
-                    stop=stops,
-                )
-            )
         return [done.text for done in self._generator.engine.generate(prompts, sampling)]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -131,7 +141,8 @@ class JqserveLM(LM):
         if spaces:
             continuation, context = context[-spaces:] + continuation, context[:-spaces]
         if not context:
-            return [self.prefix], self.tokenizer.encode(continuation, add_special_tokens=False)
+            ids = self.tokenizer.encode(continuation, add_special_tokens=False)
+            return ([self.prefix], ids) if ids[:1] != [self.prefix] else (ids[:1], ids[1:])  # once, as lm_eval has it
         whole = self.tokenizer.encode(context + continuation, add_special_tokens=False)
         before = self.tokenizer.encode(context, add_special_tokens=False)
         return whole[: len(before)], whole[len(before) :]
@@ -158,6 +169,27 @@ class JqserveLM(LM):
                 span = slice(len(cut[i]) - 1 - len(pairs[i][1]), len(cut[i]) - 1)
                 results[i] = float(values[row, span].sum()), bool(likely[row, span].all())
         return results
+
+
+def limit_of(options: Mapping[str, Any], default: int) -> int:
+    """New tokens that a task's generation_kwargs allow; default: where they name no number."""
+    return int(next((options[name] for name in LIMITS if options.get(name)), default))
+
+
+def sampling_of(options: Mapping[str, Any], limit: int) -> SamplingParams:
+    """A task's generation_kwargs, read as lm_eval's normalize_gen_kwargs does: a temperature samples unless do_sample
+    is false."""
+    until = options.get("until") or []
+    temperature = 0.0 if options.get("do_sample") is False else float(options.get("temperature") or 0.0)
+    return SamplingParams(
+        max_new_tokens=limit,
+        temperature=temperature,
+        top_k=int(options.get("top_k") or 0),
+        top_p=float(options.get("top_p") or 1.0),
+        min_p=float(options.get("min_p") or 0.0),
+        repetition_penalty=float(options.get("repetition_penalty") or 1.0),
+        stop=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
+    )
 
 
 @jax.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 #: Windows that errors by layer are measured on.
 LAYER_WINDOWS = 4
+#: What quantizing leaves as it is; the error of a Linear can only be told where they agree.
+SHAPES = ("vocab_size", "hidden_size", "ffn_size", "layers", "heads", "kv_heads", "head_dim", "qk_norm")
 #: (stage, done, of)
 Progress = Callable[[str, int, int], None]
 
@@ -68,7 +71,7 @@ def evaluate(question: Question, progress: Progress | None = None) -> dict[str, 
         base_path = str(resolve(question.base))
         base = load(base_path, dtype=question.dtype)
         _comparable(question, model, base[0])
-    warnings = _warnings(question, None if base is None else base[0])
+    warnings = _warnings(question, model, None if base is None else base[0])
     for warning in warnings:
         log.warning("warning: %s", warning)  # now: what follows may take long
 
@@ -106,20 +109,30 @@ def evaluate(question: Question, progress: Progress | None = None) -> dict[str, 
 
 
 def _comparable(question: Question, model: Model, base: Model) -> None:
-    for what in ("vocab_size", "hidden_size", "layers"):
+    for what in SHAPES:
         mine, other = getattr(model.config, what), getattr(base.config, what)
         if mine != other:
             raise RequestError("--base", f"{question.base} has {what} {other}, the model {mine}: not its base")
 
 
-def _warnings(question: Question, base: Model | None) -> list[str]:
-    """A base may be quantized (two schemes can be compared so), but then the verdict is not what it is taken for."""
-    if base is None or all(row.spec is None for row in base.plan.rows):
-        return []
-    return [
-        f"--base {question.base} is quantized itself ({_scheme(base)}): the verdict is on what is lost beside it, not "
-        "beside the unquantized model"
-    ]
+def _warnings(question: Question, model: Model, base: Model | None) -> list[str]:
+    """A base may be quantized (two schemes can be compared so), but then the verdict is not what it is taken for.
+    Another theta is another model, or a config.json whose theta was lost on the way: the numbers show it, not why."""
+    found: list[str] = []
+    if base is None:
+        return found
+    if any(row.spec is not None for row in base.plan.rows):
+        found.append(
+            f"--base {question.base} is quantized itself ({_scheme(base)}): the verdict is on what is lost beside it, "
+            "not beside the unquantized model"
+        )
+    mine, other = model.config.rope.theta, base.config.rope.theta
+    if not math.isclose(mine, other, rel_tol=1e-6):  # a GGUF file has it in float32
+        found.append(
+            f"--base {question.base} has rope theta {other:g}, the model {mine:g}: it is not its base, or one "
+            "config.json is wrong"
+        )
+    return found
 
 
 def _text(found: Any, question: Question, windows: int) -> dict[str, Any]:

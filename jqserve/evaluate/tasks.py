@@ -53,7 +53,7 @@ def read_tasks(path: Path, limit: int | None = None) -> list[Task]:
         try:
             row = json.loads(line)
             tasks.append(Task(str(row["prompt"]), str(row["answer"]), str(row.get("kind", "all"))))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise RequestError(FLAG, f'{path}, line {number}: expected {{"prompt": ..., "answer": ...}}') from None
     if not tasks:
         raise RequestError(FLAG, f"{path}: holds no tasks")

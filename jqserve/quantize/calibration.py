@@ -45,6 +45,8 @@ def read_calibration(
     """
     if samples < 1 or seqlen < 1:
         raise RequestError("--samples" if samples < 1 else "--seqlen", "must be at least 1")
+    if seed is not None and seed < 0:
+        raise RequestError("--seed", f"must not be negative, found {seed}")
     documents = [ids for file in _files(path) for ids in _read(file, encoder)]
     parts: list[np.ndarray] = []
     for i, ids in enumerate(documents):
@@ -112,7 +114,7 @@ def _jsonl(file: Path, text: str, tokenizer: Encoder) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(FLAG, f"{file}, line {number}: not JSON: {error}") from None
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             if any("\ud800" <= c <= "\udfff" for c in row["text"]):  # which JSON can write, and UTF-8 cannot

@@ -17,6 +17,9 @@ from jqserve.quantize.schemes import SCHEMES, Algorithm, Scheme
 #: Tokens of calibration data on the device at a time.
 CHUNK_TOKENS = 16384
 
+#: Group sizes that GPTQModel (7.6, its torch kernel; the others take fewer) loads.
+GPTQ_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -64,6 +67,12 @@ class Options:
                 raise RequestError("--group-size", f"{self.scheme} has none: {row.summary}")
             if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
                 raise RequestError("--group-size", f"must be -1 or a multiple of 8, found {self.group_size}")
+            if self.written in ("gptq", "gptq_v2") and self.group_size not in GPTQ_GROUPS:
+                raise RequestError(
+                    "--group-size",
+                    f"{self.group_size} is none that GPTQModel loads: {', '.join(map(str, GPTQ_GROUPS))}; add --format "
+                    "compressed-tensors for others",
+                )
         if self.symmetric is False and not row.zero_points:
             raise RequestError("--asym", f"{self.scheme} is symmetric in every format")
         if self.scheme == "awq" and self.symmetric and self.format != "compressed-tensors":

@@ -34,6 +34,7 @@ def target_of(source: Source, options: Options) -> Target:
     for slot in source.slots():
         if slot.name not in source.ignored:
             grid.check(slot.name, slot.n, slot.k)
+            writer.check(grid, slot.name, slot.n, slot.k)
     facts = Facts(
         grid=grid,
         inputs=options.row.inputs,

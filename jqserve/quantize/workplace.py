@@ -1,7 +1,7 @@
 """The hidden directory beside the output in which a run works, and from which a later run goes on.
 
     .NAME.quantizing/job.json          what is being made: options, source, data; a run with other ones does not go on
-    .NAME.quantizing/piece-00003.*     a finished piece (a layer): its tensors, and JSON with their checksum
+    .NAME.quantizing/piece-00003.*     a finished piece (a layer): its tensors, and JSON with checksums and its report
     .NAME.quantizing/out/              the output while it is put together; renamed to NAME when all of it is on disk
 
 No name in it is one that a loader looks for until `out` is complete.
@@ -10,6 +10,7 @@ No name in it is one that a loader looks for until `out` is complete.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -30,9 +31,12 @@ class Workplace:
         self.path = out.parent / f".{out.name}.quantizing"
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(f"{out}: exists and is not an empty directory; choose another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise self._unusable(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -40,12 +44,21 @@ class Workplace:
             raise CheckpointError(f"{self.path}: another run is at work here; wait for it or stop it") from None
         try:
             self._agree(job, restart)
+        except OSError as error:
+            os.close(self._lock)
+            raise self._unusable(error) from error
         except BaseException:
             os.close(self._lock)
             raise
 
     def close(self) -> None:
         os.close(self._lock)
+
+    def _unusable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: the directory in which a run works, beside --out, could not be written: "
+            f"{error.strerror or error}"
+        )
 
     def _agree(self, job: dict[str, Any], restart: bool) -> None:
         path = self.path / "job.json"
@@ -68,14 +81,16 @@ class Workplace:
     def keep(self, index: int, tensors: Tensors, report: Any) -> None:
         """Writes a finished piece; it counts from the moment its JSON is there."""
         digest = write_safetensors(self.piece(index), tensors)
-        write_json(self.piece(index).with_suffix(".json"), {"sha256": digest, "report": report})
+        about = {"sha256": digest, "report": report, "report_sha256": _digest(report)}
+        write_json(self.piece(index).with_suffix(".json"), about)
 
     def finished(self, index: int) -> dict[str, Any] | None:
-        """The JSON of a piece that is there and whole, by its checksum; else None."""
+        """The JSON of a piece that is there and whole, by the checksums of both files; else None."""
         found = _read(self.piece(index).with_suffix(".json"))
-        if found is None or not self.piece(index).is_file() or sha256(self.piece(index)) != found.get("sha256"):
+        if found is None or found.get("report_sha256") != _digest(found.get("report")):
             return None
-        return found
+        whole = self.piece(index).is_file() and sha256(self.piece(index)) == found.get("sha256")
+        return found if whole else None
 
     def new_output(self) -> Path:
         """An empty directory for the output."""
@@ -90,6 +105,10 @@ class Workplace:
         os.rename(self.path / "out", self.out)
         sync_directory(self.out.parent)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _digest(report: Any) -> str:
+    return hashlib.sha256(json.dumps(report).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

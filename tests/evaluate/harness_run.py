@@ -9,6 +9,8 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -47,6 +49,21 @@ metric_list: [{metric: byte_perplexity}]
 """
 
 
+def asked_directly(lm: Any) -> dict[str, Any]:
+    """What lm_eval asks for where a context is empty, a task stops at a text, or begins the answer."""
+
+    def request(*args: Any) -> SimpleNamespace:
+        return SimpleNamespace(args=args)
+
+    empty = lm.loglikelihood([request("", " The file"), request("", "<|bos|> The file"), request("The", "")])
+    question = "<|bos|><|user|>What is 463 + 88?<|end|><|assistant|>"
+    stops = [request(question, {"until": until, "max_gen_toks": 8}) for until in ("51", ["<|end|>", "nothing"])]
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "So "}]
+    begun = lm.apply_chat_template(chat, add_generation_prompt=False)
+    asked = lm.apply_chat_template(chat[:1])
+    return {"empty": empty, "stopped": lm.generate_until(stops), "begun": begun, "asked": asked}
+
+
 def main() -> None:
     folder, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     for name, text in (("choice", CHOICE), ("generate", GENERATE), ("rolling", ROLLING)):
@@ -65,6 +82,12 @@ def main() -> None:
         bootstrap_iters=0,
         log_samples=True,
     )
+    lm = harness.JqserveLM(folder, dtype="float32", max_length=64)
+    direct = asked_directly(lm)
+    kwargs = {"temperature": 0.7, "top_k": 5, "max_tokens": 9, "until": "x"}
+    sampled, greedy = (harness.sampling_of({**kwargs, **more}, 9) for more in ({}, {"do_sample": False}))
+    assert (sampled.temperature, sampled.top_k, sampled.stop) == (0.7, 5, ("x",)) and greedy.temperature == 0.0
+    assert (harness.limit_of(kwargs, 256), harness.limit_of({}, 256)) == (9, 256)
     try:
         harness.JqserveLM(folder, quantization="int4", batch_size=1)
     except JqserveError as error:
@@ -75,7 +98,7 @@ def main() -> None:
     choice = []  # what was really asked, and the answer
     for sample in found["samples"]["local_choice"]:
         choice += [[*args[:2], float(x[0])] for args, x in zip(sample["arguments"], sample["filtered_resps"])]
-    out.write_text(json.dumps({"results": found["results"], "rolling": rolling, "choice": choice}))
+    out.write_text(json.dumps({"results": found["results"], "rolling": rolling, "choice": choice, "direct": direct}))
 
 
 if __name__ == "__main__":

@@ -67,3 +67,10 @@ def test_local_tasks(fixtures_dir: Path, tmp_path: Path) -> None:
         end = min(begin + 64, len(ids))
         expected += log_p(model, params, ids[end - 65 : end])[begin - end :].sum()
     assert found["rolling"][0] == pytest.approx(expected, abs=2e-2)
+
+    direct = found["direct"]
+    alone = log_p(model, params, [1, *tokenizer.encode(" The file", add_special_tokens=False)]).sum()
+    assert [score for score, _ in direct["empty"]] == pytest.approx([alone, alone, 0.0], abs=2e-3)
+    assert direct["stopped"] == ["5", "551"]
+    assert direct["asked"] == "<|bos|><|user|>hi<|end|><|assistant|>"
+    assert direct["begun"] == direct["asked"] + "So "  # lm_eval gives the beginning of an answer so: no end of turn

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from jqserve.cli.main import main
+from jqserve.errors import JqserveError
 from jqserve.evaluate import run
 from jqserve.evaluate.page import page
 from jqserve.evaluate.summary import as_json, rows
 from jqserve.evaluate.svg import Axes, ticks
 from jqserve.evaluate.verdict import FAILED, judge
+from tests.checkpoint import tiny
 
 NAME = "models/<script>alert(1)</script>"
 
@@ -115,8 +117,9 @@ def test_a_quantized_base_is_not_taken_for_an_unquantized_one(
     (warning,) = found["warnings"]
     assert warning in caplog.text and "is quantized itself (gptq: uint4, groups of 128)" in warning
     assert html.escape(warning) in page(found) and rows(found)[0] == ("scheme", *["gptq: uint4, groups of 128"] * 2)
-    dense = SimpleNamespace(plan=SimpleNamespace(rows=[SimpleNamespace(spec=None)]))
-    assert run._warnings(question, None) == run._warnings(question, dense) == []  # type: ignore[arg-type]
+    config = SimpleNamespace(rope=SimpleNamespace(theta=1e4))
+    dense: Any = SimpleNamespace(plan=SimpleNamespace(rows=[SimpleNamespace(spec=None)]), config=config)
+    assert run._warnings(question, dense, None) == run._warnings(question, dense, dense) == []
 
 
 def test_bars_are_as_high_as_their_values() -> None:
@@ -162,6 +165,29 @@ def test_what_cannot_end_well_is_refused_before_anything_is_measured(
     monkeypatch.setattr(run, "evaluate", None)
     assert main(["eval", "--model-path", "m", "--text", "t", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"intermediate_size": 128}, "has ffn_size 128, the model 256: not its base"),
+        ({"num_key_value_heads": 4}, "has kv_heads 4, the model 2: not its base"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}, "has heads 8, the model 4: not its"),
+        ({"rope_theta": 500000.0}, ""),
+    ],
+)
+def test_another_model_as_base(tmp_path: Path, other: dict[str, Any], words: str) -> None:
+    """Found before anything is measured; after it, shapes that do not fit were an internal error."""
+    model, base = tiny.make(tmp_path / "model").path, tiny.make(tmp_path / "base", **other).path
+    np.save(tmp_path / "ids.npy", np.arange(64))
+    question = run.Question(str(model), str(base), tmp_path / "ids.npy", windows=1, seqlen=16)
+    if words:
+        with pytest.raises(JqserveError, match=f"^--base: {re.escape(str(base))} {words}"):
+            run.evaluate(question)
+        return
+    assert run.evaluate(question)["warnings"] == [
+        f"--base {base} has rope theta 500000, the model 10000: it is not its base, or one config.json is wrong"
+    ]
 
 
 def test_numbers_of_a_broken_model() -> None:

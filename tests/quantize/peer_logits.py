@@ -52,7 +52,8 @@ def by_autoawq(folder: str) -> torch.nn.Module:
     tensors = load_file(Path(folder) / "model.safetensors")
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
         parts = [tensors.pop(f"{name}.{suffix}") for suffix in ("qweight", "qzeros", "scales")]
-        tensors[f"{name}.weight"] = packing.dequantize_gemm(*parts[:2], parts[2].float(), 4, group).T.contiguous()
+        size = len(parts[0]) if group == -1 else group  # as AutoAWQ's WQLinear_GEMM has it
+        tensors[f"{name}.weight"] = packing.dequantize_gemm(*parts[:2], parts[2].float(), 4, size).T.contiguous()
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     missing, unexpected = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)

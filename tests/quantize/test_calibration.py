@@ -84,6 +84,7 @@ def test_a_chat_that_cannot_be_rendered_is_named(tmp_path: Path) -> None:
     [
         ("x.jsonl", b'{"text": "a"}\n{"prompt": 3}', "line 2: expected"),
         ("x.jsonl", b"{", "line 1: not JSON"),
+        ("x.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("x.jsonl", b'{"text": "abcd"}\n{"text": "\\ud83d abcd"}', "line 2: holds half of a surrogate pair"),
         ("x.txt", b"\xff\xfe\xfa", "cannot be read as text"),
         ("x.txt", b"ab", "holds 2 tokens, fewer than one row"),
@@ -104,6 +105,9 @@ def test_missing_and_empty(tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", np.ones(8))
     with pytest.raises(RequestError, match="expected ids"):
         read(tmp_path / "f.npy")
+    np.save(tmp_path / "f.npy", np.ones(8, np.int32))
+    with pytest.raises(RequestError, match=r"^--seed: must not be negative, found -1"):
+        read(tmp_path / "f.npy", seed=-1)
 
 
 def test_moments_do_not_depend_on_the_cut() -> None:

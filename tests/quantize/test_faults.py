@@ -100,6 +100,22 @@ def test_a_damaged_piece_is_made_again(base: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("change", [("weight_db", "weight_dB"), ('"weight_db": 1', '"weight_db": 2')])
+def test_a_damaged_report_is_made_again(base: Path, tmp_path: Path, change: tuple[str, str]) -> None:
+    """The tensors' checksum says nothing about it, and it goes into the output."""
+    options = Options("w4a16")
+    quantize(base, tmp_path / "whole", options)
+    with pytest.raises(Stopped):
+        quantize(base, tmp_path / "out", options, progress=stopping(2))
+    about = tmp_path / ".out.quantizing" / "piece-00001.json"
+    assert change[0] in about.read_text()
+    about.write_text(about.read_text().replace(*change))
+    kept: list[bool] = []
+    quantize(base, tmp_path / "out", options, progress=noting(kept))
+    assert kept == [False, True, False]
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_another_job_is_not_continued(base: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         quantize(base, tmp_path / "out", GPTQ, SAMPLES, progress=stopping(1))
@@ -160,6 +176,22 @@ def test_a_full_disk(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(files.os, "fsync", real)
     quantize(base, tmp_path / "out", Options("w8a16"))
     assert loadable(tmp_path / "out")
+
+
+def test_a_disk_that_was_full_before(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(
+            jqserve.JqserveError, match=r"\.out\.quantizing: the directory in which a run.*No space left"
+        ):
+            quantize(base, tmp_path / "out", Options("w8a16"))
+    (tmp_path / "file").touch()
+    with pytest.raises(jqserve.JqserveError, match=r"beside --out, could not be written: File exists"):
+        quantize(base, tmp_path / "file" / "out", Options("w8a16"))
+    quantize(base, tmp_path / "out", Options("w8a16"))
 
 
 def test_the_full_disk_names_the_layer(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +286,11 @@ def test_what_is_no_hugging_face_directory(tmp_path: Path) -> None:
         (["--scheme", "gptq", "--no-clip"], "--no-clip: belongs to AWQ"),
         (["--scheme", "gptq", "--search-tokens", "64"], "--search-tokens: belongs to AWQ"),
         (["--scheme", "w4a16", "--calibration", "x.txt"], "--calibration: --scheme w4a16 as asked for here takes no"),
+        (["--scheme", "w8a8-int8", "--samples", "64"], "--samples: --scheme w8a8-int8 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--seqlen", "64"], "--seqlen: --scheme w4a16 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--seed", "0"], "--seed: --scheme w4a16 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--dtype", "float16"], "--dtype: --scheme w4a16 as asked for here takes no data"),
+        (["--scheme", "w4a16", "--chunk-tokens", "8"], "--chunk-tokens: --scheme w4a16 as asked for here takes no"),
         (["--scheme", "gptq", "--chunk-tokens", "0"], "--chunk-tokens: must be at least 1, found 0"),
     ],
 )
@@ -262,6 +299,16 @@ def test_flags_that_would_do_nothing(
 ) -> None:
     assert main(["quantize", "--model-path", str(base), "--out", str(tmp_path / "out"), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "told"), [(["--asym"], True), ([], False)])
+def test_zero_points_in_version_1_are_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: bool
+) -> None:
+    """GPTQModel 7.6 refuses them in files that it did not write."""
+    flags = ["--scheme", "w4a16", "--format", "gptq", *flags, "--out", str(tmp_path / "out")]
+    assert main(["quantize", "--model-path", str(base), *flags]) == 0
+    assert ("--format gptq_v2 is what they take" in capsys.readouterr().out) == told
 
 
 def test_fewer_rows_than_asked_for_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     ),
     "gptq 8 bit, a layer left": ("gptqmodel", {"scheme": "gptq", "bits": 8, "ignore": (DOWN,)}, 2e-2),
     "awq": ("autoawq", {"scheme": "awq", "group_size": 64}, 1e-3),
+    "awq per channel": ("autoawq", {"scheme": "awq", "group_size": -1}, 1e-3),
     "awq, gptqmodel": ("gptqmodel", {"scheme": "awq", "group_size": 64}, 2e-2),
     "ct w4a16": ("transformers", {"scheme": "w4a16"}, 1e-2),
     "ct awq asym": ("transformers", {"scheme": "awq", "format": "compressed-tensors"}, 1e-2),
@@ -52,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
         {"scheme": "gptq", "format": "compressed-tensors", "act_order": True, "group_size": -1},
         1e-2,
     ),
+    "ct fp8 block": ("transformers", {"scheme": "fp8-block"}, 1e-2),
     "fp8 block": ("transformers", {"scheme": "fp8-block", "format": "fp8"}, 1e-2),
 }
 

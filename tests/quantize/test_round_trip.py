@@ -116,6 +116,36 @@ def test_what_cannot_be_is_said(base: tiny.Tiny, tmp_path: Path, scheme: Options
 
 
 @pytest.mark.parametrize(
+    ("flags", "features", "words"),
+    [
+        (
+            {"scheme": "w4a16", "format": "gptq", "group_size": -1},
+            252,
+            r"gate_proj: \[252, 128\] are not multiples of 8",
+        ),
+        (
+            {"scheme": "w8a16", "format": "gptq", "group_size": -1},
+            250,
+            r"gate_proj: \[250, 128\] are not multiples of 4",
+        ),
+        ({"scheme": "awq", "group_size": -1}, 252, "gate_proj: 252 out features are not a multiple of 8"),
+        ({"scheme": "fp8-block"}, 160, r"gate_proj: \[160, 128\] does not divide into blocks of 128 x 128"),
+        ({"scheme": "fp8-block", "format": "fp8"}, 64, r"down_proj: \[128, 64\] does not divide"),
+    ],
+)
+def test_shapes_that_the_readers_of_a_format_do_not_take(
+    tmp_path: Path, flags: dict[str, Any], features: int, words: str
+) -> None:
+    """They were written, and then nothing loaded them, or transformers did and was wrong."""
+    base = tiny.make(tmp_path / "base", intermediate_size=features)
+    with pytest.raises(jqserve.JqserveError, match=rf"^model\.layers\.0\.mlp\.{words}.*--ignore"):
+        quantize(base.path, tmp_path / "out", Options(**flags), SAMPLES)
+    ignored = Options(**flags, ignore=("re:.*(gate|up|down)_proj",))
+    quantize(base.path, tmp_path / "out", ignored, SAMPLES)
+    jqserve.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     ("flags", "flag"),
     [
         ({"scheme": "w3a16"}, "--scheme"),
@@ -123,6 +153,8 @@ def test_what_cannot_be_is_said(base: tiny.Tiny, tmp_path: Path, scheme: Options
         ({"scheme": "gptq", "bits": 3}, "--bits"),
         ({"scheme": "fp8-block", "group_size": 64}, "--group-size"),
         ({"scheme": "w4a16", "group_size": 12}, "--group-size"),
+        ({"scheme": "gptq", "group_size": 24}, "--group-size"),
+        ({"scheme": "w4a16", "group_size": 8, "format": "gptq_v2"}, "--group-size"),
         ({"scheme": "fp8-dynamic", "symmetric": False}, "--asym"),
         ({"scheme": "awq", "symmetric": True}, "--sym"),
         ({"scheme": "w4a16", "act_order": True}, "--act-order"),

@@ -9,6 +9,7 @@ import numpy as np
 from jqserve.errors import UnsupportedError
 from jqserve.quantize.formats.format import Facts, Inputs, Tensors
 from jqserve.quantize.formats.words import AWQ_ORDER, pack_first
+from jqserve.quantize.grid import Grid
 
 if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
     from jqserve.quantize.codes import Codes
@@ -20,6 +21,13 @@ class Awq:
 
     name = "awq"
     dtype = "float16"
+
+    def check(self, grid: Grid, where: str, n: int, k: int) -> None:
+        if n % 8:
+            raise UnsupportedError(
+                f"{where}: {n} out features are not a multiple of 8, which AutoAWQ's format packs; use --format "
+                f"compressed-tensors, or --ignore {where}"
+            )
 
     def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
         assert codes.zero is not None and codes.group_index is None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jqserve.quantize.formats.format import Facts, Inputs, Tensors
+from jqserve.quantize.formats.format import Facts, Inputs, Tensors, check_blocks
 from jqserve.quantize.formats.words import pack_first, pack_last
 from jqserve.quantize.grid import Grid
 
@@ -22,6 +22,10 @@ class CompressedTensors:
 
     name = "compressed-tensors"
     dtype = ""
+
+    def check(self, grid: Grid, where: str, n: int, k: int) -> None:
+        if grid.group[0] > 1:
+            check_blocks(grid, where, n, k)
 
     def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
         grid, (n, k) = codes.grid, codes.shape

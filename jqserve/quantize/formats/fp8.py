@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jqserve.quantize.formats.format import Facts, Inputs, Tensors
+from jqserve.quantize.formats.format import Facts, Inputs, Tensors, check_blocks
+from jqserve.quantize.grid import Grid
 
 if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
     from jqserve.quantize.codes import Codes
@@ -15,6 +16,9 @@ class BlockFp8:
 
     name = "fp8"
     dtype = ""
+
+    def check(self, grid: Grid, where: str, n: int, k: int) -> None:
+        check_blocks(grid, where, n, k)
 
     def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
         return {"weight": codes.values, "weight_scale_inv": codes.scale}

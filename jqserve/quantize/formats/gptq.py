@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jqserve.errors import UnsupportedError
 from jqserve.quantize.formats.format import Facts, Inputs, Tensors
 from jqserve.quantize.formats.words import pack_first, pack_last
+from jqserve.quantize.grid import Grid
 
 if TYPE_CHECKING:  # codes are made by jax; a configuration alone (`jqserve plan`) needs none
     from jqserve.quantize.codes import Codes
@@ -22,6 +24,14 @@ class Gptq:
     def __init__(self, version: int) -> None:
         self.version = version
         self.name = "gptq" if version == 1 else "gptq_v2"
+
+    def check(self, grid: Grid, where: str, n: int, k: int) -> None:
+        per_word = 32 // grid.bits
+        if n % per_word or k % per_word:
+            raise UnsupportedError(
+                f"{where}: [{n}, {k}] are not multiples of {per_word}, the values of a word in GPTQ's format; use "
+                f"--format compressed-tensors, or --ignore {where}"
+            )
 
     def tensors(self, codes: Codes, inputs: Inputs) -> Tensors:
         grid, k = codes.grid, codes.shape[1]
