@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
             raise RequestError(flag, f"{target}: its directory does not exist")
         if target and Path(target).is_dir():
             raise RequestError(flag, f"{target}: is a directory; give the file to write in it")
+        if target and target != "-" and not os.access(Path(target).resolve().parent, os.W_OK):
+            raise RequestError(flag, f"{target}: its directory cannot be written to")  # now, not after measuring
     question = Question(
         model=args.model_path,
         base=args.base,

@@ -43,7 +43,7 @@ def read_tasks(path: Path, limit: int | None = None) -> list[Task]:
     if not path.is_file():
         raise RequestError(FLAG, f"no such file: {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(FLAG, f"{path}: cannot be read as text: {error}") from None
     tasks = []

@@ -29,7 +29,7 @@ def read_windows(path: Path, windows: int, length: int, vocab_size: int, encoder
         elif path.suffix == ".bin":
             ids = np.fromfile(path, "<u2")
         else:
-            ids = np.array(encoder().encode(path.read_text(encoding="utf-8"), add_special_tokens=False))
+            ids = np.array(encoder().encode(path.read_text(encoding="utf-8-sig"), add_special_tokens=False))
     except (ValueError, OSError, EOFError) as error:
         raise RequestError(FLAG, f"{path}: cannot be read as {path.suffix or 'text'}: {error}") from None
     if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size):

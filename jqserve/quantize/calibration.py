@@ -85,7 +85,7 @@ def _read(file: Path, encoder: Any) -> Iterator[np.ndarray]:
         yield from _ids(file)
         return
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(FLAG, f"{file}: cannot be read as text: {error}") from None
     tokenizer: Encoder = encoder()

@@ -81,13 +81,14 @@ def load_tokenizer(path: str, revision: str | None = None, chat_template: str | 
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"no tokenizer could be loaded from {path}: {reason}\n"
-            "Expected tokenizer.json (or tokenizer.model) and tokenizer_config.json there; --tokenizer-path names "
-            "another place. Tokenizers that need code from the checkpoint (trust_remote_code) are not supported."
+            "Expected tokenizer.json (or tokenizer.model) and tokenizer_config.json there; the server's "
+            "--tokenizer-path names another place. Tokenizers that need code from the checkpoint (trust_remote_code) "
+            "are not supported."
         ) from error
     if not tokenizer.encode("a", add_special_tokens=False):  # of some model types transformers makes an empty one
         raise CheckpointError(
             f"no tokenizer could be loaded from {path}: its vocabulary is empty\nExpected tokenizer.json (or "
-            "tokenizer.model) and tokenizer_config.json there; --tokenizer-path names another place."
+            "tokenizer.model) and tokenizer_config.json there; the server's --tokenizer-path names another place."
         )
     loaded = Tokenizer(tokenizer, template)
     loaded.folder = str(Path(path).expanduser()) if local else cached_folder(path, revision)

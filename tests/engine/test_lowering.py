@@ -85,13 +85,13 @@ def test_arguments_that_are_not_used_are_not_handed_over(make_runner: Any) -> No
 
 @pytest.mark.usefixtures("several")
 def test_a_process_that_cannot_start_is_done_without(
-    make_runner: Any, make_core: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_runner: Any, make_core: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     runner = make_runner()
     runner.warm_up()
     assert "lowers programs is gone" in caplog.text
-    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
     runner.prepare().result()
     assert "No such file" in caplog.text
     assert len(answers(make_core, runner=runner)) == 4

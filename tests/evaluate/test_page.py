@@ -7,6 +7,7 @@ import html.parser
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,15 @@ def test_what_cannot_end_well_is_refused_before_anything_is_measured(
     monkeypatch.setattr(run, "evaluate", None)
     assert main(["eval", "--model-path", "m", "--text", "t", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_to_is_named_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run, "evaluate", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever is root may write anywhere
+    assert main(["eval", "--model-path", "m", "--text", "t", "--html", str(tmp_path / "r.html")]) == 2
+    assert f"--html: {tmp_path / 'r.html'}: its directory cannot be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

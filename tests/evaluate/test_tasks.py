@@ -85,6 +85,8 @@ def test_reading(tmp_path: Path) -> None:
     path.write_text('{"prompt": "p", "answer": 3}\n\n{"prompt": "q", "answer": "b", "kind": "k"}\n')
     assert read_tasks(path) == [Task("p", "3"), Task("q", "b", "k")]
     assert len(read_tasks(path, 1)) == 1
+    path.write_text('{"prompt": "p", "answer": 3}', encoding="utf-8-sig")
+    assert read_tasks(path) == [Task("p", "3")]
     for second in ("[1]", "[" * 100_000):
         path.write_text('{"prompt": "p", "answer": 3}\n' + second)
         with pytest.raises(RequestError, match="line 2: expected"):

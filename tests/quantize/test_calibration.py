@@ -52,6 +52,14 @@ def test_every_form(tmp_path: Path) -> None:
     assert text(read(tmp_path))[:3] == ["abcd", "efgh", "ij\0x"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """Editors of Windows put it before everything."""
+    (tmp_path / "a.txt").write_text("abcd", encoding="utf-8-sig")
+    assert text(read(tmp_path / "a.txt")) == ["abcd"]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "wxyz"}), encoding="utf-8-sig")
+    assert text(read(tmp_path / "b.jsonl")) == ["wxyz"]
+
+
 def test_which_rows(tmp_path: Path) -> None:
     np.save(tmp_path / "c.npy", np.arange(100).repeat(4))
     path = tmp_path / "c.npy"

@@ -146,6 +146,9 @@ def test_what_is_larger_than_the_limit_is_refused(echo: Echo) -> None:
 def test_more_than_the_memory_for_messages_is_given_up(echo: Echo) -> None:
     """1.5 GB in uploads of 64 MiB that stop before their end: the core holds them all, half a GB is let in."""
     data = payloads(4 * LARGEST)["text"]()
-    row = asyncio.run(measure_stalled(echo.target, echo.pid, data, 24, 6.0))
+    for seconds in (6.0, 40.0):  # a busy machine does not get so much sent in the shorter time
+        row = asyncio.run(measure_stalled(echo.target, echo.pid, data, 24, seconds))
+        if row["statuses"] != {"DEADLINE_EXCEEDED": 24}:
+            break
     assert row["statuses"].get("RESOURCE_EXHAUSTED", 0) >= 8 and row["small_failed"] == [], row
     assert row["mb_peak"] - row["mb_before"] < 1000, row
