@@ -93,6 +93,44 @@ def _decode_rows(result: dict[str, Any], shown: set[tuple[Any, ...]]) -> list[li
     return rows
 
 
+#: What a decode step's kernels do, by a part of their names (4-bit ones were called "body" until 2026-11-28).
+KERNEL_KINDS = {
+    "matmuls of the layers": ("scaled_matmul", "body_mosaic", "a16_"),
+    "attention": ("paged_decode",),
+    "the head, bf16 by cuBLAS": ("nvjet", "gemm"),
+    "residual + norm (+ quantize)": ("residual_norm",),
+    "rotary embedding + KV write": ("rope_write",),
+    "SiLU x up (+ quantize)": ("quantize_silu",),
+    "quantize (attention's output)": ("quantize_rows",),
+}
+
+
+def decode_kernels() -> str:
+    """Where a quantized decode step's time goes: a line per kind of kernel, ms and share by scheme and batch."""
+    result = load("decode")
+    steps = (
+        [r for r in result["rows"] if r.get("decode_steps") == 1 and r["scheme"] in ("fp8", "w4a16")] if result else []
+    )
+    if result is None or not steps:
+        return "Not measured yet."
+    lines = []
+    for kind, names in KERNEL_KINDS.items():
+        cells = []
+        for row in steps:
+            mine = [k for k in row["costliest"] if any(name in k["kernel"] for name in names)]
+            ms, count = sum(k["us"] for k in mine) / 1000, sum(k["launches"] for k in mine)
+            cells.append(f"{ms:.2f} ({ms / row['kernel_ms']:.0%}, {count:.0f})" if mine else "")
+        lines.append([kind, *cells])
+    known = [name for names in KERNEL_KINDS.values() for name in names]
+    rest = [
+        r["kernel_ms"] - sum(k["us"] for k in r["costliest"] if any(n in k["kernel"] for n in known)) / 1000
+        for r in steps
+    ]
+    lines.append(["the rest", *(f"{ms:.2f} ({ms / row['kernel_ms']:.0%})" for ms, row in zip(rest, steps))])
+    header = ["ms (share, kernels)", *(f"{r['scheme']}, {r['batch']} x {r['context']:,}" for r in steps)]
+    return table(header, lines) + "\n\n" + source(result, "decode")
+
+
 def sampling() -> str:
     """What a draw costs by batch: a line per way, microseconds by wall clock."""
     result = load("sampling")

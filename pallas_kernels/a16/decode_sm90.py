@@ -65,6 +65,7 @@ def matmul(
         cluster_names=("split",) if plan.config.split > 1 else (),
         num_threads=WARPS // 4,
         thread_name="wg",
+        kernel_name="a16_decode_sm90",
         scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True

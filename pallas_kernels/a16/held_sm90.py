@@ -61,6 +61,7 @@ def matmul(
         grid_names=("tile",),
         num_threads=plan.block_warps // 4 + 1,
         thread_name="wg",
+        kernel_name="a16_held_sm90",
         scratch_types=[plgpu.SMEM((plan.data_bytes + plan.barrier_bytes,), jnp.uint8)],
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True

@@ -64,6 +64,7 @@ def matmul(
         cluster_names=("block",) if c.split > 1 else (),
         num_threads=c.warpgroups + 1,
         thread_name="wg",
+        kernel_name="a16_wgmma_sm90",
         scratch_types=[plgpu.SMEM((smem,), jnp.uint8)],
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
