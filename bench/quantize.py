@@ -2,6 +2,7 @@
 
     python -m bench.quantize                      quality, on a CPU; needs ../shared/fixtures. --quick: fewer windows
     python -m bench.quantize --internal           GPTQ and AWQ beside rounding on grids that flatter rounding less
+    python -m bench.quantize --differences        perplexity to the peers', with the error of the comparison (minutes)
     python -m bench.quantize --shape llama8b      a GPU: --scheme gptq | awq, random weights, 512 x 2048 tokens
 
 Quality is that of the weights alone (activations not quantized), dequantized to float32: perplexity and KL to the base
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide the shape's sizes, to try the script on a CPU")
     parser.add_argument("--quick", action="store_true", help="8 windows, 100 tasks")
     parser.add_argument("--internal", action="store_true", help="grids that no format stores: 250 tasks")
+    parser.add_argument("--differences", action="store_true", help="of perplexities to the peers', window by window")
     parser.add_argument("--only", help="quality: names that contain this")
     parser.add_argument("--out", help="folder of the result file")
     args = parser.parse_args()
@@ -64,12 +66,17 @@ def main() -> None:
         record.write(f"quantize_{args.shape}_{args.scheme}", rows, args.out)
         return
     name = "quantize_quality_internal" if args.internal else "quantize_quality"
+    name = "quantize_differences" if args.differences else name
     name = f"{name}_quick" if args.quick else name
     windows, tasks = 8 if args.quick else 64, 100 if args.quick else 250 if args.internal else 1000
+    tasks = 0 if args.differences else tasks
     quality = Quality(
         windows, tasks, lambda rows: record.write(name, rows, args.out), record.rows_of_this_commit(name, args.out)
     )
-    quality.internal() if args.internal else quality.pairs(args.only)
+    if args.differences:
+        quality.differences(args.only)
+    else:
+        quality.internal() if args.internal else quality.pairs(args.only)
 
 
 class Quality:
@@ -118,6 +125,42 @@ class Quality:
             rows += pair
             self.keep(rows)
         return rows
+
+    def differences(self, only: str | None) -> None:
+        """Ours and the peer's on the same windows: the mean over windows of the difference in nats a token, and its
+        standard error, which says what of it is chance."""
+        from jqserve.quantize.job import quantize
+        from jqserve.quantize.options import Options
+
+        rows: list[dict[str, Any]] = []
+        for name, peer, flags in PAIRS:
+            if peer is None or (only and only not in name):
+                continue
+            theirs = self.nll(self.dense(FIXTURES / peer))
+            with tempfile.TemporaryDirectory() as folder:
+                quantize(FIXTURES / "base-bf16", Path(folder) / "out", Options(**flags), self.samples)
+                ours = self.nll(self.dense(Path(folder) / "out"))
+            difference = ours - theirs
+            row = {
+                "name": name,
+                "peer": peer,
+                "perplexities": [round(float(np.exp(nll.mean())), 4) for nll in (theirs, ours)],
+                "nats": round(float(difference.mean()), 5),
+                "standard_error": round(float(difference.std(ddof=1) / len(difference) ** 0.5), 5),
+            }
+            print(row, file=sys.stderr, flush=True)
+            rows.append(row)
+            self.keep(rows)
+
+    def nll(self, params: Any) -> np.ndarray:
+        """Mean negative log-likelihood of each window, nats a token [windows]."""
+        from jqserve.evaluate.likelihood import compared_with
+
+        found = [
+            np.asarray(compared_with(log_p, self.model(params, ids), ids)["nll"], np.float64).reshape(len(ids), -1)
+            for ids, log_p in zip(self.cut(), self.base_log_p)
+        ]
+        return np.concatenate(found).mean(axis=1)
 
     def internal(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []

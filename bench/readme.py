@@ -79,7 +79,19 @@ def quantize_quality() -> str:
         ratio = f"{row['kl_ratio']:.2f}" if "kl_ratio" in row else ""
         accuracy = f"{row['task_accuracy']:.1%}" if "task_accuracy" in row else ""
         rows.append([row["name"], maker, f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", accuracy, ratio])
-    return table(header, rows) + "\n\n" + source(result, "quantize_quality")
+    return "\n\n".join([table(header, rows), *_differences(), source(result, "quantize_quality")])
+
+
+def _differences() -> list[str]:
+    """How sure the perplexities' order is."""
+    result = load("quantize_differences")
+    if result is None:
+        return []
+    each = [f"{row['name']} {1000 * row['nats']:+.1f} +- {1000 * row['standard_error']:.1f}" for row in result["rows"]]
+    text = (
+        "Of the perplexities, the difference of ours to the peer's on the same windows, thousandths of a nat a token "
+    )
+    return [f"{text}(mean +- standard error): {'; '.join(each)}. {source(result, 'quantize_differences')}"]
 
 
 def host() -> str:
