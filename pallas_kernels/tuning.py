@@ -83,9 +83,18 @@ def lookup[Config](op: str, key: str, config_type: type[Config], device: Device 
 
 
 def choose[Config](
-    op: str, key: str, *, heuristic: Callable[[], Config], space: Callable[[], Iterable[Config]]
+    op: str,
+    key: str,
+    *,
+    heuristic: Callable[[], Config],
+    space: Callable[[], Iterable[Config]],
+    check: Callable[[Config], object] = lambda _: None,
 ) -> Config:
-    """The config to run `op` with: forced by the tuner, measured, or the heuristic's (which may raise)."""
+    """The config to run `op` with: forced by the tuner, measured, or the heuristic's (which may raise).
+
+    check    raises NotImplementedError for a config that this call cannot run. A measured one that it refuses is passed
+             over: a key stands for more than the shape and dtypes that were measured (its bucket of M, other scales)
+    """
     forced = _forced.get()
     if forced is not None and (op, key) in forced:
         return forced[op, key]
@@ -98,7 +107,9 @@ def choose[Config](
     if key in known.get(op, {}):
         config = lookup(op, key, type(heuristic()))
         if config is not None:
-            return config
+            with contextlib.suppress(NotImplementedError):
+                check(config)
+                return config
     return heuristic()
 
 

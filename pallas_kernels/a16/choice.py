@@ -130,6 +130,7 @@ def _configured[Plan: (held_plan.Plan, decode_plan.Plan, wgmma_plan.Plan)](
         _key(kernel, plan),
         heuristic=lambda: configs.heuristic(plan),
         space=lambda: configs.search_space(plan)[:_TRIED],
+        check=lambda config: dataclasses.replace(plan, config=config).check(),
     )
     chosen = dataclasses.replace(plan, config=config)
     chosen.check()

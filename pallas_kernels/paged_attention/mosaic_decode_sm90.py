@@ -16,6 +16,7 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.paged_attention import decode_warp
 from pallas_kernels.paged_attention.config import DecodeConfig, decode_heuristic, decode_search_space
 from pallas_kernels.paged_attention.decode_warp import Problem
+from pallas_kernels.paged_attention.prefill_problem import SMEM_BYTES
 from pallas_kernels.paged_attention.simt import Mlir
 
 _KINDS = {"bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
@@ -40,11 +41,14 @@ def problem(q, k_pages, page_table, config: DecodeConfig, **kwargs: Any) -> Prob
     parts = -(-group // 16)
     if group % parts:
         raise NotImplementedError(f"takes groups of up to 16 query heads or multiples of 16, not {group}")
-    return Problem(
+    p = Problem(
         heads=group // parts, parts=parts, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
         table_width=page_table.shape[1], kv_kind=kv_kind, q_kind=q_kind, warps=config.warps, stages=config.stages,
         split=config.split, pdl=config.pdl, **kwargs,
     )  # fmt: skip
+    if p.smem_bytes > SMEM_BYTES:
+        raise NotImplementedError(f"{config} needs {p.smem_bytes} bytes of shared memory of {SMEM_BYTES}")
+    return p
 
 
 @functools.lru_cache(maxsize=256)
@@ -98,6 +102,14 @@ def decode_attention(
     """See api.decode_attention."""
     rows, _, head_dim = q.shape
     kv_heads = k_pages.shape[1]
+
+    def described(config: DecodeConfig) -> Problem:
+        return problem(
+            q, k_pages, page_table, config, sm_scale=float(sm_scale), window=window,
+            soft_cap=None if soft_cap is None else float(soft_cap),
+            k_scaled=k_scale is not None, v_scaled=v_scale is not None,
+        )  # fmt: skip
+
     if config is None:
         tokens = page_table.shape[1] * k_pages.shape[2]
         seen, row_bytes = min(tokens, window or tokens), head_dim * k_pages.dtype.itemsize
@@ -107,12 +119,9 @@ def decode_attention(
             tuning.key(items=tuning.bucket(items), tokens=tuning.bucket(seen), row_bytes=row_bytes),
             heuristic=lambda: decode_heuristic(items, seen, row_bytes, cores),
             space=lambda: decode_search_space(row_bytes),
+            check=described,
         )
-    p = problem(
-        q, k_pages, page_table, config, sm_scale=float(sm_scale), window=window,
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        k_scaled=k_scale is not None, v_scaled=v_scale is not None,
-    )  # fmt: skip
+    p = described(config)
 
     def per_head(scale: Any) -> jax.Array:
         return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, jnp.float32).reshape(-1), (kv_heads,))

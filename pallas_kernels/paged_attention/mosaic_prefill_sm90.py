@@ -108,28 +108,35 @@ def prefill_attention(
         raise NotImplementedError("takes no empty batch or page table")
     items = tiles * queries // (ROWS * CONSUMERS) * heads
     cores = dispatch.current_device().core_count or 132
+
+    def described(config: PrefillConfig) -> Problem:
+        if page_size % 8 or config.block_kv % page_size:
+            raise NotImplementedError(
+                f"takes page sizes that are multiples of 8 and divide {config.block_kv}, not {page_size}"
+            )
+        if config.block_kv % 16 or config.block_kv * head_dim % 2048:
+            raise NotImplementedError(
+                f"takes blocks of a multiple of 16 keys and of 2,048 elements, not {config.block_kv} keys x {head_dim}"
+            )
+        p = Problem(
+            tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages,
+            page_size=page_size, table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,
+            soft_cap=None if soft_cap is None else float(soft_cap), k_scaled=k_scale is not None,
+            v_scaled=v_scale is not None, fp8=fp8, blocks=cores if config.split_last else min(items, cores),
+            config=config,
+        )  # fmt: skip
+        if p.fixed_bytes > SMEM_BYTES:
+            raise NotImplementedError(f"{config} needs {p.fixed_bytes} bytes of shared memory of {SMEM_BYTES}")
+        return p
+
     config = config or tuning.choose(
         "prefill_attention",
         tuning.key(head_dim=head_dim, page_size=page_size, kv=k_pages.dtype, items=tuning.bucket(items)),
         heuristic=lambda: prefill_heuristic(head_dim, items, cores, fp8=fp8 is not None),
         space=lambda: prefill_search_space(head_dim, page_size),
+        check=described,
     )
-    if page_size % 8 or config.block_kv % page_size:
-        raise NotImplementedError(
-            f"takes page sizes that are multiples of 8 and divide {config.block_kv}, not {page_size}"
-        )
-    if config.block_kv % 16 or config.block_kv * head_dim % 2048:
-        raise NotImplementedError(
-            f"takes blocks of a multiple of 16 keys and of 2,048 elements, not {config.block_kv} keys x {head_dim}"
-        )
-    p = Problem(
-        tiles=tiles, queries=queries, heads=heads, kv_heads=kv_heads, head_dim=head_dim, pages=pages,
-        page_size=page_size, table_width=page_table.shape[1], sm_scale=float(sm_scale), window=window,
-        soft_cap=None if soft_cap is None else float(soft_cap), k_scaled=k_scale is not None,
-        v_scaled=v_scale is not None, fp8=fp8, blocks=cores if config.split_last else min(items, cores), config=config,
-    )  # fmt: skip
-    if p.fixed_bytes > SMEM_BYTES:
-        raise NotImplementedError(f"{config} needs {p.fixed_bytes} bytes of shared memory of {SMEM_BYTES}")
+    p = described(config)
 
     def per_head(scale: Any) -> jax.Array:
         if scale is None:  # not read; ones would be a kernel of their own in front of each call

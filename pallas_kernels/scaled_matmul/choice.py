@@ -44,24 +44,31 @@ def choose_config(
 ) -> Config:
     """The kernel's configuration for whole rows of M; `config` None chooses. Raises NotImplementedError for one that
     the kernel cannot run."""
-    c, int8 = config, str(dtype) == "int8"
-    if c is None:
+    int8 = str(dtype) == "int8"
+
+    def runnable(c: Config) -> Config:
+        if c.overwrite and int8:
+            raise NotImplementedError(f"overwrite is for fp8, got int8 and {c}")
+        if reason := c.refusal(m, n, k, block):
+            raise NotImplementedError(reason)
+        if c.smem_bytes(m, k, out_bytes, block) > SMEM_BYTES:
+            raise NotImplementedError(f"{c} needs {c.smem_bytes(m, k, out_bytes, block)} bytes of shared memory")
+        return c
+
+    def fitted(c: Config) -> Config:  # float32 output stages more
+        return c if c.smem_bytes(m, k, out_bytes, block) <= SMEM_BYTES else fill_stages(c, m, k, out_bytes, block)
+
+    if config is None:
         sms = multiprocessors()
-        c = tuning.choose(
+        config = tuning.choose(
             OP,
             tuning.key(m=tuning.bucket(m), n=n, k=k, dtype=str(dtype), scales="block" if block else "row"),
             heuristic=lambda: fill_stages(heuristic(m, n, k, block=block, sms=sms, fp8=not int8), m, k, 2, block),
             space=lambda: (c for c in search_space(m, n, k, block=block, sms=sms) if not (int8 and c.overwrite)),
+            check=lambda c: runnable(fitted(c)),
         )
-        if c.smem_bytes(m, k, out_bytes, block) > SMEM_BYTES:  # float32 output stages more
-            c = fill_stages(c, m, k, out_bytes, block)
-    if c.overwrite and int8:
-        raise NotImplementedError(f"overwrite is for fp8, got int8 and {c}")
-    if reason := c.refusal(m, n, k, block):
-        raise NotImplementedError(reason)
-    if c.smem_bytes(m, k, out_bytes, block) > SMEM_BYTES:
-        raise NotImplementedError(f"{c} needs {c.smem_bytes(m, k, out_bytes, block)} bytes of shared memory")
-    return c
+        config = fitted(config)
+    return runnable(config)
 
 
 def _takes(

@@ -55,6 +55,20 @@ def test_names():
     assert tuning.path_for(KNOWN_DEVICES["h100"]).name == "nvidia-h100-80gb-hbm3.json"
 
 
+def test_a_measured_config_that_this_call_cannot_run_is_passed_over(folder):
+    """It was measured with other scales, or at another M of the bucket: the heuristic's is next, not XLA."""
+    write(folder, "h200", {"n": 7})
+
+    def check(limit: int, tile: Tile) -> None:
+        if tile.n > limit:
+            raise NotImplementedError("too large")
+
+    for limit, n in ((7, 7), (6, 1)):
+        with use_device(KNOWN_DEVICES["h200"]):
+            config = tuning.choose("op", "m=1", heuristic=Tile, space=list, check=functools.partial(check, limit))
+        assert config == Tile(n)
+
+
 def test_measured_before_heuristic_and_only_on_that_device(folder):
     write(folder, "h200", {"n": 7})
     with use_device(KNOWN_DEVICES["h200"]):
@@ -211,3 +225,35 @@ def test_attention_asks():
     decode, prefill = requests
     assert decode.key == "items=32 tokens=512 row_bytes=256" and isinstance(decode.heuristic, DecodeConfig)
     assert len(decode.space) > 10 and isinstance(prefill.heuristic, PrefillConfig) and len(prefill.space) > 3
+
+
+def test_ops_pass_over_a_measured_config_that_does_not_fit(folder):
+    """It runs with its heuristic's, and not as XLA."""
+    S = jax.ShapeDtypeStruct
+    bf, f8 = jnp.bfloat16, jnp.float8_e4m3fn
+    pages = S((64, 8, 64, 128), bf)
+    calls = {
+        "scaled_matmul": (S((16, 4096), f8), S((4096, 4096), f8), S((16, 1), jnp.float32), S((4096, 1), jnp.float32)),
+        "decode_attention": (S((4, 32, 128), bf), pages, pages, S((4, 8), jnp.int32), S((4,), jnp.int32)),
+        "prefill_attention": (
+            *(S((2, 128, 32, 128), bf), pages, pages, S((2, 8), jnp.int32)),
+            *(S((2,), jnp.int32), S((2,), jnp.int32)),
+        ),
+    }
+    for op, args in calls.items():
+        options = {} if op == "scaled_matmul" else {"sm_scale": 0.1}
+        function = getattr(pallas_kernels, op)
+        with use_device(KNOWN_DEVICES["h200"]), tuning.recording() as asked:
+            jax.eval_shape(functools.partial(function, **options), *args)
+        (request,) = asked
+        bad = {"scaled_matmul": {"wgs_k": 3}, "decode_attention": {"stages": 99}}.get(op, {"block_kv": 4096})
+        config = dataclasses.asdict(request.heuristic) | bad
+        entries = {op: {request.key: {"config": config, "us": 1.0}}}
+        tuning.path_for(KNOWN_DEVICES["h200"]).write_text(json.dumps({"entries": entries}))
+        tuning._entries.cache_clear()
+        chosen = pallas_kernels.explain(op, *args, device=KNOWN_DEVICES["h200"], **options).chosen
+        assert chosen == "mosaic_sm90", op
+    args = calls["decode_attention"]
+    options = dict(sm_scale=0.1, window=None, soft_cap=None, k_scaled=False, v_scaled=False)
+    with use_device(KNOWN_DEVICES["h200"]), pytest.raises(NotImplementedError, match="bytes of shared memory"):
+        mosaic_decode_sm90.problem(args[0], args[1], args[3], DecodeConfig(stages=99), **options)
