@@ -96,9 +96,17 @@ def test_without_stream_there_is_only_the_complete(dialect: Dialect) -> None:
 
 def test_n_is_told_apart_by_index(dialect: Dialect) -> None:
     answers = [a.complete for a in dialect.stub.Generate(dialect.request(IDS, 4, stream=False, n=3))]
-    assert sorted(answer.index for answer in answers) == [0, 1, 2]
+    assert [answer.index for answer in answers] == [0, 1, 2]
     assert all(list(answer.output_ids) == (IDS * 2)[:4] for answer in answers)
     assert len(list(dialect.stub.Generate(dialect.request(IDS, 4, stream=False)))) == 1  # n = 0 is not set
+
+
+def test_completes_come_in_the_order_of_their_indices(dialect: Dialect) -> None:
+    """smg numbers the choices of an unstreamed chat as they come; the first copy is the slow one here."""
+    seed = {"seed": SLOW} if dialect.name == "vllm" else {}  # the other protocol has none
+    answers = [a.complete for a in dialect.stub.Generate(dialect.request(IDS, 20, stream=False, n=3, **seed))]
+    assert [answer.index for answer in answers] == [0, 1, 2]
+    assert [answer.completion_tokens for answer in answers] == [20, 20, 20]
 
 
 def test_stop_strings_end_the_sequence_in_the_engine(dialect: Dialect) -> None:

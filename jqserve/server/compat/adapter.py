@@ -1,7 +1,8 @@
 """What the two compatible services have in common: token ids in, chunks and completes out, health, loads, tokenizer.
 
 As gateways expect it (measured with smg): with `stream`, chunks carry what is new and then one complete per index;
-without, completes alone. The text is the gateway's business, so stop strings are matched here only to free the slot.
+without, completes alone, in the order of their indices: smg numbers the choices of a chat as they come. The text is the
+gateway's business, so stop strings are matched here only to free the slot.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Adapter:
             call.prompt, call.sampling, n=call.n, request_id=call.request_id, text=False, pace=call.pace
         )
         with frontend.serving(generation, context) as serving:
-            answers = [_Answer() for _ in range(call.n)]
+            answers, early, due = [_Answer() for _ in range(call.n)], dict[int, Message](), 0
             async for item in generation:
                 answer = answers[item.index]
                 if isinstance(item, Delta):
@@ -86,7 +87,10 @@ class Adapter:
                         await serving.write(self._chunk(call, generation, item, answer))
                 else:
                     serving.finished(item)
-                    await serving.write(self._complete(call, generation, item, answer))
+                    early[item.index] = self._complete(call, generation, item, answer)
+                    while (index := item.index if call.stream else due) in early:
+                        await serving.write(early.pop(index))
+                        due += 1
 
     def _chunk(self, call: Call, generation: Generation, item: Delta, answer: _Answer) -> Message:
         first = answer.tokens == len(item.token_ids)
