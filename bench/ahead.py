@@ -34,13 +34,15 @@ MIB = 1 << 20
 
 def choices() -> list[tuple[dict[str, int], int]]:
     """(bytes by who asks, bytes of a request), the most telling first: a stopped run has those."""
-    found: list[tuple[dict[str, int], int]] = [({}, 16384)]
-    found += [(dict.fromkeys(SITES, size * MIB), 16384) for size in (8, 16, 4, 24)]
-    found += [({site: 8 * MIB}, 16384) for site in SITES]
+    from pallas_kernels.ahead import PIECE
+
+    found: list[tuple[dict[str, int], int]] = [({}, PIECE)]
+    found += [(dict.fromkeys(SITES, size * MIB), PIECE) for size in (8, 16, 4, 24)]
+    found += [({site: 8 * MIB}, PIECE) for site in SITES]
     found += [(dict.fromkeys(SITES, 8 * MIB), piece) for piece in (2048, 4096, 65536)]
-    found += [({site: 16 * MIB}, 16384) for site in SITES]
+    found += [({site: 16 * MIB}, PIECE) for site in SITES]
     # Attention of few tokens comes between the rotary embedding and o: there is time for more than o.
-    return [*found, ({"rope": 32 * MIB}, 16384), ({"rope": 16 * MIB, "mlp_norm": 4 * MIB, "silu": 4 * MIB}, 16384)]
+    return [*found, ({"rope": 32 * MIB}, PIECE), ({"rope": 16 * MIB, "mlp_norm": 4 * MIB, "silu": 4 * MIB}, PIECE)]
 
 
 class Steps:
@@ -72,7 +74,6 @@ class Steps:
         meta = AttentionMetadata(slots, table, lengths, jnp.zeros((0, each), jnp.int32), none, none)
         tokens = jnp.arange(batch, dtype=jnp.int32) + 5
         self.fixed = (tokens, lengths - 1, meta)
-        self.programs: list[Any] = []
 
     def lower(self, sizes: dict[str, int], piece: int) -> Any:
         """One at a time: what is asked for is looked up while tracing."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import tempfile
 import time
@@ -129,17 +128,13 @@ class Quality:
     def differences(self, only: str | None) -> None:
         """Ours and the peer's on the same windows: the mean over windows of the difference in nats a token, and its
         standard error, which says what of it is chance."""
-        from jqserve.quantize.job import quantize
         from jqserve.quantize.options import Options
 
         rows: list[dict[str, Any]] = []
         for name, peer, flags in PAIRS:
             if peer is None or (only and only not in name):
                 continue
-            theirs = self.nll(self.dense(FIXTURES / peer))
-            with tempfile.TemporaryDirectory() as folder:
-                quantize(FIXTURES / "base-bf16", Path(folder) / "out", Options(**flags), self.samples)
-                ours = self.nll(self.dense(Path(folder) / "out"))
+            theirs, ours = self.nll(self.dense(FIXTURES / peer)), self.nll(self.quantized(Options(**flags))[0])
             difference = ours - theirs
             row = {
                 "name": name,
@@ -177,21 +172,22 @@ class Quality:
         return rows
 
     def made(self, name: str, maker: str, flags: dict[str, Any], options: Any = None) -> dict[str, Any]:
-        from jqserve.quantize.job import quantize
         from jqserve.quantize.options import Options
 
         if (name, maker) in self.known:
             return self.known[name, maker]
-        options = options or Options(**flags)
-        folder = Path(tempfile.mkdtemp())
-        try:
+        params, seconds = self.quantized(options or Options(**flags))
+        return {**self.row(name, maker, lambda: params), "quantize_seconds": round(seconds, 1)}
+
+    def quantized(self, options: Any) -> tuple[Any, float]:
+        """The base through our quantizer, dequantized, and the seconds that it took."""
+        from jqserve.quantize.job import quantize
+
+        with tempfile.TemporaryDirectory() as folder:
             begin = time.perf_counter()
-            quantize(FIXTURES / "base-bf16", folder / "out", options, self.samples)
+            quantize(FIXTURES / "base-bf16", Path(folder) / "out", options, self.samples)
             seconds = time.perf_counter() - begin
-            row = self.row(name, maker, lambda: self.dense(folder / "out"))
-            return {**row, "quantize_seconds": round(seconds, 1)}
-        finally:
-            shutil.rmtree(folder)
+            return self.dense(Path(folder) / "out"), seconds
 
     def dense(self, path: Path) -> Any:
         _, params = self.jqserve.load(path, dtype="float32", activations="none", layout="canonical")

@@ -25,6 +25,7 @@ from pallas_kernels.a16.ptx import Int
 LINE = 128  # bytes: what L2 brings at once
 BLOCKS = 128  # that ask, of a kernel that has fewer: one a multiprocessor, nearly
 LANES = 128  # threads of a block that ask
+PIECE = 16384  # bytes of one request
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +40,7 @@ class Ahead:
 
     weight: jax.Array
     size: int = dataclasses.field(metadata={"static": True})
-    piece: int = dataclasses.field(default=16384, metadata={"static": True})
+    piece: int = dataclasses.field(default=PIECE, metadata={"static": True})
 
     def request(self) -> Request | None:
         """None where there is nothing to ask for: too few bytes, or rows that are no whole lines."""

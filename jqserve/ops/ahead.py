@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 
 from jqserve.quant import QuantizedTensor
+from pallas_kernels.ahead import PIECE as PIECE
 from pallas_kernels.ahead import Ahead as Ahead
 
 #: Bytes by the kernel that asks: "attn_norm" (for qkv), "rope" (o), "mlp_norm" (gate and up), "silu" (down). None of
 #: them yet: it has been compiled and not timed, which `bench.ahead` does.
 BYTES: dict[str, int] = {}
-PIECE = 16384  # bytes of one request
 
 
 def read_ahead(kernel: str, weight: jax.Array | QuantizedTensor) -> Ahead | None:
