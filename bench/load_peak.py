@@ -7,11 +7,14 @@ temporary folder. Each scheme loads in a process of its own, for the device's pe
 --mem-fraction caps what XLA may allocate, to show that a model loads where it would not fit unquantized.
 
 awq and gptq calibrate, which zeros do not allow: for them random weights are written, and calibrated on random tokens.
+The file is written after every scheme; with --at-once N, as many schemes load side by side, each with its part of the
+device's memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -19,6 +22,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,7 @@ def measure(folder: str, scheme: str) -> dict[str, Any]:
 
     source: Any = folder
     if scheme in CALIBRATED:
-        tokens = Path(folder) / "calibration.npy"
+        tokens = Path(folder) / f"calibration_{scheme}.npy"  # they may load side by side
         np.save(tokens, np.random.default_rng(0).integers(0, 500, CALIBRATED_ON))
         source, _ = open_asked(folder, scheme, str(tokens))
     asked = None if scheme in CALIBRATED else scheme
@@ -76,6 +80,7 @@ def main() -> None:
     add("--layers", type=int, default=32)
     add("--schemes", nargs="+", default=["none", "fp8", "fp8_block", "w8a8_int8", "int8", "int4", "torchao:int4wo-128"])
     add("--mem-fraction", type=float, help="of the device's memory that XLA may allocate")
+    add("--at-once", type=int, default=1, help="schemes that load side by side")
     add("--name", default="load_peak", help="of the result file")
     add("--quick", action="store_true", help="awq and gptq on a tiny model: checks the script")
     add("--out", help="default: bench/results")
@@ -87,23 +92,30 @@ def main() -> None:
     environment = dict(os.environ)
     if args.mem_fraction:
         environment["XLA_CLIENT_MEM_FRACTION"] = str(args.mem_fraction)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    elif args.at_once > 1:
+        environment["XLA_CLIENT_MEM_FRACTION"] = str(round(0.8 / args.at_once, 3))
+    from bench import record
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
         zeros, random = Path(folder) / "zeros", Path(folder) / "random"
         write_headers(zeros, "bf16", shards=1, num_hidden_layers=args.layers)
         if set(args.schemes) & set(CALIBRATED):
             write_checkpoint(random, "bf16", args.quick, num_hidden_layers=args.layers)
-        for scheme in args.schemes:
+
+        def load_apart(scheme: str) -> dict[str, Any]:
             path = random if scheme in CALIBRATED else zeros
-            command = [sys.executable, "-m", "bench.load_peak", "--one", str(path), scheme]
+            command, began = [sys.executable, "-m", "bench.load_peak", "--one", str(path), scheme], time.monotonic()
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             last = (done.stdout.strip().splitlines() or [""])[-1]
             row = json.loads(last) if done.returncode == 0 else {"scheme": scheme, "failed": done.stderr[-400:]}
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    from bench import record
+            return row | {"seconds": round(time.monotonic() - began, 1)}
 
-    print(record.write(args.name, rows, args.out, layers=args.layers, mem_fraction=args.mem_fraction))
+        for each in concurrent.futures.as_completed([pool.submit(load_apart, scheme) for scheme in args.schemes]):
+            rows.append(each.result())
+            print(json.dumps(rows[-1]), flush=True)
+            path = record.write(args.name, rows, args.out, layers=args.layers, mem_fraction=args.mem_fraction)
+    print(path)
 
 
 if __name__ == "__main__":
