@@ -1,7 +1,7 @@
 """What reading ahead (`jqserve.ops.ahead`) saves: time of a decode step's layers, by who asks for how much.
 
-    python -m bench.ahead [--schemes fp8,w4a16,bf16] [--batches 1,64] [--context 1024] [--budget SECONDS] [--quick]
-                          [--out DIR]
+    python -m bench.ahead [--schemes fp8,w4a16,bf16] [--batches 1,64] [--context 1024] [--most N] [--budget SECONDS]
+                          [--quick] [--out DIR]
 
 A few layers of the Llama-3.1-8B shape (more weights than L2 holds), as the engine runs them, over pages, in one program
 with command buffers on, called again and again; random weights. A row per scheme, batch and choice:
@@ -28,7 +28,7 @@ from bench import record
 from bench.llama8b import QUICK, make_checkpoint
 
 SITES = ("attn_norm", "rope", "mlp_norm", "silu")
-LAYERS, PAGE = 8, 64
+LAYERS, PAGE = 16, 64  # the device takes longer for so many than the host takes to launch them
 MIB = 1 << 20
 
 
@@ -37,8 +37,17 @@ def choices() -> list[tuple[dict[str, int], int]]:
     from pallas_kernels.ahead import PIECE
 
     found: list[tuple[dict[str, int], int]] = [({}, PIECE)]
-    found += [(dict.fromkeys(SITES, size * MIB), PIECE) for size in (8, 16, 4, 24)]
-    found += [({site: 8 * MIB}, PIECE) for site in SITES]
+    found += [
+        ({"rope": 8 * MIB}, PIECE),
+        ({"mlp_norm": 8 * MIB}, PIECE),
+        ({"rope": 4 * MIB, "mlp_norm": 4 * MIB}, PIECE),
+    ]
+    found += [
+        ({"silu": 8 * MIB}, PIECE),
+        ({"attn_norm": 8 * MIB}, PIECE),
+        ({"rope": 8 * MIB, "mlp_norm": 8 * MIB}, 2048),
+    ]
+    found += [(dict.fromkeys(SITES, size * MIB), PIECE) for size in (8, 2, 16, 24)]
     found += [(dict.fromkeys(SITES, 8 * MIB), piece) for piece in (2048, 4096, 65536)]
     found += [({site: 16 * MIB}, PIECE) for site in SITES]
     # Attention of few tokens comes between the rotary embedding and o: there is time for more than o.
@@ -53,6 +62,7 @@ class Steps:
         import jax.numpy as jnp
 
         from jqserve.checkpoint.dummy import load
+        from jqserve.engine.places import hold_places
         from jqserve.models.build import build, split
         from jqserve.ops.attention import AttentionMetadata
         from jqserve.ops.relayout import place
@@ -74,6 +84,7 @@ class Steps:
         meta = AttentionMetadata(slots, table, lengths, jnp.zeros((0, each), jnp.int32), none, none)
         tokens = jnp.arange(batch, dtype=jnp.int32) + 5
         self.fixed = (tokens, lengths - 1, meta)
+        self.places = hold_places(jax.devices()[0])  # as in the engine: the temporary buffer stays where it is
 
     def lower(self, sizes: dict[str, int], piece: int) -> Any:
         """One at a time: what is asked for is looked up while tracing."""
@@ -101,6 +112,7 @@ class Steps:
             nonlocal hidden
             begin = time.perf_counter()
             for _ in range(calls):
+                hidden = None  # the next one lies where it lay: no command buffer has to be updated
                 hidden, self.kv = program(self.leaves, self.kv, *self.fixed)
             jax.block_until_ready(hidden)
             return (time.perf_counter() - begin) / calls
@@ -114,7 +126,7 @@ class Steps:
 def rows_of(scheme: str, batch: int, args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
     import numpy as np
 
-    steps, tried = Steps(scheme, batch, args.context, args.quick), choices()[: 3 if args.quick else None]
+    steps, tried = Steps(scheme, batch, args.context, args.quick), choices()[: 3 if args.quick else args.most]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         flying = []
         for choice in tried:
@@ -142,6 +154,7 @@ def main() -> None:
     add("--schemes", default="fp8,w4a16,bf16")
     add("--batches", default="1,64")
     add("--context", type=int, default=1024)
+    add("--most", type=int, help="choices")
     add("--budget", type=float, default=200.0, help="seconds after which no program is lowered any more")
     add("--quick", action="store_true", help="a tiny model and few choices: checks the script")
     add("--out", help="default: bench/results")

@@ -93,7 +93,7 @@ def main() -> None:
     if args.mem_fraction:
         environment["XLA_CLIENT_MEM_FRACTION"] = str(args.mem_fraction)
     elif args.at_once > 1:
-        environment["XLA_CLIENT_MEM_FRACTION"] = str(round(0.8 / args.at_once, 3))
+        environment["XLA_CLIENT_MEM_FRACTION"] = str(round(0.5 / args.at_once, 3))
     from bench import record
 
     rows: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.timing import GpuLock
+from bench.timing import GpuLock, yield_to_timing
 
 DEVICE_LOST = 75  # exit status of a process whose CUDA context a kernel has broken
 
@@ -56,7 +56,7 @@ def run_tasks(
     """Runs tasks in order until `deadline` (of time.time()). A failure becomes a row with "failed", and the rest go on;
     a task that the time did not reach, one with "skipped"."""
     todo = [task for task in tasks if task.key not in skip]
-    with concurrent.futures.ThreadPoolExecutor(threads) as executor:
+    with concurrent.futures.ThreadPoolExecutor(threads, initializer=yield_to_timing) as executor:
         futures = {t.key: executor.submit(t.compile) for t in todo if not t.exclusive_compile}
         for task in todo:
             if time.time() > deadline:

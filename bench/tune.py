@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.tasks import DEVICE_LOST, Task
-from bench.timing import GpuLock, time_chain
+from bench.timing import GpuLock, time_chain, yield_to_timing
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import current_device
 
@@ -191,7 +191,7 @@ def worker(args: argparse.Namespace) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     todo = [(i, make) for i, make in enumerate(makers) if i not in begun]
-    with concurrent.futures.ThreadPoolExecutor(args.threads) as executor:
+    with concurrent.futures.ThreadPoolExecutor(args.threads, initializer=yield_to_timing) as executor:
         ahead: list[concurrent.futures.Future[list[Prepared]]] = []
         for at, (i, _) in enumerate(todo):
             while len(ahead) < min(len(todo), at + AHEAD):
