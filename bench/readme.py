@@ -143,19 +143,26 @@ def load_peak() -> str:
     """Device and host memory while quantizing online."""
     rows: dict[tuple[str, str], list[str]] = {}
     sources = []
-    for name in ("load_peak", "load_peak_more", "load_peak_torchao", "load_peak_capped", "load_peak_calibrated"):
+    for name in (
+        "load_peak",
+        "load_peak_more",
+        "load_peak_torchao",
+        "load_peak_capped",
+        "load_peak_gptq",
+        "load_peak_awq",
+    ):
         result = load(name)
         if result is None:
             continue
         capped = re.search(r"--mem-fraction (\S+)", result["command"])
-        memory = f"{float(capped[1]):.0%}" if capped else "all"
+        beside = re.search(r"--at-once (\d+)", result["command"])
+        memory = f"{float(capped[1]):.0%}" if capped else f"{0.5 / int(beside[1]):.0%}" if beside else "all"
         for row in result["rows"]:
             device = [row[f"{key}_bytes"] for key in ("final", "peak_device", "over_final", "two_largest_modules")]
             gib = [f"{size / 2**30:.2f}" for size in (*device, row["host_peak_bytes"])]
-            # Until 2026-11-28 a layer was placed as soon as it was calibrated, and the bench calibrated four.
-            old = " (4 layers, placed while calibrating: no longer done so)" * (name == "load_peak_more")
-            label = row["scheme"] + old * (row["scheme"] in ("awq", "gptq"))
-            rows[row["scheme"], memory] = [label, memory, *gib]
+            if name == "load_peak_more" and row["scheme"] in ("awq", "gptq"):
+                continue  # four layers, placed as soon as calibrated, which is no longer done; measured again since
+            rows[row["scheme"], memory] = [row["scheme"], memory, *gib]
         sources.append(source(result, name))
     if not rows:
         return "Not measured yet."
