@@ -75,11 +75,11 @@ class BlockSum:
                 accs = tuple(parts)
             else:
                 parts, x_scales = self.consumer.partial_sums(slot, self.blocks, 128, meanwhile)
+            if not c.late_release and group == c.m_groups - 1:
+                self.consumer.release(slot)  # all products are done, and x's scales read: promoting needs neither
             for part, x_scale, w_scales in zip(parts, x_scales, factors):
                 sums = self._promote(sums, part, x_scale, w_scales)
             done += lax.optimization_barrier(sums) if c.m_groups > 1 else sums
-        if not c.late_release:
-            self.consumer.release(slot)
         return tuple(done), accs
 
     def _run(self, first: Any, state: tuple[Sums, Any]) -> tuple[Sums, Any]:

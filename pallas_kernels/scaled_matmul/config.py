@@ -42,6 +42,7 @@ class Config:
     turns: bool = False  # block scales: two warpgroups issue their products in turn, one promotes meanwhile
     overwrite: bool = False  # block scales of fp8: `product`'s multiplication; needed for several m_groups
     late_release: bool = False  # block scales: a stage is given back under the next one's products
+    one_arrival: bool = False  # a stage is given back by one thread of a warpgroup, behind a barrier of its own
     late_scales: bool = False  # a tile's vectors follow its last K step, so that operands need not wait for a store
     minor: str = "m"  # tile order: "m" walks m fastest inside stripes of `stripe` tiles
     stripe: int = 8

@@ -10,6 +10,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils as mgpu
 
 from pallas_kernels.scaled_matmul import product
 from pallas_kernels.scaled_matmul.walk import Walk
@@ -52,10 +53,9 @@ class Consumer:
 
     def release(self, slot: Any) -> None:
         p = self.walk.p
-        if p.shares_w or p.shares_x:
-            # A few threads of a warpgroup arrive for all of it on a cluster's barrier (on a block's own every thread
-            # does): the other warps must be done with the slot too.
-            plgpu.commit_smem()
+        if p.one_arrival:
+            # A few threads of a warpgroup arrive for all of it: the other warps must be done with the slot too.
+            plgpu.commit_smem() if p.interpretable else _await_warps()
         plgpu.barrier_arrive(self.walk.scratch["empty"].at[slot])
 
     def partial_sums(
@@ -122,6 +122,18 @@ class Consumer:
         count = lax.div(jnp.int32(p.k_steps - 1) - self.wg_k, jnp.int32(c.wgs_k)) + 1
         carry, _ = lax.fori_loop(0, count, mine, (init, advance(slot, self.wg_k)))
         return carry, advance(slot, p.k_steps % c.stages)
+
+
+def _await_warps() -> None:
+    """The four warps of a warpgroup meet. `commit_smem` would also wait until what they wrote is seen by copies: they
+    have read only."""
+
+    @plgpu.inline_mgpu(arg_types=())
+    def meet(ctx: Any) -> None:
+        del ctx
+        mgpu.warpgroup_barrier()
+
+    meet()
 
 
 def plain_sum(consumer: Consumer, slot: Any, meanwhile: Sequence[Work] = ()) -> tuple[Any, Any]:

@@ -73,6 +73,11 @@ class Problem:
         return self.config.cluster > 1 and self.config.cluster_axis == "n"
 
     @property
+    def one_arrival(self) -> bool:
+        """Whether one thread (one for each block of a cluster) gives a stage back for all of a warpgroup."""
+        return self.config.one_arrival or self.shares_w or self.shares_x
+
+    @property
     def clusters(self) -> tuple[int, int]:
         """Output tiles down and across, those that a cluster computes together counted once."""
         c = self.config
@@ -129,7 +134,7 @@ class Problem:
         return {
             "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.stages * c.teams),
             "empty": plgpu.ClusterBarrier(collective_axes=("cluster",), **released)
-            if self.shares_w or self.shares_x
+            if self.one_arrival
             else plgpu.Barrier(**released),
             "scales_full": plgpu.Barrier(num_arrivals=max(1, len(self.vectors)), num_barriers=c.teams),
             "scales_empty": plgpu.Barrier(num_arrivals=self.owners // c.split_k, num_barriers=c.teams),
