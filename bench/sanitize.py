@@ -1,6 +1,7 @@
 """compute-sanitizer over small cases of every op: stray accesses (memcheck) and races in shared memory (racecheck).
 
-    python -m bench.sanitize [--tools memcheck,racecheck] [--groups w4a16,...] [--budget SECONDS] [--out DIR]
+    python -m bench.sanitize [--tools memcheck,racecheck] [--groups w4a16,...] [--budget SECONDS] [--each SECONDS]
+                             [--out DIR]
 
 Each (tool, group) is a process of its own under the sanitizer, which only instruments this package's kernels. Buffers
 are allocated one by one (XLA's pool would hide an access past the end of one) and command buffers are off. Every result
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,16 +35,16 @@ ATTENTION_CASES = {
 }
 
 
-def run_group(group: str, few: bool) -> list[dict[str, Any]]:
-    """Runs the group's cases once each in this process."""
-    rows: list[dict[str, Any]] = []
+def run_group(group: str, few: bool) -> None:
+    """Runs the group's cases once each in this process; a JSON line for each."""
 
     def add(name: str, call: Any, limit: float) -> None:
         try:
             error = call()
-            rows.append({"case": name, "error": round(error, 5), "ok": error < limit})
+            row = {"case": name, "error": round(error, 5), "ok": error < limit}
         except Exception as problem:
-            rows.append({"case": name, "failed": repr(problem)[:300]})
+            row = {"case": name, "failed": repr(problem)[:300]}
+        print(json.dumps(row), flush=True)  # one by one: a case that hangs is the one behind these
 
     if group in ATTENTION_CASES:
         from bench.kernel_paged_attention import check_task
@@ -72,7 +74,6 @@ def run_group(group: str, few: bool) -> list[dict[str, Any]]:
 
         for case in MATMUL_CASES[: 1 if few else None]:
             add("x".join(map(str, case)), lambda case=case: multiply(group, *case), 0.02)
-    return rows
 
 
 def sanitizer() -> str | None:
@@ -101,9 +102,28 @@ def judge(tool: str, group: str, text: str) -> dict[str, Any]:
     return row
 
 
+def heard(command: list[str], env: dict[str, str], seconds: float) -> tuple[str, str | None]:
+    """(stdout and stderr, how it ended if not by itself with status 0), of a process and what it started."""
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        return said, f"not done after {seconds:.0f} s"
+    return said, f"exit status {process.returncode}" if process.returncode else None
+
+
 def is_clean(row: dict[str, Any]) -> bool:
     """Whether a group's cases all ran, were right, and nothing unknown was reported of them."""
-    return "report" not in row and bool(row.get("cases")) and all(case.get("ok") for case in row["cases"])
+    return (
+        "report" not in row
+        and "failed" not in row
+        and bool(row.get("cases"))
+        and all(case.get("ok") for case in row["cases"])
+    )
 
 
 def main() -> None:
@@ -111,6 +131,7 @@ def main() -> None:
     parser.add_argument("--tools", default="memcheck,racecheck")
     parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--budget", type=float, default=280, help="seconds")
+    parser.add_argument("--each", type=float, default=45, help="seconds that a group may take under one tool")
     parser.add_argument("--out", help="folder of the result file (default bench/results)")
     parser.add_argument("--few", action="store_true", help="one case of each group")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -118,8 +139,7 @@ def main() -> None:
     if unknown := set(args.groups.split(",")) - set(GROUPS):
         parser.error(f"unknown groups {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
     if args.one:
-        print(json.dumps(run_group(args.one, args.few)))
-        return
+        return run_group(args.one, args.few)
     tool = sanitizer()
     if tool is None:
         sys.exit(
@@ -135,24 +155,19 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in args.tools.split(","):
         for group in args.groups.split(","):
-            left = deadline - time.time()
+            left = min(args.each, deadline - time.time())
             row: dict[str, Any] = {"tool": name, "group": group}
-            if left < 10:
+            if left < min(10, args.each):
                 rows.append(row | {"skipped": "out of time"})
                 continue
             command = [tool, "--tool", name, "--kernel-name", "kernel_substring=mosaic_gpu"]
             command += ["--print-limit", "1000"]  # the summary counts what was printed
             command += [sys.executable, "-m", "bench.sanitize", "--one", group] + ["--few"] * args.few
-            try:
-                done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=left)
-            except subprocess.TimeoutExpired:
-                rows.append(row | {"skipped": f"not done after {left:.0f} s"})
-                continue
-            lines = [line for line in done.stdout.splitlines() if line.startswith("[{")]
-            row |= judge(name, group, done.stdout + done.stderr)
-            row["cases"] = json.loads(lines[-1]) if lines else []
-            if not lines:
-                row["failed"] = f"exit {done.returncode}: {done.stderr[-600:]}"
+            said, ended = heard(command, env, left)
+            row |= judge(name, group, said)
+            row["cases"] = [json.loads(line) for line in said.splitlines() if line.startswith('{"case"')]
+            if ended or not row["cases"]:
+                row["failed"] = f"{ended or 'no case ran'}: {said[-600:]}"
             rows.append(row)
             print(json.dumps(row), flush=True)
     from bench.record import write

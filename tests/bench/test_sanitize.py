@@ -11,8 +11,9 @@ from bench import sanitize
 
 
 @pytest.mark.parametrize("group", sanitize.GROUPS)
-def test_cases_run(group):
-    (row,) = sanitize.run_group(group, few=True)
+def test_cases_run(group, capsys):
+    sanitize.run_group(group, few=True)
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert row["ok"], row
 
 
@@ -59,11 +60,11 @@ def test_other_races_fail(group, old, new):
 @pytest.mark.parametrize(
     ("group", "clean"),
     [
-        ('echo \'[{"case": "a", "ok": true}]\'', True),
-        ('echo \'[{"case": "a", "ok": false}]\'', False),
-        ('echo \'[{"case": "a", "failed": "no memory"}]\'', False),
+        ('echo \'{"case": "a", "ok": true}\'', True),
+        ('echo \'{"case": "a", "ok": false}\'', False),
+        ('echo \'{"case": "a", "failed": "no memory"}\'', False),
         ("echo ImportError >&2; false", False),  # no case ran, so the sanitizer saw nothing wrong
-        ("sleep 30", False),  # longer than the budget
+        ('echo \'{"case": "a", "ok": true}\'; sleep 30', False),  # the next case hangs
     ],
 )
 def test_only_groups_that_came_to_their_end_are_clean(group, clean, tmp_path, monkeypatch):
@@ -71,11 +72,13 @@ def test_only_groups_that_came_to_their_end_are_clean(group, clean, tmp_path, mo
     tool.write_text(f"#!/bin/sh\n{group}\necho '========= ERROR SUMMARY: 0 errors'\n")
     tool.chmod(0o755)
     monkeypatch.setattr(sanitize, "sanitizer", lambda: str(tool))
-    budget = "12" if "sleep" in group else "60"
-    options = ["--tools", "memcheck", "--groups", "decode", "--budget", budget, "--out", str(tmp_path)]
+    each = "2" if "sleep" in group else "60"
+    options = ["--tools", "memcheck", "--groups", "decode", "--each", each, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["sanitize", *options])
     with pytest.raises(SystemExit) as done:
         sanitize.main()
     assert done.value.code == (0 if clean else 1)
     (row,) = json.loads((tmp_path / "sanitize.json").read_text())["rows"]
     assert ("ImportError" in row.get("failed", "")) == ("ImportError" in group)
+    assert [case["case"] for case in row["cases"]] == ["a"] * ("ImportError" not in group)
+    assert ("not done" in row.get("failed", "")) == ("sleep" in group)
