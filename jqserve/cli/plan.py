@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=220)
+        console = Console(width=240)
     console.print(plan.to_table())
     for line in lines(facts):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -59,9 +59,9 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     running = asked.max_running_requests or defaults.max_running_requests
     chunk = asked.chunked_prefill_size or defaults.chunked_prefill_size
     steps, steps_rows = decode_steps(asked.num_continuous_decode_steps, defaults)
-    plan = with_kernels(found.plan, device, config.dtype, min(running, 16), chunk)
     tiles = prefill_tiles(chunk, defaults.tile_size)
     buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
+    plan = with_kernels(found.plan, device, config.dtype, buckets.decode, chunk)
     facts = _totals(asked, args.device, args.tp, config, found)
     facts |= {
         "buckets": bucket_facts(buckets, defaults.tile_size),

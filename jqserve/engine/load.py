@@ -19,6 +19,7 @@ from jqserve.checkpoint.hub import resolve
 from jqserve.checkpoint.open import is_store, open_checkpoint
 from jqserve.checkpoint.opening import read_configs
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
+from jqserve.engine.buckets import make_buckets
 from jqserve.engine.cache import kv_dtype
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.compile_cache import (
@@ -106,7 +107,8 @@ def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report, 
     """Raises EngineFailedError where a kernel computes something else than its weights say. Asked for by nobody, it
     runs only where there are kernels to test: not where XLA's references are all that runs, as on a CPU."""
     device = current_device()
-    rows = (16, config.chunked_prefill_size or defaults_for(device.platform).chunked_prefill_size)
+    decode, chunk = step_rows(config, device.platform)
+    rows = (*decode, chunk)
     dtype, weights = str(loaded.params["embed"]["weight"].dtype), list(quantized_weights(loaded.params))
     if config.self_test or worth_testing(weights, dtype, rows):
         kept = None if programs is None else ProgramCache(programs, environment_facts(jax.devices()[0]))
@@ -117,12 +119,18 @@ def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report, 
 
 
 def with_kernel_plan(config: EngineConfig, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
-    """The plan with the kernels of this device: at 16 running requests (or fewer), and in a whole prefill chunk."""
+    """The plan with the kernels of this device: in decode steps of all sizes, and in a whole prefill chunk."""
     device = current_device()
-    defaults = defaults_for(device.platform)
-    running = min(16, config.max_running_requests or defaults.max_running_requests)
+    plan = with_kernels(loaded.plan, device, loaded.config.dtype, *step_rows(config, device.platform))
+    return dataclasses.replace(loaded, plan=plan)
+
+
+def step_rows(config: EngineConfig, platform: str) -> tuple[tuple[int, ...], int]:
+    """(the row counts of decode steps, the tokens of a whole prefill chunk)."""
+    defaults = defaults_for(platform)
+    running = config.max_running_requests or defaults.max_running_requests
     chunk = config.chunked_prefill_size or defaults.chunked_prefill_size
-    return dataclasses.replace(loaded, plan=with_kernels(loaded.plan, device, loaded.config.dtype, running, chunk))
+    return make_buckets(running, 1, fine=defaults.fine_buckets).decode, chunk
 
 
 def _prepare_grammars(engine: EngineCore, config: EngineConfig) -> None:

@@ -70,6 +70,20 @@ def test_nothing_is_read_and_no_device_is_named(
     assert h200["unquantized"] == {"model.embed_tokens": "the embedding is looked up and serves as head"}
 
 
+def test_the_kernel_of_one_request_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bound stands at batch 1; the kernel there is another than at 16 rows, in an 8B model's narrow matrices."""
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    config = {**tiny.CONFIG, **sizes, "quantization_config": configs.awq(128)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for options, qkv in (
+        ([], "decode w4a16/decode_sm90 up to 8 rows, then w4a16/wgmma_sm90, prefill w4a16/wgmma_sm90"),
+        (["--max-running-requests", 8], "decode w4a16/decode_sm90, prefill w4a16/wgmma_sm90"),
+        (["--device", "a100"], GENERIC),
+    ):
+        found = planned(capsys, tmp_path, "--load-format", "dummy", *options)
+        assert next(row["kernel"] for row in found["rows"] if row["path"] == "layers.0.attn.qkv") == qkv
+
+
 #: What a plan has no use for, and what takes its time to import.
 HEAVY = ("jax", "jaxlib", "flax", "transformers", "torch", "grpc", "huggingface_hub", "orbax", "tokenizers")
 
