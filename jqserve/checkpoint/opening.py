@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from typing import Any, get_args
 
-from jqserve.checkpoint.asked import Answer, answer, check_something_fits
+from jqserve.checkpoint.asked import Answer, Stored, answer, check_something_fits
 from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations
@@ -76,8 +76,8 @@ def read_plan(
     stored = quant_plan(checkpoint)
     groups = [module for module in modules(config) if isinstance(module, LinearGroup)]
     slots = [slot for group in groups for _, slot in group.parts]
-    specs = (stored.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
-    asked = answer(quantization, stored.method, specs, checkpoint.path)
+    linears = (Stored.of(stored.scheme(slot.name), slot.n, slot.k) for slot in slots)
+    asked = answer(quantization, stored.method, linears, checkpoint.path)
     plan = Asked(stored, asked, activations == "none")
     taken = ((slot.name, slot.n, slot.k) for slot in slots if isinstance(plan.scheme(slot.name), Online))
     check_something_fits(asked.online, taken, checkpoint.path)

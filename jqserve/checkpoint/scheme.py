@@ -60,6 +60,11 @@ class Scheme:
         """The format's name, for the plan."""
         raise NotImplementedError
 
+    @property
+    def narrow_bits(self) -> int | None:
+        """Bits of a value in the file where the spec holds it in more, for want of a kernel; None: as the spec says."""
+        return None
+
     def spec(self, n: int, k: int) -> QuantSpec | None:
         """What the module becomes; None for a dense one."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.errors import UnsupportedError
 from tests.checkpoint import configs as c
-from tests.checkpoint import flag_table, tiny
+from tests.checkpoint import flag_table, gguf_files, tiny
 
 
 def test_the_table_is_what_happens(tmp_path: Path) -> None:
@@ -49,6 +49,12 @@ PAIRS = {  # checkpoint, flag -> accepted
     ("GPTQ 4-bit", "awq"): False,
     ("GPTQ 4-bit", "int4-128"): True,
     ("GPTQ 4-bit", "int4-64"): False,
+    ("GPTQ 3-bit", "int4"): False,  # held in 4 bits, and not what was asked
+    ("GPTQ 3-bit", "gptq"): True,
+    ("GGUF Q2_K", "int4"): False,
+    ("GGUF Q6_K", "int8"): False,
+    ("GGUF Q4_0", "int4-32"): True,
+    ("GGUF Q8_0", "int8"): True,
     ("fp8 in blocks (DeepSeek)", "fp8"): True,
     ("fp8 in blocks (DeepSeek)", "w8a8_fp8"): False,
     ("unquantized", "awq"): True,
@@ -64,6 +70,18 @@ PAIRS = {  # checkpoint, flag -> accepted
 def test_pairs(tmp_path: Path) -> None:
     found = {(name, flag): ok for name, flag, _, ok, _ in flag_table.rows(tmp_path)}
     assert {pair: found[pair] for pair in PAIRS} == PAIRS
+
+
+def test_the_bits_of_the_file_are_told_and_not_those_it_is_held_in(tmp_path: Path) -> None:
+    for maker, quantization, words in (
+        (tiny.gptq(3), c.gptq(3), "quantized already: gptq of 3 bits, held in 4: uint4, groups of 128"),
+        (tiny.gptq(2), c.gptq(2), "quantized already: gptq of 2 bits, held in 4: uint4, groups of 128"),
+    ):
+        made = tiny.make(tmp_path, maker, quantization, num_hidden_layers=1, hidden_size=256)
+        with pytest.raises(UnsupportedError, match=f"int4 asks for 4-bit integer weights.*{words}"):
+            load(made.path, quantization="int4", device_put=keep_on_host)
+    with pytest.raises(UnsupportedError, match="quantized already: gguf Q5_0: int8, groups of 32"):
+        load(gguf_files.write(tmp_path / "m.gguf", "Q5_0"), quantization="int8", device_put=keep_on_host)
 
 
 def test_w8a8_int8_keeps_the_ignore_list_and_takes_our_divisor(tmp_path: Path) -> None:

@@ -160,6 +160,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
     "architecture": ({"general.architecture": "mamba"}, {}, UnsupportedError, "mamba.*llama, qwen2"),
     "experts": ({"llama.expert_count": 8}, {}, UnsupportedError, "expert_count"),
     "a field that is text": ({"llama.block_count": "1"}, {}, CheckpointError, "block_count.*integer"),
+    "an end that is a list": ({"tokenizer.ggml.eos_token_id": [1]}, {}, CheckpointError, r"eos_token_id: found \[1\]"),
+    "an end of a turn that is text": (
+        {"tokenizer.ggml.eot_token_id": "x"},
+        {},
+        CheckpointError,
+        "eot_token_id: found 'x', expected an integer",
+    ),
     "a layer more": ({"llama.block_count": 2}, {}, CheckpointError, r"layers\.1.*missing"),
     "a tensor that nobody knows": (
         {},

@@ -48,6 +48,11 @@ class Gguf(Scheme):
     def method(self) -> str:
         return f"gguf {self.kind}"
 
+    @property
+    def narrow_bits(self) -> int | None:
+        bits = int(self.kind[1])  # Q6_K
+        return bits if bits not in (4, 8) else None
+
     def spec(self, n: int, k: int) -> QuantSpec:
         qtype, group, zero = STORED[self.kind]
         return QuantSpec(qtype, (n, k), (1, group), zero)
