@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ from jqserve.checkpoint.hub import planned
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.open import AnyCheckpoint, is_store, open_checkpoint
 from jqserve.checkpoint.opening import KV_MISSING, open_model
-from jqserve.checkpoint.plan import LoadPlan, PlanRow, ranges
-from jqserve.checkpoint.quant_config import NOT_QUANTIZED
+from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.cli.server import ENGINE_FLAGS, GIVEN_FLAGS
@@ -23,14 +20,13 @@ from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_so
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.kernel_plan import with_kernels
+from jqserve.engine.remarks import folded, of_rows
 from jqserve.engine.totals import MEMORY, bucket_facts, bytes_read
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
-from jqserve.ops.kernels import GENERIC
 from jqserve.ops.layouts import check_supported
 from pallas_kernels import KNOWN_DEVICES
 
-EMBEDDING = "model.embed_tokens"
 DUMMY = "--load-format dummy: the tensors are those that config.json describes, their values random"
 #: What the engine keeps for activations and libraries beside weights and pages, roughly; it measures, we do not.
 RESERVE = 1.5e9
@@ -65,7 +61,7 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     facts = _totals(asked, args.device, args.tp, config, found)
     facts |= {
         "buckets": bucket_facts(buckets, defaults.tile_size),
-        "unquantized": _folded(found.unquantized),
+        "unquantized": folded(found.unquantized),
         "warnings": _warnings(plan, facts, found.kv_missing) + ([] if real else [DUMMY]),
     }
     return plan, facts
@@ -175,36 +171,9 @@ def _cuts(row: PlanRow, config: ModelConfig, n: int) -> list[str]:
     return found
 
 
-def _folded(unquantized: dict[str, str]) -> dict[str, str]:
-    """Modules that differ in the layer alone and have one reason share a line: "model.layers.{0-5}.mlp.down_proj". An
-    unquantized checkpoint has one for all."""
-    linears = {name: reason for name, reason in unquantized.items() if name != EMBEDDING}
-    if linears and set(linears.values()) == {NOT_QUANTIZED}:
-        rest = {EMBEDDING: unquantized[EMBEDDING]} if EMBEDDING in unquantized else {}
-        return rest | {"every Linear": NOT_QUANTIZED}
-    layers: dict[tuple[str, str], list[int]] = {}
-    for name, reason in unquantized.items():
-        match = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)
-        key = (f"{match[1]}{{}}{match[3]}" if match else name, reason)
-        layers.setdefault(key, []).extend([int(match[2])] if match else [])
-    return {
-        name.replace("{}", str(numbers[0]) if len(numbers) == 1 else f"{{{ranges(numbers)}}}"): reason
-        for (name, reason), numbers in layers.items()
-    }
-
-
 def _warnings(plan: LoadPlan, facts: dict[str, Any], missing: bool) -> list[str]:
     """missing: KV scales that config.json promises."""
-    quantized = [row for row in plan.rows if row.spec is not None]
-    kinds = list(
-        dict.fromkeys(dataclasses.replace(r.spec, shape=(1, 1), group_shape=(1, 1)) for r in quantized if r.spec)
-    )
-    found = []
-    if len(kinds) > 1:
-        found.append(f"mixed schemes: {'; '.join(dict.fromkeys(row.scheme for row in quantized))}")
-    found += list(dict.fromkeys(f"{row.path.rpartition('.')[2]}: {row.note}" for row in plan.rows if row.note))
-    if any(GENERIC in row.kernel for row in plan.rows):
-        found.append("no packed kernel for some modules: they are dequantized in every step (see kernel)")
+    found = of_rows(plan)
     kv = facts["kv_cache"]
     if kv["scales"] and kv["scales"] != CHECKPOINT_SCALES:
         found.append(f"KV cache in {kv['dtype']}: {kv['scales']}")
