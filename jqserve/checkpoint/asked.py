@@ -9,6 +9,7 @@ works.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -123,8 +124,8 @@ def answer(name: str | None, method: str, linears: Iterable[Stored], path: Any) 
     online = TORCHAO.get(name.removeprefix(TORCHAO_PREFIX)) if is_torchao(name) else ONLINE.get(name)
     if online is None and name not in FORMATS:
         raise UnsupportedError(
-            f"{flag}: there is no such scheme; on unquantized weights: {supported()}; a quantized checkpoint needs no "
-            f"flag (its own names are taken: {', '.join(FORMATS)})"
+            f"{flag}: there is no such scheme{_near(name)}; on unquantized weights: {supported()}; a quantized "
+            f"checkpoint needs no flag (its own names are taken: {', '.join(FORMATS)})"
         )
     stored = list(dict.fromkeys((s.spec, s.words, s.bits) for s in linears if s.spec is not None))
     found = [spec for spec, _, _ in stored if spec is not None]
@@ -192,6 +193,18 @@ def check_something_fits(online: Online | None, slots: Iterable[tuple[str, int, 
         f"{online.misfit(n, k)}. `jqserve-server --model-path {shlex.quote(str(path))} --quantization int4` takes any "
         "size"
     )
+
+
+def _near(name: str) -> str:
+    """What a misspelt name, or one given to the other flag, may have meant: "fp-8", "--quantization int4wo-128"."""
+    bare = lambda word: word.lower().replace("_", "").replace("-", "")  # noqa: E731
+    flags = [{bare(x): x for x in (*FORMATS, *ONLINE)}, {bare(x): TORCHAO_PREFIX + x for x in TORCHAO}]
+    own, other = reversed(flags) if is_torchao(name) else flags
+    plain = bare(name.removeprefix(TORCHAO_PREFIX))
+    plain = {"nf4": "bitsandbytes", "bnb": "bitsandbytes"}.get(plain, plain)
+    near = difflib.get_close_matches(plain, own, n=1, cutoff=0.8)
+    meant = own.get(plain) or other.get(plain) or (own[near[0]] if near else None)
+    return f" (did you mean {flag_text(meant)}?)" if meant else ""
 
 
 def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:

@@ -122,3 +122,27 @@ def test_inputs_that_torchao_scales_otherwise_are_told(tmp_path: Path, asked: st
         assert (" (torchao: per tensor)" in plan.to_text()) is said
         alone = load(path, quantization=quantization, activations="none", device_put=keep_on_host).plan
         assert "torchao: per tensor" not in alone.to_text()
+
+
+NEAR = {
+    "FP8": "--quantization fp8",
+    "fp-8": "--quantization fp8",
+    "awq-marlin": "--quantization awq_marlin",
+    "int4_64": "--quantization int4-64",
+    "nf4": "--quantization bitsandbytes",
+    "bitsandbyte": "--quantization bitsandbytes",
+    "int4wo-128": "--torchao-config int4wo-128",
+    "torchao:fp8": "--quantization fp8",
+    "torchao:fp8dq_per_row": "--torchao-config fp8dq-per_row",
+    "squeezellm": None,
+    "torchao:x": None,
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_misspelt_name_is_told_the_one_it_may_have_meant(name: str, tmp_path: Path) -> None:
+    path = tiny.make(tmp_path, num_hidden_layers=1).path
+    with pytest.raises(UnsupportedError) as refused:
+        load(path, quantization=name, device_put=keep_on_host)
+    meant = NEAR[name]
+    assert (f"no such scheme (did you mean {meant}?); on" if meant else "no such scheme; on") in str(refused.value)
