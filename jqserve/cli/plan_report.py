@@ -182,6 +182,10 @@ def _warnings(plan: LoadPlan, facts: dict[str, Any], missing: bool) -> list[str]
     if missing and not kv["dtype"].startswith("fp8"):
         found.append(KV_MISSING)
     found += facts["tp"]["problems"]
+    memory, peak = facts["device"]["memory_bytes"] / 2**30, facts["peak_device_bytes"] / 2**30
+    if peak > memory:
+        name = facts["device"]["name"]
+        found.append(f"does not fit: loading needs {peak:.3f} GiB of the device at its peak, {name} has {memory:.3f}")
     if facts["kv_cache"]["tokens"] < facts["model"]["context_length"]:
         found.append(
             f"{facts['kv_cache']['tokens']:,} KV tokens fit, fewer than one request of context length "

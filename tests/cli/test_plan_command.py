@@ -84,6 +84,18 @@ def test_the_kernel_of_one_request_is_named(tmp_path: Path, capsys: pytest.Captu
         assert next(row["kernel"] for row in found["rows"] if row["path"] == "layers.0.attn.qkv") == qkv
 
 
+def test_a_model_that_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An 8B model: 29.9 GiB in float32 and 15 in bfloat16, where an L4 has 22."""
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    config = {**tiny.CONFIG, **sizes, "num_hidden_layers": 32, "vocab_size": 128256, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for dtype, fits in (("float32", False), ("bfloat16", True)):
+        found = planned(capsys, tmp_path, "--load-format", "dummy", "--device", "l4", "--dtype", dtype)
+        said = [warning for warning in found["warnings"] if "does not fit" in warning]
+        assert bool(said) != fits
+        assert fits or ("loading needs 3" in said[0] and said[0].endswith("l4 has 22.352"))
+
+
 #: What a plan has no use for, and what takes its time to import.
 HEAVY = ("jax", "jaxlib", "flax", "transformers", "torch", "grpc", "huggingface_hub", "orbax", "tokenizers")
 
