@@ -13,6 +13,7 @@ from jqserve.checkpoint.open import AnyCheckpoint, is_store, open_checkpoint
 from jqserve.checkpoint.opening import KV_MISSING, open_model
 from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.store_forecast import forecast_store
+from jqserve.cli.present_gpu import planned_device
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.cli.server import ENGINE_FLAGS, GIVEN_FLAGS
 from jqserve.engine.buckets import make_buckets
@@ -36,9 +37,10 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     """(the plan with kernels, the totals). Raises what loading would raise, and for sizes that make no sense."""
     if args.tp < 1:
         raise UnsupportedError(f"--tp {args.tp}: must be at least 1")
+    name, unknown = planned_device(args.device)
     asked = engine_config(args)
     dtype = None if asked.dtype == "auto" else asked.dtype
-    if dtype is None and args.device == "cpu":
+    if dtype is None and name == "cpu":
         dtype = "float32"  # as the engine computes there
     real = asked.load_format != "dummy"
     with planned(args.model_path if args.model is None else args.model, args.revision, weights=real) as directory:
@@ -50,7 +52,7 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     for row in found.plan.rows:
         if row.spec is not None:
             check_supported(row.path, row.spec)
-    device = KNOWN_DEVICES[args.device]
+    device = KNOWN_DEVICES[name]
     defaults = defaults_for(device.platform)
     running = asked.max_running_requests or defaults.max_running_requests
     chunk = asked.chunked_prefill_size or defaults.chunked_prefill_size
@@ -58,11 +60,11 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     tiles = prefill_tiles(chunk, defaults.tile_size)
     buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
     plan = with_kernels(found.plan, device, config.dtype, buckets.decode, chunk)
-    facts = _totals(asked, args.device, args.tp, config, found)
+    facts = _totals(asked, name, args.tp, config, found)
     facts |= {
         "buckets": bucket_facts(buckets, defaults.tile_size),
         "unquantized": folded(found.unquantized),
-        "warnings": _warnings(plan, facts, found.kv_missing) + ([] if real else [DUMMY]),
+        "warnings": _warnings(plan, facts, found.kv_missing) + [DUMMY] * (not real) + [unknown] * bool(unknown),
     }
     return plan, facts
 

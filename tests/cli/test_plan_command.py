@@ -19,6 +19,7 @@ from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
 from jqserve.checkpoint.store_forecast import forecast_store
+from jqserve.cli import present_gpu
 from jqserve.cli.main import main
 from jqserve.cli.plan import add_arguments
 from jqserve.cli.server import parser
@@ -82,6 +83,22 @@ def test_the_kernel_of_one_request_is_named(tmp_path: Path, capsys: pytest.Captu
     ):
         found = planned(capsys, tmp_path, "--load-format", "dummy", *options)
         assert next(row["kernel"] for row in found["rows"] if row["path"] == "layers.0.attn.qkv") == qkv
+
+
+def test_the_gpu_of_this_machine_is_planned_for(
+    demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(present_gpu, "DRIVER", tmp_path)
+    assert planned(capsys, demo_dir)["device"]["name"] == "h200"  # none is there
+    file = tmp_path / "0000:17:00.0" / "information"
+    file.parent.mkdir()
+    file.write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 207\nGPU UUID: \t GPU-1\n")
+    assert planned(capsys, demo_dir)["device"]["name"] == "h100"
+    assert planned(capsys, demo_dir, "--device", "a100")["device"]["name"] == "a100"
+    file.write_text("Model: \t\t NVIDIA A100-SXM4-40GB\n")  # half the memory of the a100 that is known
+    found = planned(capsys, demo_dir)
+    assert found["device"]["name"] == "h200"
+    assert any("NVIDIA A100-SXM4-40GB has no data sheet" in warning for warning in found["warnings"])
 
 
 def test_a_model_that_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
