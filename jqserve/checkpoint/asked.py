@@ -211,7 +211,7 @@ def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:
     if online is not None:
         return Answer(online=online, note=f"quantized while loading: {flag}")
     kind = FORMATS[name]
-    how = f"load a checkpoint in that format, {kind} is one of checkpoints"
+    how = f"{kind} names a format of checkpoints: load one that is in it"
     if kind in CALIBRATED:  # where it can be done, `engine.calibrated` has opened the checkpoint as a quantized one
         how = (
             f"{kind} is calibrated on the weights of a Hugging Face directory, and this is none (or --load-format "
@@ -219,7 +219,7 @@ def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:
         )
     raise UnsupportedError(
         f"{flag}: the checkpoint is not quantized; {how}; or round to nearest while loading: `jqserve-server "
-        f"--model-path {path} --quantization int4` (on unquantized weights: {supported()})"
+        f"--model-path {shlex.quote(str(path))} --quantization int4` (on unquantized weights: {supported()})"
     )
 
 
