@@ -101,6 +101,18 @@ def test_the_gpu_of_this_machine_is_planned_for(
     assert any("NVIDIA A100-SXM4-40GB has no data sheet" in warning for warning in found["warnings"])
 
 
+def test_awq_while_loading_says_that_it_is_computed_in_float16(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That is AutoAWQ's dtype, and not the checkpoint's; GPTQ's files have none of their own."""
+    made = tiny.make(tmp_path, **SIZES).path
+    found = planned(capsys, made, "--quantization", "awq")
+    assert found["model"]["dtype"] == "float16" and "computed in it unless --dtype says bfloat16" in found["notes"][0]
+    assert planned(capsys, made, "--quantization", "awq", "--dtype", "bfloat16")["model"]["dtype"] == "bfloat16"
+    found = planned(capsys, made, "--quantization", "gptq")
+    assert found["model"]["dtype"] == "bfloat16" and "computed in" not in found["notes"][0]
+
+
 def test_a_model_that_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An 8B model: 29.9 GiB in float32 and 15 in bfloat16, where an L4 has 22."""
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
