@@ -103,7 +103,8 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
     kv_token = shape.page_bytes // page // kv_parts
     free = memory * asked.mem_fraction_static - per_gpu - RESERVE
-    tokens = asked.num_pages * page if asked.num_pages else max(0, int(free // kv_token))
+    room = max(0, int(free // kv_token))
+    tokens = asked.num_pages * page if asked.num_pages else room
     context = wanted_context(asked, config, KNOWN_DEVICES[name].platform)
     return {
         "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
@@ -115,6 +116,7 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
             "dtype": dtype,
             "bytes_per_token": kv_token,
             "tokens": tokens,
+            "room": room,
             "scales": kv_source(dtype, found.kv_scaled),
             "slow_pages": slow_pages(shape, KNOWN_DEVICES[name]),
         },
@@ -188,6 +190,8 @@ def _warnings(plan: LoadPlan, facts: dict[str, Any], missing: bool) -> list[str]
     if peak > memory:
         name = facts["device"]["name"]
         found.append(f"does not fit: loading needs {peak:.3f} GiB of the device at its peak, {name} has {memory:.3f}")
+    if kv["tokens"] > kv["room"]:
+        found.append(f"--num-pages: {kv['tokens']:,} KV tokens are asked for, about {kv['room']:,} fit")
     if facts["kv_cache"]["tokens"] < facts["model"]["context_length"]:
         found.append(
             f"{facts['kv_cache']['tokens']:,} KV tokens fit, fewer than one request of context length "

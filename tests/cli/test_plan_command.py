@@ -329,6 +329,9 @@ def test_it_takes_the_servers_flags(demo_dir: Path, capsys: pytest.CaptureFixtur
     ]
     assert planned(capsys, "--model-path", demo_dir, *serving) == plain
     assert planned(capsys, demo_dir, "--num-pages", "10")["kv_cache"]["tokens"] == 10 * 64
+    assert plain["kv_cache"]["room"] == plain["kv_cache"]["tokens"]
+    assert not any("--num-pages" in w for w in planned(capsys, demo_dir, "--num-pages", "10")["warnings"])
+    assert any("--num-pages" in w for w in planned(capsys, demo_dir, "--num-pages", "99999999")["warnings"])
     assert "--page-size 16, 32" in planned(capsys, demo_dir, "--page-size", "48")["kv_cache"]["slow_pages"]
     assert plain["kv_cache"]["slow_pages"] is None
     assert planned(capsys, demo_dir, "--num-continuous-decode-steps", "4")["buckets"]["steps"] == 4
