@@ -11,7 +11,6 @@ import pytest
 
 from jqserve.errors import EngineFailedError
 from jqserve.ops import selftest
-from jqserve.ops.relayout import relayout_leaf
 from jqserve.quant import QuantizedTensor, QuantSpec
 from pallas_kernels import KNOWN_DEVICES, use_device
 from tests.models.tiny import random_weight
@@ -73,11 +72,11 @@ def test_what_the_spec_does_not_say_makes_another_kernel_too() -> None:
 
 def test_where_only_references_run_there_is_nothing_to_test() -> None:
     found = [("a", weight("uint4"))]
-    assert not selftest.worth_testing(found, "bfloat16", (16,))
-    assert not selftest.worth_testing([("a", weight("nf4"))], "bfloat16", (16,))
-    with use_device(KNOWN_DEVICES["h200"]):
-        relaid = [("a", relayout_leaf(weight("uint4"), KNOWN_DEVICES["h200"]))]
-        assert relaid[0][1].spec.layout != "canonical" and selftest.worth_testing(relaid, "bfloat16", (16,))
+    assert not selftest.worth_testing(found)
+    for device in ("h200", "a100"):  # there without any kernel, and all the more so: what runs has never run there
+        with use_device(KNOWN_DEVICES[device]):
+            assert selftest.worth_testing(found) and selftest.worth_testing([("a", weight("nf4"))])
+            assert not selftest.worth_testing([])  # an unquantized model
 
 
 def test_a_kernel_that_only_a_few_rows_take_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
