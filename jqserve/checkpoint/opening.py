@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from typing import Any, get_args
 
-from jqserve.checkpoint.asked import Answer, Stored, answer, check_something_fits
+from jqserve.checkpoint.asked import OVERRIDES, Answer, Stored, answer, check_something_fits
 from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations
@@ -73,7 +73,7 @@ def read_plan(
     """(config, generation_config, the plan with what the user's flags change, a note on them), from configs alone."""
     check_activations(activations)
     config, generation = read_configs(checkpoint, dtype)
-    stored = quant_plan(checkpoint)
+    stored = quant_plan(checkpoint, own_inputs=quantization in OVERRIDES)
     groups = [module for module in modules(config) if isinstance(module, LinearGroup)]
     slots = [slot for group in groups for _, slot in group.parts]
     linears = (Stored.of(stored.scheme(slot.name), slot.n, slot.k) for slot in slots)

@@ -102,6 +102,19 @@ def test_w8a8_int8_keeps_the_ignore_list_and_takes_our_divisor(tmp_path: Path) -
     assert "absmax/127" in asked.plan.notes[0] and "ignore list kept" in asked.plan.notes[0]
 
 
+def test_w8a8_int8_overrides_inputs_with_zero_points(tmp_path: Path) -> None:
+    """Dynamic ones, of which the file stores nothing; the refusal without the flag names it."""
+    inputs = {**c.inputs("int"), "symmetric": False}
+    quantization = c.compressed("int-quantized", c.weights(8, "int", "channel"), inputs)
+    path = tiny.make(tmp_path, tiny.eight("int"), quantization, num_hidden_layers=1).path
+    with pytest.raises(UnsupportedError, match=r"symmetric: False is not supported.*--quantization w8a8_int8"):
+        load(path, device_put=keep_on_host)
+    with pytest.raises(UnsupportedError, match="symmetric"):
+        load(path, quantization="torchao:int8dq", device_put=keep_on_host)
+    weight = load(path, quantization="w8a8_int8", device_put=keep_on_host).params["layers"]["0"]["attn"]["o"]["weight"]
+    assert (weight.spec.qtype, weight.spec.activation.divisor) == ("int8", 127.0)
+
+
 def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
     tiny.make(tmp_path)
     with pytest.raises(UnsupportedError, match=r"int3: there is no such scheme.*fp8_block.*int4wo-128.*awq_marlin"):
