@@ -105,8 +105,12 @@ class Scheme:
 
 
 def cast(array: Any, dtype: str) -> Any:
-    """array.astype(dtype), without numpy's copy where nothing changes."""
-    return array if array.dtype == dtype else array.astype(dtype)
+    """array.astype(dtype), without numpy's copy where nothing changes. What does not fit becomes infinite without a
+    warning: `Stream` looks for that, and names the module."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype)
 
 
 def transposed(array: Any) -> Any:
