@@ -311,6 +311,20 @@ def test_damage_is_refused_or_harmless(tmp_path: Path) -> None:
             assert str(path) in str(error) or "model." in str(error), (seed, error)
 
 
+def test_a_vocabulary_of_several_reads(tmp_path: Path) -> None:
+    """2.5 MB of strings, some of them empty and one longer than what is read at once, and a field behind them."""
+    rng = random.Random(0)
+    tokens = ["".join(rng.choices("aé▁中", k=rng.randrange(12))) for _ in range(100_000)]
+    tokens[70_000] = "x" * 1_500_000
+    path = g.write(tmp_path / "m.gguf", fields={"tokenizer.ggml.tokens": tokens, "behind": 7})
+    fields = GgufFile(path).fields
+    assert fields["tokenizer.ggml.tokens"] == tokens and fields["behind"] == 7
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(CheckpointError, match="damaged GGUF header at byte"):
+        GgufFile(path)
+
+
 def test_lengths_beyond_the_file_are_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     for body in (b"\xff" * 40, b"\x00" * 8 + b"\xff" * 8, (1).to_bytes(8, "little") + (1 << 60).to_bytes(8, "little")):
