@@ -9,13 +9,14 @@ works.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from jqserve.checkpoint.online import ONLINE, TORCHAO, Online
 from jqserve.checkpoint.plan import activation_text, input_text, scheme_text
-from jqserve.checkpoint.scheme import FP8_TOKEN, INT8_TOKEN_127
+from jqserve.checkpoint.scheme import FP8_TOKEN, INT8_TOKEN_127, Scheme
 from jqserve.errors import UnsupportedError
 from jqserve.quant import ActivationSpec, QuantSpec
 
@@ -94,11 +95,25 @@ def supported() -> str:
     return f"{', '.join(ONLINE)}; --torchao-config {', '.join(TORCHAO)}"
 
 
-def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], path: Any) -> Answer:
-    """name    the flag; "torchao:NAME" for --torchao-config NAME
-    method  of the checkpoint: "none", "awq", "online: fp8" (converted), ...
-    specs   of its Linears, None for a dense one
-    path    the checkpoint's, for the command that works
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One Linear of the checkpoint. spec: None for a dense one; words: its format ("gguf Q6_K"); bits: of a value in
+    the file, where it is held in more (`Scheme.narrow_bits`)."""
+
+    spec: QuantSpec | None
+    words: str
+    bits: int | None = None
+
+    @staticmethod
+    def of(scheme: Scheme, n: int, k: int) -> Stored:
+        return Stored(scheme.spec(n, k), scheme.method, scheme.narrow_bits)
+
+
+def answer(name: str | None, method: str, linears: Iterable[Stored], path: Any) -> Answer:
+    """name     the flag; "torchao:NAME" for --torchao-config NAME
+    method   of the checkpoint: "none", "awq", "online: fp8" (converted), ...
+    linears  of the checkpoint
+    path     its own, for the command that works
 
     Raises UnsupportedError: see above.
     """
@@ -109,15 +124,16 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
     online = TORCHAO.get(name.removeprefix(TORCHAO_PREFIX)) if is_torchao(name) else ONLINE.get(name)
     if online is None and name not in FORMATS:
         raise UnsupportedError(
-            f"{flag}: there is no such scheme; on unquantized weights: {supported()}; a quantized checkpoint needs no "
-            f"flag (its own names are taken: {', '.join(FORMATS)})"
+            f"{flag}: there is no such scheme{_near(name)}; on unquantized weights: {supported()}; a quantized "
+            f"checkpoint needs no flag (its own names are taken: {', '.join(FORMATS)})"
         )
-    found = list(dict.fromkeys((s.shape, s) for s in specs if s is not None))
+    stored = list(dict.fromkeys((s.spec, s.words, s.bits) for s in linears if s.spec is not None))
+    found = [spec for spec, _, _ in stored if spec is not None]
     if method == "none" and found:  # converted before its method was kept
         method = ONLINE_METHOD
     if method == "none":
         return _on_dense(flag, name, online, path)
-    kinds = list(dict.fromkeys(describe(method, spec) for _, spec in found))
+    kinds = list(dict.fromkeys(describe(words, spec) for spec, words, _ in stored if spec is not None))
     if method == "gguf" and not found and FORMATS.get(name) != method:  # a file of F16 or BF16 alone
         return _on_dense(flag, name, online, path)
     if name in FORMATS:
@@ -129,9 +145,10 @@ def answer(name: str | None, method: str, specs: Iterable[QuantSpec | None], pat
     asks, test = SCHEMES.get(name, (f"torchao's {name.removeprefix(TORCHAO_PREFIX)}", None))
     if test is None:
         test = lambda spec: _same(spec, online.spec(*spec.shape))  # noqa: E731
-    if name == method or (found and all(test(spec) for _, spec in found)):
+    narrow = any(bits is not None for _, _, bits in stored)  # 3 bits held in 4 are not what --quantization int4 asks
+    if name == method or (found and not narrow and all(test(spec) for spec in found)):
         activation = OVERRIDES.get(name) if method == "compressed-tensors" else None
-        if activation is None or all(spec.activation == activation for _, spec in found):
+        if activation is None or all(spec.activation == activation for spec in found):
             return Answer(note=f"{flag}: the checkpoint is that already ({'; '.join(kinds)})")
         how = activation_text(activation)
         return Answer(
@@ -178,11 +195,23 @@ def check_something_fits(online: Online | None, slots: Iterable[tuple[str, int, 
     )
 
 
+def _near(name: str) -> str:
+    """What a misspelt name, or one given to the other flag, may have meant: "fp-8", "--quantization int4wo-128"."""
+    bare = lambda word: word.lower().replace("_", "").replace("-", "")  # noqa: E731
+    flags = [{bare(x): x for x in (*FORMATS, *ONLINE)}, {bare(x): TORCHAO_PREFIX + x for x in TORCHAO}]
+    own, other = reversed(flags) if is_torchao(name) else flags
+    plain = bare(name.removeprefix(TORCHAO_PREFIX))
+    plain = {"nf4": "bitsandbytes", "bnb": "bitsandbytes"}.get(plain, plain)
+    near = difflib.get_close_matches(plain, own, n=1, cutoff=0.8)
+    meant = own.get(plain) or other.get(plain) or (own[near[0]] if near else None)
+    return f" (did you mean {flag_text(meant)}?)" if meant else ""
+
+
 def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:
     if online is not None:
         return Answer(online=online, note=f"quantized while loading: {flag}")
     kind = FORMATS[name]
-    how = f"load a checkpoint in that format, {kind} is one of checkpoints"
+    how = f"{kind} names a format of checkpoints: load one that is in it"
     if kind in CALIBRATED:  # where it can be done, `engine.calibrated` has opened the checkpoint as a quantized one
         how = (
             f"{kind} is calibrated on the weights of a Hugging Face directory, and this is none (or --load-format "
@@ -190,7 +219,7 @@ def _on_dense(flag: str, name: str, online: Online | None, path: Any) -> Answer:
         )
     raise UnsupportedError(
         f"{flag}: the checkpoint is not quantized; {how}; or round to nearest while loading: `jqserve-server "
-        f"--model-path {path} --quantization int4` (on unquantized weights: {supported()})"
+        f"--model-path {shlex.quote(str(path))} --quantization int4` (on unquantized weights: {supported()})"
     )
 
 

@@ -117,8 +117,9 @@ def _part(checkpoint: AnyCheckpoint, key: str, slot: LinearSlot, plan: QuantPlan
     missing = [s for s, need in needs.items() if need.required and s not in suffixes]
     dense = "weight" in suffixes and checkpoint.dtype(f"{slot.name}.weight") in FLOATS
     takes_dense = "weight" in needs and set(needs["weight"].dtypes) >= set(FLOATS)
-    if missing or (dense and not takes_dense):
-        raise _disagree(checkpoint, slot, scheme, missing, present)
+    quantized = takes_dense and "weight" in suffixes and not dense
+    if missing or quantized or (dense and not takes_dense):
+        raise _disagree(checkpoint, slot, scheme, missing, present, plan.why_dense(slot.name))
     scheme.check(slot.name, slot.n, slot.k)
     tensors = {s: f"{slot.name}.{s}" for s in needs if s in suffixes}
     for suffix, name in tensors.items():
@@ -132,13 +133,15 @@ def _part(checkpoint: AnyCheckpoint, key: str, slot: LinearSlot, plan: QuantPlan
 
 
 def _disagree(
-    checkpoint: AnyCheckpoint, slot: LinearSlot, scheme: Scheme, missing: list[str], present: list[str]
+    checkpoint: AnyCheckpoint, slot: LinearSlot, scheme: Scheme, missing: list[str], present: list[str], why_dense: str
 ) -> CheckpointError:
     if not present:
         return CheckpointError(f"{checkpoint.path}: no tensor of module {slot.name!r} is there; is a shard missing?")
     found = ", ".join(f"{module_and_suffix(name)[1]} {checkpoint.dtype(name)}" for name in present)
-    need = f"needs {', '.join(missing)}" if missing else "has no dense weight"
+    a_weight = "has a float weight" if scheme.spec(slot.n, slot.k) is None else "has no dense weight"
+    need = f"needs {', '.join(missing)}" if missing else a_weight
+    method = f"{scheme.method} ({why_dense})" if why_dense else scheme.method
     return CheckpointError(
-        f"{checkpoint.file_of(present[0])}: {slot.name}: config.json makes this module {scheme.method}, which {need}; "
+        f"{checkpoint.file_of(present[0])}: {slot.name}: config.json makes this module {method}, which {need}; "
         f"the file has {found}. Config and tensors must agree (ignore lists, dynamic, modules_to_not_convert)"
     )

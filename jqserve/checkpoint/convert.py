@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import jax
 
+from jqserve.checkpoint.forecast import Foretell, forecast
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, keep_on_host, set_path
 from jqserve.checkpoint.open import AnyCheckpoint, is_store, open_checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.plan import PlanRow
 from jqserve.checkpoint.store import restore
+from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.checkpoint.stream import Stream
 
 __all__ = ["LoadedCheckpoint", "keep_on_host", "load"]
@@ -26,6 +28,7 @@ def load(
     device_put: Place | None = None,
     decode: Literal["auto", "host", "device"] = "auto",
     progress: Progress | None = None,
+    foretell: Foretell | None = None,
 ) -> LoadedCheckpoint:
     """Loads the directory or .gguf file `path`, or an open checkpoint, which is closed afterwards; its headers are
     checked as a whole before any tensor is read.
@@ -40,12 +43,15 @@ def load(
     decode        "host": numpy; "device": raw tensors are sent as they are and repacked there; "auto": on the device
                   unless it is a CPU
     progress      called after each module
+    foretell      called before the first, with what the headers show
 
     Host memory at its highest is about three times the largest module: one read ahead, one raw, one built.
     A directory that `jqserve convert` wrote is recognised by its manifest.
     Raises CheckpointError or UnsupportedError, before any device memory is taken for all that headers can show.
     """
     if isinstance(path, (str, Path)) and is_store(path):
+        if foretell:
+            foretell(*forecast_store(Path(path), dtype, activations, quantization))
         return restore(
             path,
             dtype=dtype,
@@ -56,6 +62,8 @@ def load(
         )
     with open_checkpoint(path) as checkpoint:
         opened = open_model(checkpoint, dtype, activations, quantization)
+        if foretell:
+            foretell(opened.config, forecast(opened))
         stream = Stream.of(opened, device_put, decode)
         params: dict[str, Any] = {}
         rows: list[PlanRow] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import ml_dtypes  # noqa: F401 - numpy knows bfloat16 by its name then
 import numpy as np
@@ -14,6 +15,7 @@ from jqserve.checkpoint.names import Vector, module_and_suffix
 from jqserve.checkpoint.open import AnyCheckpoint
 from jqserve.checkpoint.opening import OpenModel
 from jqserve.checkpoint.plan import LoadPlan, PlanRow, input_text, joined_notes, scheme_text, source_text
+from jqserve.models.config import ModelConfig
 from jqserve.quant import QuantSpec
 
 
@@ -39,6 +41,10 @@ class Forecast:
     def peak_bytes(self, weights: int) -> tuple[int, int]:
         """(device, host) while loading, where `weights` bytes stay on the device."""
         return max(weights + self.largest, self.working[0]), 2 * self.largest + self.working[1]
+
+
+#: Told before any tensor is read: the config with its dtype, and what will become of every module.
+Foretell = Callable[[ModelConfig, Forecast], None]
 
 
 def forecast(opened: OpenModel) -> Forecast:

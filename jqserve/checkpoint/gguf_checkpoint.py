@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -92,10 +93,9 @@ class GgufCheckpoint:
 
     def entry(self, name: str) -> TensorEntry:
         tensor = self._file.tensors[self._names[name]]
-        dtype = tensor.kind
-        if name == EMBEDDING and dtype not in FLOATS:
-            dtype = "F32"  # as it is handed over
-        return TensorEntry(name, dtype, tensor.shape, tensor.begin, tensor.nbytes)
+        if name == EMBEDDING and tensor.kind not in FLOATS:  # as it is handed over, which is what loading has to hold
+            return TensorEntry(name, "F32", tensor.shape, tensor.begin, 4 * math.prod(tensor.shape))
+        return TensorEntry(name, tensor.kind, tensor.shape, tensor.begin, tensor.nbytes)
 
     def file_of(self, name: str) -> Path:
         return self.path

@@ -126,14 +126,14 @@ def _biases(fields: Fields, model_type: str, biased: frozenset[str]) -> dict[str
     return found
 
 
-def _ends(fields: Fields) -> list[Any] | None:
+def _ends(fields: Fields) -> list[int] | None:
     """The ids that end an answer. eos is often the end of a text alone, after which a chat would go on for ever: as in
     llama.cpp, the ends of a turn and of a message count too, by their fields and by the names of control tokens."""
     tokens, kinds = (fields.data.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
-    named = [fields.data.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    named = [fields.integer(f"tokenizer.ggml.{key}_token_id", -1, minimum=-1) for key in ("eos", "eot", "eom")]
     if isinstance(tokens, list) and isinstance(kinds, list) and len(kinds) == len(tokens):
         named += [i for i, token in enumerate(tokens) if kinds[i] == CONTROL and token in ENDS]
-    return list(dict.fromkeys(i for i in named if i is not None)) or None
+    return list(dict.fromkeys(i for i in named if i >= 0)) or None
 
 
 def _scaling(fields: Fields, a: str, config: dict[str, Any], factors: np.ndarray | None) -> dict[str, Any] | None:

@@ -88,12 +88,25 @@ class _Cursor:
             raise self.error(f"{what} would be {length} bytes long")
         return self.take(length, what).decode("utf-8", "replace")
 
-    def value(self, kind: int, what: str, nested: bool = False) -> Any:
+    def texts(self, count: int, what: str) -> list[str]:
+        """`count` strings: of a vocabulary and its merges there are 400,000, most of what a header takes to read."""
+        found: list[str] = []
+        for _ in range(count):
+            begin = self.at - self._start + 8
+            length = int.from_bytes(self._buffer[begin - 8 : begin], "little")
+            if begin + length > len(self._buffer):  # the buffer ends here, or the file: `take` knows
+                found.append(self.text(what))
+                continue
+            found.append(self._buffer[begin : begin + length].decode("utf-8", "replace"))
+            self.at += 8 + length
+        return found
+
+    def value(self, kind: int, what: str) -> Any:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind], what)
         if kind == _STRING:
             return self.text(what)
-        if kind != _ARRAY or nested:
+        if kind != _ARRAY:
             raise self.error(f"{what} has type {kind}, which is not one of GGUF's")
         inner, count = self.number("I", what), self.number("Q", what)
         if count > self.limit:
@@ -101,7 +114,9 @@ class _Cursor:
         if inner in _SCALARS:
             width = struct.calcsize("<" + _SCALARS[inner])
             return np.frombuffer(self.take(count * width, what), np.dtype("<" + _SCALARS[inner])).tolist()
-        return [self.value(inner, what, nested=True) for _ in range(count)]
+        if inner != _STRING:
+            raise self.error(f"{what} has elements of type {inner}, which is not one of GGUF's")
+        return self.texts(count, what)
 
 
 class GgufFile:

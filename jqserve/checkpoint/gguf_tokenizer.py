@@ -127,7 +127,7 @@ def write_tokenizer(file: GgufFile, out: Path) -> bool:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": fields.data.get(f"{fields.text('general.architecture')}.context_length", 1 << 30),
+        "model_max_length": fields.integer(f"{fields.text('general.architecture')}.context_length", 1 << 30),
         **{name: token for name, token in special.items() if token is not None},
     }
     if template := fields.text("tokenizer.chat_template", None):

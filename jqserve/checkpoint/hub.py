@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -120,9 +121,32 @@ def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> str:
     import huggingface_hub
 
     with _told(repo, revision):
-        return huggingface_hub.snapshot_download(
+        found = huggingface_hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED
         )
+    if patterns is PATTERNS and not any(Path(found).glob("*.safetensors")):
+        _check_not_gguf(repo, revision)
+    return found
+
+
+def _check_not_gguf(repo: str, revision: str | None) -> None:
+    """Raises UnsupportedError for a repository of GGUF files: it has one for each size, and which is wanted nobody can
+    know. Called where there are no safetensors; what the Hub does not tell then changes nothing."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
+    except Exception:  # offline, or refused: the caller's own error says so
+        return
+    found = sorted(name for name in names if name.endswith(".gguf"))
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return
+    chosen = next((name for name in found if "q4_k_m" in name.lower()), found[0])
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    raise UnsupportedError(
+        f"{repo}: holds GGUF files ({', '.join(found[:5])}{more}) and no safetensors: `hf download {repo} "
+        f"{shlex.quote(chosen)} --local-dir DIR`, then --model-path {shlex.quote(f'DIR/{chosen}')}"
+    )
 
 
 @contextlib.contextmanager
@@ -155,6 +179,7 @@ def _told(repo: str, revision: str | None) -> Iterator[None]:
     except JqserveError:
         raise
     except (errors.EntryNotFoundError, errors.NotASafetensorsRepoError, errors.SafetensorsParsingError) as error:
+        _check_not_gguf(repo, revision)
         raise CheckpointError(f"{at}: has no safetensors that can be read: {str(error).splitlines()[0]}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, network, OSError, ValueError) as error:
         raise CheckpointError(f"{at}: the Hub's answer cannot be used: {str(error).splitlines()[0]}") from error

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from typing import Any, get_args
 
-from jqserve.checkpoint.asked import Answer, answer, check_something_fits
+from jqserve.checkpoint.asked import OVERRIDES, Answer, Stored, answer, check_something_fits
 from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
 from jqserve.checkpoint.loaded import Activations
@@ -73,11 +73,11 @@ def read_plan(
     """(config, generation_config, the plan with what the user's flags change, a note on them), from configs alone."""
     check_activations(activations)
     config, generation = read_configs(checkpoint, dtype)
-    stored = quant_plan(checkpoint)
+    stored = quant_plan(checkpoint, own_inputs=quantization in OVERRIDES)
     groups = [module for module in modules(config) if isinstance(module, LinearGroup)]
     slots = [slot for group in groups for _, slot in group.parts]
-    specs = (stored.scheme(slot.name).spec(slot.n, slot.k) for slot in slots)
-    asked = answer(quantization, stored.method, specs, checkpoint.path)
+    linears = (Stored.of(stored.scheme(slot.name), slot.n, slot.k) for slot in slots)
+    asked = answer(quantization, stored.method, linears, checkpoint.path)
     plan = Asked(stored, asked, activations == "none")
     taken = ((slot.name, slot.n, slot.k) for slot in slots if isinstance(plan.scheme(slot.name), Online))
     check_something_fits(asked.online, taken, checkpoint.path)

@@ -24,7 +24,8 @@ class PlanRow:
     dtype       of dense weights, else of the scales
     bytes       of the canonical arrays
     spec        of the canonical weight; None: dense
-    kernel      "decode w4a16/decode_sm90, prefill w4a16/wgmma_sm90"; "" where nobody has asked
+    kernel      "decode w4a16/decode_sm90 up to 8 rows, then w4a16/wgmma_sm90, prefill w4a16/wgmma_sm90"; "" where
+                nobody has asked
     note        "" or what a reader should know ("kept apart: input scales differ")
     """
 

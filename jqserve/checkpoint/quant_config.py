@@ -57,8 +57,8 @@ class Unquantized:
         return NOT_QUANTIZED
 
 
-def quant_plan(checkpoint: AnyCheckpoint) -> QuantPlan:
-    """The plan of a checkpoint directory.
+def quant_plan(checkpoint: AnyCheckpoint, *, own_inputs: bool = False) -> QuantPlan:
+    """The plan of a checkpoint directory. own_inputs: see `CompressedTensorsPlan`.
 
     Raises UnsupportedError for an unknown method or variant (nothing is ever loaded as if it were not quantized),
     CheckpointError for a config that contradicts itself or the file beside it.
@@ -93,7 +93,7 @@ def quant_plan(checkpoint: AnyCheckpoint) -> QuantPlan:
     if method == "awq":
         return AwqPlan(found)
     if method in ("compressed-tensors", "compressed_tensors"):
-        return CompressedTensorsPlan(found)
+        return CompressedTensorsPlan(found, own_inputs)
     if method == "fp8":
         return Fp8Plan(found)
     if method == "bitsandbytes":

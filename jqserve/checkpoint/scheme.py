@@ -60,6 +60,11 @@ class Scheme:
         """The format's name, for the plan."""
         raise NotImplementedError
 
+    @property
+    def narrow_bits(self) -> int | None:
+        """Bits of a value in the file where the spec holds it in more, for want of a kernel; None: as the spec says."""
+        return None
+
     def spec(self, n: int, k: int) -> QuantSpec | None:
         """What the module becomes; None for a dense one."""
         raise NotImplementedError
@@ -100,8 +105,12 @@ class Scheme:
 
 
 def cast(array: Any, dtype: str) -> Any:
-    """array.astype(dtype), without numpy's copy where nothing changes."""
-    return array if array.dtype == dtype else array.astype(dtype)
+    """array.astype(dtype), without numpy's copy where nothing changes. What does not fit becomes infinite without a
+    warning: `Stream` looks for that, and names the module."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype)
 
 
 def transposed(array: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jqserve.checkpoint import manifest
-from jqserve.checkpoint.asked import Answer, answer, check_something_fits
+from jqserve.checkpoint.asked import Answer, Stored, answer, check_something_fits
 from jqserve.checkpoint.kv_scales import read as read_kv_scales
 from jqserve.checkpoint.loaded import Activations, LoadedCheckpoint, Place, Progress, Weight, keep_on_host, set_path
 from jqserve.checkpoint.manifest import LeafFacts
@@ -126,7 +126,7 @@ def restore(
     check_dtype(dtype)
     check_activations(activations)
     specs = [leaf.spec for leaves in sections.values() for leaf in leaves.values() if leaf.spec is not None]
-    asked = answer(quantization, plan.method, specs, path)
+    asked = answer(quantization, plan.method, (Stored(spec, plan.method) for spec in specs), path)
     check_something_fits(asked.online, plan.dense_linears, path)
     stored = {row.path: row for row in plan.rows}
     params: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jqserve.checkpoint.asked import Answer, answer, check_something_fits
+from jqserve.checkpoint.asked import Answer, Stored, answer, check_something_fits
 from jqserve.checkpoint.forecast import Forecast, dense_row, quantized_row
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.manifest import LeafFacts
@@ -31,7 +31,8 @@ def forecast_store(
     dtype = config.dtype if dtype in (None, "auto") else str(dtype)
     check_dtype(dtype)
     leaves = {name: facts for section in sections.values() for name, facts in section.items()}
-    asked = answer(quantization, plan.method, [facts.spec for facts in leaves.values() if facts.spec], path)
+    linears = (Stored(facts.spec, plan.method) for facts in leaves.values())
+    asked = answer(quantization, plan.method, linears, path)
     check_something_fits(asked.online, plan.dense_linears, path)
     rows = tuple(_row(row, leaves[f"{row.path}.weight"], dtype, activations, asked) for row in plan.rows)
     matrices = {f"{row.path}.weight" for row in rows}

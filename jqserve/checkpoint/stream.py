@@ -142,9 +142,13 @@ class Stream:
         while len(self._flying) > at_most:
             path, finite = self._flying.popleft()
             if not bool(finite):
+                wider = "bfloat16" if self._dtype == "float16" else "float32"
+                narrow = (
+                    "" if self._dtype == wider else f", or the dtype is too narrow for it (then try --dtype {wider})"
+                )
                 raise CheckpointError(
                     f"{self._checkpoint.path}: {path}: has values that are not finite in {self._dtype}: the file is "
-                    "damaged, or the dtype is too narrow for it (then try --dtype bfloat16)"
+                    f"damaged{narrow}"
                 )
 
 

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [-h] [--device NAME] [--tp N] [--json] [the server's flags] MODEL"
     parser.add_argument("model", nargs="?", metavar="MODEL", help="what --model-path would name")
     group = parser.add_argument_group("plan")
-    group.add_argument("--device", choices=DEVICES, default="h200", help="the GPU to plan for (default: h200)")
+    group.add_argument(
+        "--device", choices=DEVICES, default=None, help="the GPU to plan for (default: this machine's, or h200)"
+    )
     group.add_argument(
         "--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to split the weights over"
     )
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=220)
+        console = Console(width=240)
     console.print(plan.to_table())
     for line in lines(facts):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

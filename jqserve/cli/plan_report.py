@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ from jqserve.checkpoint.hub import planned
 from jqserve.checkpoint.loaded import Activations
 from jqserve.checkpoint.open import AnyCheckpoint, is_store, open_checkpoint
 from jqserve.checkpoint.opening import KV_MISSING, open_model
-from jqserve.checkpoint.plan import LoadPlan, PlanRow, ranges
-from jqserve.checkpoint.quant_config import NOT_QUANTIZED
+from jqserve.checkpoint.plan import LoadPlan, PlanRow
 from jqserve.checkpoint.store_forecast import forecast_store
+from jqserve.cli.present_gpu import planned_device
 from jqserve.cli.scheme_flags import quantization_of
 from jqserve.cli.server import ENGINE_FLAGS, GIVEN_FLAGS
 from jqserve.engine.buckets import make_buckets
@@ -23,14 +21,13 @@ from jqserve.engine.cache import CHECKPOINT_SCALES, cache_shape, kv_dtype, kv_so
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.kernel_plan import with_kernels
+from jqserve.engine.remarks import folded, of_rows
 from jqserve.engine.totals import MEMORY, bucket_facts, bytes_read
 from jqserve.errors import UnsupportedError
 from jqserve.models.config import ModelConfig
-from jqserve.ops.kernels import GENERIC
 from jqserve.ops.layouts import check_supported
 from pallas_kernels import KNOWN_DEVICES
 
-EMBEDDING = "model.embed_tokens"
 DUMMY = "--load-format dummy: the tensors are those that config.json describes, their values random"
 #: What the engine keeps for activations and libraries beside weights and pages, roughly; it measures, we do not.
 RESERVE = 1.5e9
@@ -40,9 +37,10 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     """(the plan with kernels, the totals). Raises what loading would raise, and for sizes that make no sense."""
     if args.tp < 1:
         raise UnsupportedError(f"--tp {args.tp}: must be at least 1")
+    name, unknown = planned_device(args.device)
     asked = engine_config(args)
     dtype = None if asked.dtype == "auto" else asked.dtype
-    if dtype is None and args.device == "cpu":
+    if dtype is None and name == "cpu":
         dtype = "float32"  # as the engine computes there
     real = asked.load_format != "dummy"
     with planned(args.model_path if args.model is None else args.model, args.revision, weights=real) as directory:
@@ -54,19 +52,19 @@ def report(args: argparse.Namespace) -> tuple[LoadPlan, dict[str, Any]]:
     for row in found.plan.rows:
         if row.spec is not None:
             check_supported(row.path, row.spec)
-    device = KNOWN_DEVICES[args.device]
+    device = KNOWN_DEVICES[name]
     defaults = defaults_for(device.platform)
     running = asked.max_running_requests or defaults.max_running_requests
     chunk = asked.chunked_prefill_size or defaults.chunked_prefill_size
     steps, steps_rows = decode_steps(asked.num_continuous_decode_steps, defaults)
-    plan = with_kernels(found.plan, device, config.dtype, min(running, 16), chunk)
     tiles = prefill_tiles(chunk, defaults.tile_size)
     buckets = make_buckets(running, tiles, fine=defaults.fine_buckets, steps=steps, steps_rows=steps_rows)
-    facts = _totals(asked, args.device, args.tp, config, found)
+    plan = with_kernels(found.plan, device, config.dtype, buckets.decode, chunk)
+    facts = _totals(asked, name, args.tp, config, found)
     facts |= {
         "buckets": bucket_facts(buckets, defaults.tile_size),
-        "unquantized": _folded(found.unquantized),
-        "warnings": _warnings(plan, facts, found.kv_missing) + ([] if real else [DUMMY]),
+        "unquantized": folded(found.unquantized),
+        "warnings": _warnings(plan, facts, found.kv_missing) + [DUMMY] * (not real) + [unknown] * bool(unknown),
     }
     return plan, facts
 
@@ -105,7 +103,8 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
     shape = cache_shape(config, page_size=page, pages=1, dtype=dtype)
     kv_token = shape.page_bytes // page // kv_parts
     free = memory * asked.mem_fraction_static - per_gpu - RESERVE
-    tokens = asked.num_pages * page if asked.num_pages else max(0, int(free // kv_token))
+    room = max(0, int(free // kv_token))
+    tokens = asked.num_pages * page if asked.num_pages else room
     context = wanted_context(asked, config, KNOWN_DEVICES[name].platform)
     return {
         "model": {"architecture": config.architecture, "dtype": config.dtype, "context_length": context},
@@ -117,6 +116,7 @@ def _totals(asked: EngineConfig, name: str, n: int, config: ModelConfig, found: 
             "dtype": dtype,
             "bytes_per_token": kv_token,
             "tokens": tokens,
+            "room": room,
             "scales": kv_source(dtype, found.kv_scaled),
             "slow_pages": slow_pages(shape, KNOWN_DEVICES[name]),
         },
@@ -175,36 +175,9 @@ def _cuts(row: PlanRow, config: ModelConfig, n: int) -> list[str]:
     return found
 
 
-def _folded(unquantized: dict[str, str]) -> dict[str, str]:
-    """Modules that differ in the layer alone and have one reason share a line: "model.layers.{0-5}.mlp.down_proj". An
-    unquantized checkpoint has one for all."""
-    linears = {name: reason for name, reason in unquantized.items() if name != EMBEDDING}
-    if linears and set(linears.values()) == {NOT_QUANTIZED}:
-        rest = {EMBEDDING: unquantized[EMBEDDING]} if EMBEDDING in unquantized else {}
-        return rest | {"every Linear": NOT_QUANTIZED}
-    layers: dict[tuple[str, str], list[int]] = {}
-    for name, reason in unquantized.items():
-        match = re.fullmatch(r"(model\.layers\.)(\d+)(\..*)", name)
-        key = (f"{match[1]}{{}}{match[3]}" if match else name, reason)
-        layers.setdefault(key, []).extend([int(match[2])] if match else [])
-    return {
-        name.replace("{}", str(numbers[0]) if len(numbers) == 1 else f"{{{ranges(numbers)}}}"): reason
-        for (name, reason), numbers in layers.items()
-    }
-
-
 def _warnings(plan: LoadPlan, facts: dict[str, Any], missing: bool) -> list[str]:
     """missing: KV scales that config.json promises."""
-    quantized = [row for row in plan.rows if row.spec is not None]
-    kinds = list(
-        dict.fromkeys(dataclasses.replace(r.spec, shape=(1, 1), group_shape=(1, 1)) for r in quantized if r.spec)
-    )
-    found = []
-    if len(kinds) > 1:
-        found.append(f"mixed schemes: {'; '.join(dict.fromkeys(row.scheme for row in quantized))}")
-    found += list(dict.fromkeys(f"{row.path.rpartition('.')[2]}: {row.note}" for row in plan.rows if row.note))
-    if any(GENERIC in row.kernel for row in plan.rows):
-        found.append("no packed kernel for some modules: they are dequantized in every step (see kernel)")
+    found = of_rows(plan)
     kv = facts["kv_cache"]
     if kv["scales"] and kv["scales"] != CHECKPOINT_SCALES:
         found.append(f"KV cache in {kv['dtype']}: {kv['scales']}")
@@ -213,6 +186,12 @@ def _warnings(plan: LoadPlan, facts: dict[str, Any], missing: bool) -> list[str]
     if missing and not kv["dtype"].startswith("fp8"):
         found.append(KV_MISSING)
     found += facts["tp"]["problems"]
+    memory, peak = facts["device"]["memory_bytes"] / 2**30, facts["peak_device_bytes"] / 2**30
+    if peak > memory:
+        name = facts["device"]["name"]
+        found.append(f"does not fit: loading needs {peak:.3f} GiB of the device at its peak, {name} has {memory:.3f}")
+    if kv["tokens"] > kv["room"]:
+        found.append(f"--num-pages: {kv['tokens']:,} KV tokens are asked for, about {kv['room']:,} fit")
     if facts["kv_cache"]["tokens"] < facts["model"]["context_length"]:
         found.append(
             f"{facts['kv_cache']['tokens']:,} KV tokens fit, fewer than one request of context length "

@@ -147,7 +147,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--self-test",
         action=argparse.BooleanOptionalAction,
-        help="compare each kernel with plain dequantization before serving (default: where there are kernels to test)",
+        help="compare each kernel with plain dequantization before serving (default: on a GPU)",
     )
 
     serving = parser.add_argument_group("serving")

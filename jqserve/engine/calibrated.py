@@ -72,6 +72,9 @@ def open_asked(
     )
     how = "" if quantization == scheme else f" (the name is accepted for {scheme})"
     note = f"--quantization {quantization}{how}: quantized while loading as `jqserve quantize --scheme {scheme}` does"
+    stored = Options(scheme).writer().dtype
+    if stored not in ("", config.dtype):  # a range that some bfloat16 models leave: not to be found out from answers
+        note += f" (into {stored}, as the format is, and computed in it unless --dtype says {config.dtype})"
     groups = [module for module in modules(config) if isinstance(module, LinearGroup) and module.parent]
     check_groups(path, [slot for group in groups for _, slot in group.parts], quantization, scheme)
     if headers_alone:

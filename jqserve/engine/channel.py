@@ -5,7 +5,7 @@ The engine process (`jqserve.engine.process`) is expected to do this:
     channel = Channel.from_fd(fd)        # or Channel(sock), when it is a thread of the front end (--frontend inline)
     channel.exit_on_hangup()             # process only: the front end's death ends us, even inside a long compilation
     configure = channel.receive()[0]     # wire.Configure
-    ... load and warm up: wire.Progress("load", "12/42 model.layers.3.mlp"), ("plan", table, {"rows": [...]}), ...
+    ... load and warm up: wire.Progress("forecast", table, {"rows": [...]}), ("load", "12/42 model.layers.3.mlp"), ...
     ... on JqserveError: wire.Failed(str(error), user=True), exit 2; on anything else: user=False, exit 1
     channel.send(wire.Ready(engine.model_info()))
     while True:

@@ -15,10 +15,13 @@ import jax
 from jqserve.checkpoint.asked import is_alias
 from jqserve.checkpoint.convert import LoadedCheckpoint
 from jqserve.checkpoint.convert import load as load_checkpoint
+from jqserve.checkpoint.forecast import Forecast, Foretell
 from jqserve.checkpoint.hub import resolve
 from jqserve.checkpoint.open import is_store, open_checkpoint
 from jqserve.checkpoint.opening import read_configs
+from jqserve.checkpoint.plan import LoadPlan
 from jqserve.engine.assemble import assemble, choose_budget, warmup_runs
+from jqserve.engine.buckets import make_buckets
 from jqserve.engine.cache import kv_dtype
 from jqserve.engine.calibrated import open_asked
 from jqserve.engine.compile_cache import (
@@ -35,10 +38,12 @@ from jqserve.engine.engine import EngineCore
 from jqserve.engine.grammar import Grammars, why_not
 from jqserve.engine.kernel_plan import with_kernels
 from jqserve.engine.places import hold_places
+from jqserve.engine.remarks import before_loading
 from jqserve.engine.totals import lines, measured, peaks
 from jqserve.engine.traceable import alone
 from jqserve.errors import JqserveError, UnsupportedError
 from jqserve.models.build import quantized_weights
+from jqserve.models.config import ModelConfig
 from jqserve.ops.device import current_device
 from jqserve.ops.relayout import relayout_leaf
 from jqserve.ops.selftest import self_test, worth_testing
@@ -46,7 +51,7 @@ from jqserve.quant import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
-#: (stage, text, detail): stage is "load" | "plan" | "cache" | "compile", text is for people, detail is JSON
+#: (stage, text, detail): stage is "forecast" | "load" | "plan" | "cache" | "compile", text is for people, detail JSON
 Report = Callable[[str, str, dict[str, Any]], None]
 
 
@@ -63,16 +68,23 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
     programs = choose_folder(config.compilation_cache_dir, jax.default_backend())
     use_jax_cache(programs)
     began = time.perf_counter()
-    loaded = read_checkpoint(config, tell)
+    foretold: list[LoadPlan] = []
+
+    def foretell(model: ModelConfig, found: Forecast) -> None:
+        foretold.append(with_kernel_plan(config, found.plan, model.dtype))
+        tell("forecast", before_loading(foretold[0], found), foretold[0].to_json())
+
+    loaded = read_checkpoint(config, tell, foretell)
     load_seconds, loading = time.perf_counter() - began, peaks(jax.devices()[0])
-    loaded = with_kernel_plan(config, loaded)
+    loaded = dataclasses.replace(loaded, plan=with_kernel_plan(config, loaded.plan, loaded.config.dtype))
     if is_alias(config.quantization, loaded.plan.method):
         kernels = dict.fromkeys(row.kernel for row in loaded.plan.rows if row.spec is not None)
         log.info(
             "--quantization %s: the name is accepted for %s; what runs is %s",
             *(config.quantization, loaded.plan.method, "; ".join(kernels) or "dense: nothing is quantized"),
         )
-    tell("plan", loaded.plan.to_text(), loaded.plan.to_json())
+    # What headers cannot show: parts whose input scales or permutations differ are kept apart, random weights are made.
+    tell("plan", "loaded as planned" if [loaded.plan] == foretold else loaded.plan.to_text(), loaded.plan.to_json())
     if config.self_test is not False:
         run_self_test(config, loaded, tell, programs)
     engine = assemble(config, loaded.config, loaded.params, info=_facts(loaded, load_seconds), programs=programs)
@@ -104,11 +116,12 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineCor
 
 def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report, programs: Path | None = None) -> None:
     """Raises EngineFailedError where a kernel computes something else than its weights say. Asked for by nobody, it
-    runs only where there are kernels to test: not where XLA's references are all that runs, as on a CPU."""
+    runs on GPUs: on a CPU XLA's references are all that runs."""
     device = current_device()
-    rows = (16, config.chunked_prefill_size or defaults_for(device.platform).chunked_prefill_size)
+    decode, chunk = step_rows(config, device.platform)
+    rows = (*decode, chunk)
     dtype, weights = str(loaded.params["embed"]["weight"].dtype), list(quantized_weights(loaded.params))
-    if config.self_test or worth_testing(weights, dtype, rows):
+    if config.self_test or worth_testing(weights):
         kept = None if programs is None else ProgramCache(programs, environment_facts(jax.devices()[0]))
         for line in self_test(
             weights, dtype, rows, lambda name, lower: compile_program(name, lambda: alone(lower), kept)[0]
@@ -116,13 +129,18 @@ def run_self_test(config: EngineConfig, loaded: LoadedCheckpoint, tell: Report, 
             tell("load", f"self-test {line}", {})
 
 
-def with_kernel_plan(config: EngineConfig, loaded: LoadedCheckpoint) -> LoadedCheckpoint:
-    """The plan with the kernels of this device: at 16 running requests (or fewer), and in a whole prefill chunk."""
+def with_kernel_plan(config: EngineConfig, plan: LoadPlan, dtype: str) -> LoadPlan:
+    """The plan with the kernels of this device: in decode steps of all sizes, and in a whole prefill chunk."""
     device = current_device()
-    defaults = defaults_for(device.platform)
-    running = min(16, config.max_running_requests or defaults.max_running_requests)
+    return with_kernels(plan, device, dtype, *step_rows(config, device.platform))
+
+
+def step_rows(config: EngineConfig, platform: str) -> tuple[tuple[int, ...], int]:
+    """(the row counts of decode steps, the tokens of a whole prefill chunk)."""
+    defaults = defaults_for(platform)
+    running = config.max_running_requests or defaults.max_running_requests
     chunk = config.chunked_prefill_size or defaults.chunked_prefill_size
-    return dataclasses.replace(loaded, plan=with_kernels(loaded.plan, device, loaded.config.dtype, running, chunk))
+    return make_buckets(running, 1, fine=defaults.fine_buckets).decode, chunk
 
 
 def _prepare_grammars(engine: EngineCore, config: EngineConfig) -> None:
@@ -138,7 +156,7 @@ def _prepare_grammars(engine: EngineCore, config: EngineConfig) -> None:
     engine.describe(constraints=[] if why else list(KINDS), no_constraints=why, scores=True)
 
 
-def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:
+def read_checkpoint(config: EngineConfig, tell: Report, foretell: Foretell | None = None) -> LoadedCheckpoint:
     """Weights in kernel layout on the device. On a CPU the default dtype is float32: bf16 is emulated there."""
     if not config.model_path:
         raise UnsupportedError("no model: give --model-path a checkpoint directory or a Hub id")
@@ -175,6 +193,7 @@ def read_checkpoint(config: EngineConfig, tell: Report) -> LoadedCheckpoint:
         quantization=quantization,
         device_put=place,
         progress=progress,
+        foretell=foretell,
     )
 
 

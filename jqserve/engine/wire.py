@@ -63,7 +63,8 @@ class Abort:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Engine -> front end, before `Ready`: `stage` is "load" | "plan" | "cache" | "compile", `text` is for people."""
+    """Engine -> front end, before `Ready`: `stage` is "forecast" | "load" | "plan" | "cache" | "compile", `text` is for
+    people."""
 
     stage: str
     text: str

@@ -34,6 +34,19 @@ def kernel(spec: QuantSpec | None, rows: int, dtype: str, scale_dtype: str, devi
     return _weight_only(spec, Operand((rows, spec.shape[1]), dtype), scale_dtype, device)
 
 
+def kernel_runs(
+    spec: QuantSpec | None, rows: tuple[int, ...], dtype: str, scale_dtype: str, device: Device
+) -> list[tuple[str, int]]:
+    """[("w4a16/decode_sm90", 8), ("w4a16/wgmma_sm90", 256)]: which kernel up to which of the ascending `rows`."""
+    runs: list[tuple[str, int]] = []
+    for m in rows:
+        name = kernel(spec, m, dtype, scale_dtype, device)
+        if runs and runs[-1][0] == name:
+            runs.pop()
+        runs.append((name, m))
+    return runs
+
+
 def _scaled(spec: QuantSpec, rows: int, dtype: str, device: Device) -> str:
     k = spec.shape[1]
     width = -(-k // 128) if spec.activation.kind == "dynamic_block" else 1

@@ -16,7 +16,7 @@ import numpy as np
 from jqserve.errors import EngineFailedError
 from jqserve.ops.compiler_options import compiler_options
 from jqserve.ops.device import current_device
-from jqserve.ops.kernels import GENERIC, kernel
+from jqserve.ops.kernels import kernel
 from jqserve.ops.linear import linear
 from jqserve.ops.relayout import to_canonical
 from jqserve.quant import ActivationSpec, QuantizedTensor, dequantize
@@ -26,6 +26,8 @@ from jqserve.quant import ActivationSpec, QuantizedTensor, dequantize
 BOUNDS = {"bfloat16": 2e-2, "float16": 1e-2, "float32": 5e-3}
 
 
+#: A kernel that takes a few rows is tested with so many where it can be: more of its tile is then looked at.
+FEW_ROWS = 16
 #: (name, what lowers it) -> the executable; the name says all that goes into it but our source and the device
 Compile = Callable[[str, Callable[[], jax.stages.Lowered]], Any]
 
@@ -36,9 +38,10 @@ def self_test(
     rows: tuple[int, ...],
     compile_program: Compile = lambda name, lower: lower().compile(),
 ) -> Iterator[str]:
-    """Tests the first weight of each distinct spec, permuted or not, of each dtype of scales, with inputs [M, K] of
-    every M in `rows`; yields a line for each.
+    """Tests the first weight of each distinct spec, permuted or not, of each dtype of scales; yields a line for each.
 
+    rows     of the inputs [M, K] that will come, ascending, the prefill's last: each kernel that one of them takes is
+             tested once (`telling_rows`), and the last M
     weights  (path, weight in kernel layout, on the device); dtype: of the activations; compile_program: may keep them.
     Raises EngineFailedError naming the module, the kernel and the difference. Takes, for a moment, a float32 copy of
     the one weight at hand.
@@ -54,7 +57,7 @@ def self_test(
                 weight,
                 {
                     m: pool.submit(contextvars.copy_context().run, _compiled, weight, dtype, m, compile_program)
-                    for m in rows
+                    for m in telling_rows(weight, dtype, rows)
                 },
             )
             for path, weight in first.values()
@@ -73,15 +76,21 @@ def self_test(
             yield f"{path}: within {max(errors.values()):.1e} of the largest output"
 
 
-def worth_testing(weights: Iterable[tuple[str, QuantizedTensor]], dtype: str, rows: tuple[int, ...]) -> bool:
-    """False where only the XLA references run, which are what a kernel would be compared with."""
-    device = current_device()
-    for _, weight in weights:
-        canonical = jax.eval_shape(to_canonical, weight)
-        named = (kernel(canonical.spec, m, dtype, str(canonical.scale.dtype), device) for m in rows)
-        if any(name != GENERIC and not name.endswith("/xla") for name in named):
-            return True
-    return False
+def telling_rows(weight: QuantizedTensor, dtype: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """Of `rows`, one for every kernel: FEW_ROWS or the next fewer, else the fewest that take it; and the last."""
+    canonical, found = jax.eval_shape(to_canonical, weight), dict[str, int]()
+    for m in rows:
+        name = kernel(canonical.spec, m, dtype, str(canonical.scale.dtype), current_device())
+        if name not in found or m <= FEW_ROWS:
+            found[name] = m
+    return tuple(dict.fromkeys([*found.values(), rows[-1]]))
+
+
+def worth_testing(weights: Iterable[tuple[str, QuantizedTensor]]) -> bool:
+    """False on a CPU, where only the XLA references run, which are what a kernel would be compared with. On a GPU also
+    what has no kernel is compiled by another compiler than the one that the tests have: the generic path, fp8 by XLA.
+    """
+    return current_device().platform != "cpu" and any(True for _ in weights)
 
 
 def _inputs(weight: QuantizedTensor, dtype: str, m: int) -> jax.Array:

@@ -252,7 +252,7 @@ class Server:
 
     def _progress(self, progress: wire.Progress) -> None:
         self._opened.set()
-        if progress.stage == "plan":
+        if progress.stage in ("forecast", "plan"):
             self._announce(progress.text)
         else:
             self.frontend.status_text = f"{progress.stage}: {progress.text}"

@@ -337,3 +337,42 @@ def test_float32_norms_beside_bf16_are_fine(tmp_path: Path) -> None:
     made.tensors[f"{Q}.weight"] = made.tensors[f"{Q}.weight"].astype(np.float32)
     for options in ({}, {"quantization": "fp8"}):
         load(str(made.save().path), device_put=keep_on_host, **options)
+
+
+def test_a_module_that_only_the_config_leaves_dense_is_told_which_line_says_so(tmp_path: Path) -> None:
+    """An ignore list that names too much is found by its entry, not by a dtype."""
+    quantization = c.compressed(
+        "float-quantized", c.weights(8, "float", "channel"), c.inputs("float"), ignore=["lm_head", r"re:.*\.q_proj$"]
+    )
+    made = tiny.make(tmp_path, tiny.eight(), quantization, num_hidden_layers=1)
+    with pytest.raises(CheckpointError) as refused:
+        load(made.path)
+    assert (
+        "self_attn.q_proj: config.json makes this module dense (ignore has 're:.*\\\\.q_proj$'), which has a float"
+        in str(refused.value)
+    )
+    assert "the file has weight F8_E4M3, weight_scale BF16. Config and tensors must agree" in str(refused.value)
+    made.config.pop("quantization_config")
+    made.save()
+    with pytest.raises(CheckpointError, match=r"dense \(the checkpoint is not quantized\).*has weight F8_E4M3"):
+        load(made.path)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "says"),
+    [
+        (1e5, "float16", r"too narrow for it \(then try --dtype bfloat16\)"),
+        (3.4e38, "bfloat16", r"too narrow for it \(then try --dtype float32\)"),
+        (np.nan, "float32", "the file is damaged$"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_value_that_the_dtype_does_not_hold(value: float, dtype: str, says: str, tmp_path: Path) -> None:
+    """By our error alone, and with a dtype that helps."""
+    made = tiny.make(tmp_path, num_hidden_layers=1)
+    made.tensors["model.norm.weight"] = np.full(128, value, np.float32)
+    made.save()
+    with pytest.raises(
+        CheckpointError, match=rf"model\.norm\.weight: has values that are not finite in {dtype}.*{says}"
+    ):
+        load(made.path, dtype=dtype, device_put=keep_on_host)

@@ -11,7 +11,7 @@ from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.errors import UnsupportedError
 from tests.checkpoint import configs as c
-from tests.checkpoint import flag_table, tiny
+from tests.checkpoint import flag_table, gguf_files, tiny
 
 
 def test_the_table_is_what_happens(tmp_path: Path) -> None:
@@ -49,6 +49,12 @@ PAIRS = {  # checkpoint, flag -> accepted
     ("GPTQ 4-bit", "awq"): False,
     ("GPTQ 4-bit", "int4-128"): True,
     ("GPTQ 4-bit", "int4-64"): False,
+    ("GPTQ 3-bit", "int4"): False,  # held in 4 bits, and not what was asked
+    ("GPTQ 3-bit", "gptq"): True,
+    ("GGUF Q2_K", "int4"): False,
+    ("GGUF Q6_K", "int8"): False,
+    ("GGUF Q4_0", "int4-32"): True,
+    ("GGUF Q8_0", "int8"): True,
     ("fp8 in blocks (DeepSeek)", "fp8"): True,
     ("fp8 in blocks (DeepSeek)", "w8a8_fp8"): False,
     ("unquantized", "awq"): True,
@@ -64,6 +70,18 @@ PAIRS = {  # checkpoint, flag -> accepted
 def test_pairs(tmp_path: Path) -> None:
     found = {(name, flag): ok for name, flag, _, ok, _ in flag_table.rows(tmp_path)}
     assert {pair: found[pair] for pair in PAIRS} == PAIRS
+
+
+def test_the_bits_of_the_file_are_told_and_not_those_it_is_held_in(tmp_path: Path) -> None:
+    for maker, quantization, words in (
+        (tiny.gptq(3), c.gptq(3), "quantized already: gptq of 3 bits, held in 4: uint4, groups of 128"),
+        (tiny.gptq(2), c.gptq(2), "quantized already: gptq of 2 bits, held in 4: uint4, groups of 128"),
+    ):
+        made = tiny.make(tmp_path, maker, quantization, num_hidden_layers=1, hidden_size=256)
+        with pytest.raises(UnsupportedError, match=f"int4 asks for 4-bit integer weights.*{words}"):
+            load(made.path, quantization="int4", device_put=keep_on_host)
+    with pytest.raises(UnsupportedError, match="quantized already: gguf Q5_0: int8, groups of 32"):
+        load(gguf_files.write(tmp_path / "m.gguf", "Q5_0"), quantization="int8", device_put=keep_on_host)
 
 
 def test_w8a8_int8_keeps_the_ignore_list_and_takes_our_divisor(tmp_path: Path) -> None:
@@ -82,6 +100,19 @@ def test_w8a8_int8_keeps_the_ignore_list_and_takes_our_divisor(tmp_path: Path) -
     assert [layer["attn"]["o"]["weight"].spec.activation.divisor for layer in layers] == [127.5, 127.0]
     assert all(isinstance(layer["mlp"]["down"]["weight"], np.ndarray) for layer in layers)
     assert "absmax/127" in asked.plan.notes[0] and "ignore list kept" in asked.plan.notes[0]
+
+
+def test_w8a8_int8_overrides_inputs_with_zero_points(tmp_path: Path) -> None:
+    """Dynamic ones, of which the file stores nothing; the refusal without the flag names it."""
+    inputs = {**c.inputs("int"), "symmetric": False}
+    quantization = c.compressed("int-quantized", c.weights(8, "int", "channel"), inputs)
+    path = tiny.make(tmp_path, tiny.eight("int"), quantization, num_hidden_layers=1).path
+    with pytest.raises(UnsupportedError, match=r"symmetric: False is not supported.*--quantization w8a8_int8"):
+        load(path, device_put=keep_on_host)
+    with pytest.raises(UnsupportedError, match="symmetric"):
+        load(path, quantization="torchao:int8dq", device_put=keep_on_host)
+    weight = load(path, quantization="w8a8_int8", device_put=keep_on_host).params["layers"]["0"]["attn"]["o"]["weight"]
+    assert (weight.spec.qtype, weight.spec.activation.divisor) == ("int8", 127.0)
 
 
 def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
@@ -104,3 +135,27 @@ def test_inputs_that_torchao_scales_otherwise_are_told(tmp_path: Path, asked: st
         assert (" (torchao: per tensor)" in plan.to_text()) is said
         alone = load(path, quantization=quantization, activations="none", device_put=keep_on_host).plan
         assert "torchao: per tensor" not in alone.to_text()
+
+
+NEAR = {
+    "FP8": "--quantization fp8",
+    "fp-8": "--quantization fp8",
+    "awq-marlin": "--quantization awq_marlin",
+    "int4_64": "--quantization int4-64",
+    "nf4": "--quantization bitsandbytes",
+    "bitsandbyte": "--quantization bitsandbytes",
+    "int4wo-128": "--torchao-config int4wo-128",
+    "torchao:fp8": "--quantization fp8",
+    "torchao:fp8dq_per_row": "--torchao-config fp8dq-per_row",
+    "squeezellm": None,
+    "torchao:x": None,
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_misspelt_name_is_told_the_one_it_may_have_meant(name: str, tmp_path: Path) -> None:
+    path = tiny.make(tmp_path, num_hidden_layers=1).path
+    with pytest.raises(UnsupportedError) as refused:
+        load(path, quantization=name, device_put=keep_on_host)
+    meant = NEAR[name]
+    assert (f"no such scheme (did you mean {meant}?); on" if meant else "no such scheme; on") in str(refused.value)

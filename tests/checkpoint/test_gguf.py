@@ -28,7 +28,7 @@ BLOCKS = Path(__file__).parents[1] / "data" / "gguf_blocks" / "blocks.npz"
 
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_blocks_as_the_gguf_package_decodes_them(kind: str, where: str) -> None:
+def test_blocks_as_the_gguf_package_decodes_them(kind: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a few units of the last place: d * (sc * q) - m there, (q - 8) * (d * sc) + (8 * d * sc - m) here."""
     peers = np.load(BLOCKS)
     raw, expected = peers[f"{kind}/raw"], peers[f"{kind}/value"]
@@ -40,7 +40,9 @@ def test_blocks_as_the_gguf_package_decodes_them(kind: str, where: str) -> None:
     assert str(jnp.dtype(scale.dtype)) == scheme.scale_dtype({})
     tensor = QuantizedTensor(*(None if x is None else jnp.asarray(x) for x in (qvalue, scale, zero)), None, None, spec)
     np.testing.assert_allclose(dequantize(tensor), expected, rtol=0, atol=4e-6 * np.abs(expected).max())
-    np.testing.assert_allclose(dequantized(kind, raw, n, k), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    for rows in (n, 3):  # at once
+        monkeypatch.setattr("jqserve.checkpoint.readers.gguf.DEQUANTIZED_AT_ONCE", rows * k)
+        np.testing.assert_allclose(dequantized(kind, raw, n, k), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 def unpaired(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -160,6 +162,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, g.Tensor], type[JqserveError]
     "architecture": ({"general.architecture": "mamba"}, {}, UnsupportedError, "mamba.*llama, qwen2"),
     "experts": ({"llama.expert_count": 8}, {}, UnsupportedError, "expert_count"),
     "a field that is text": ({"llama.block_count": "1"}, {}, CheckpointError, "block_count.*integer"),
+    "an end that is a list": ({"tokenizer.ggml.eos_token_id": [1]}, {}, CheckpointError, r"eos_token_id: found \[1\]"),
+    "an end of a turn that is text": (
+        {"tokenizer.ggml.eot_token_id": "x"},
+        {},
+        CheckpointError,
+        "eot_token_id: found 'x', expected an integer",
+    ),
     "a layer more": ({"llama.block_count": 2}, {}, CheckpointError, r"layers\.1.*missing"),
     "a tensor that nobody knows": (
         {},
@@ -300,6 +309,20 @@ def test_damage_is_refused_or_harmless(tmp_path: Path) -> None:
             load(path, device_put=keep_on_host)
         except JqserveError as error:
             assert str(path) in str(error) or "model." in str(error), (seed, error)
+
+
+def test_a_vocabulary_of_several_reads(tmp_path: Path) -> None:
+    """2.5 MB of strings, some of them empty and one longer than what is read at once, and a field behind them."""
+    rng = random.Random(0)
+    tokens = ["".join(rng.choices("aé▁中", k=rng.randrange(12))) for _ in range(100_000)]
+    tokens[70_000] = "x" * 1_500_000
+    path = g.write(tmp_path / "m.gguf", fields={"tokenizer.ggml.tokens": tokens, "behind": 7})
+    fields = GgufFile(path).fields
+    assert fields["tokenizer.ggml.tokens"] == tokens and fields["behind"] == 7
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(CheckpointError, match="damaged GGUF header at byte"):
+        GgufFile(path)
 
 
 def test_lengths_beyond_the_file_are_not_believed(tmp_path: Path) -> None:

@@ -12,8 +12,11 @@ import pytest
 
 from jqserve.checkpoint import store
 from jqserve.checkpoint.convert import load
+from jqserve.checkpoint.forecast import forecast
+from jqserve.checkpoint.open import open_checkpoint
+from jqserve.checkpoint.opening import open_model
 from tests.checkpoint import configs as c
-from tests.checkpoint import tiny
+from tests.checkpoint import gguf_files, tiny
 
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "vocab_size": 256}
 CASES: dict[str, tuple[tiny.Maker, dict[str, Any] | None, dict[str, Any], float]] = {
@@ -76,3 +79,23 @@ def test_convert_streams_by_layers(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 4.5 * layer, f"convert: {peak / layer:.2f} layers"
     assert restored < 4.5 * layer, f"restore: {restored / layer:.2f} layers"
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_an_embedding_in_blocks_stays_within_the_plan(kind: str, tmp_path: Path) -> None:
+    """Every real GGUF has one; it is handed over as float32, several times what lies in the file."""
+    rows, (block, width) = 40_000, gguf_files.SIZES[kind]
+    blocks = gguf_files.model(kind)["blk.0.attn_q.weight"][2]
+    data = blocks * (rows * gguf_files.HIDDEN // block * width // len(blocks))
+    embedding = (kind, (len(data) // width * block // gguf_files.HIDDEN, gguf_files.HIDDEN), data)
+    path = gguf_files.write(tmp_path / "m.gguf", kind, **{"token_embd.weight": embedding})
+    with open_checkpoint(path) as checkpoint:
+        found = forecast(open_model(checkpoint, "bfloat16", "config", None))
+    _, host = found.peak_bytes(found.plan.bytes + found.vectors)
+    del embedding, data, blocks
+    load(str(path), dtype="bfloat16", device_put=forget, decode="host")
+    tracemalloc.start()
+    load(str(path), dtype="bfloat16", device_put=forget, decode="host")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.5 * host < peak < host + 400_000, f"{peak:,} bytes, the plan says {host:,}"

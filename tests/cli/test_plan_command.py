@@ -19,6 +19,7 @@ from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.opening import open_model
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
 from jqserve.checkpoint.store_forecast import forecast_store
+from jqserve.cli import present_gpu
 from jqserve.cli.main import main
 from jqserve.cli.plan import add_arguments
 from jqserve.cli.server import parser
@@ -68,6 +69,60 @@ def test_nothing_is_read_and_no_device_is_named(
     assert h200["kv_cache"]["bytes_per_token"] == 2 * 6 * 2 * 64 * 2  # k and v, layers, KV heads, head size, bf16
     assert h200["buckets"]["decode"][-1] == 256
     assert h200["unquantized"] == {"model.embed_tokens": "the embedding is looked up and serves as head"}
+
+
+def test_the_kernel_of_one_request_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bound stands at batch 1; the kernel there is another than at 16 rows, in an 8B model's narrow matrices."""
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    config = {**tiny.CONFIG, **sizes, "quantization_config": configs.awq(128)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for options, qkv in (
+        ([], "decode w4a16/decode_sm90 up to 8 rows, then w4a16/wgmma_sm90, prefill w4a16/wgmma_sm90"),
+        (["--max-running-requests", 8], "decode w4a16/decode_sm90, prefill w4a16/wgmma_sm90"),
+        (["--device", "a100"], GENERIC),
+    ):
+        found = planned(capsys, tmp_path, "--load-format", "dummy", *options)
+        assert next(row["kernel"] for row in found["rows"] if row["path"] == "layers.0.attn.qkv") == qkv
+
+
+def test_the_gpu_of_this_machine_is_planned_for(
+    demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(present_gpu, "DRIVER", tmp_path)
+    assert planned(capsys, demo_dir)["device"]["name"] == "h200"  # none is there
+    file = tmp_path / "0000:17:00.0" / "information"
+    file.parent.mkdir()
+    file.write_text("Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 207\nGPU UUID: \t GPU-1\n")
+    assert planned(capsys, demo_dir)["device"]["name"] == "h100"
+    assert planned(capsys, demo_dir, "--device", "a100")["device"]["name"] == "a100"
+    file.write_text("Model: \t\t NVIDIA A100-SXM4-40GB\n")  # half the memory of the a100 that is known
+    found = planned(capsys, demo_dir)
+    assert found["device"]["name"] == "h200"
+    assert any("NVIDIA A100-SXM4-40GB has no data sheet" in warning for warning in found["warnings"])
+
+
+def test_awq_while_loading_says_that_it_is_computed_in_float16(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That is AutoAWQ's dtype, and not the checkpoint's; GPTQ's files have none of their own."""
+    made = tiny.make(tmp_path, **SIZES).path
+    found = planned(capsys, made, "--quantization", "awq")
+    assert found["model"]["dtype"] == "float16" and "computed in it unless --dtype says bfloat16" in found["notes"][0]
+    assert planned(capsys, made, "--quantization", "awq", "--dtype", "bfloat16")["model"]["dtype"] == "bfloat16"
+    found = planned(capsys, made, "--quantization", "gptq")
+    assert found["model"]["dtype"] == "bfloat16" and "computed in" not in found["notes"][0]
+
+
+def test_a_model_that_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An 8B model: 29.9 GiB in float32 and 15 in bfloat16, where an L4 has 22."""
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    config = {**tiny.CONFIG, **sizes, "num_hidden_layers": 32, "vocab_size": 128256, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for dtype, fits in (("float32", False), ("bfloat16", True)):
+        found = planned(capsys, tmp_path, "--load-format", "dummy", "--device", "l4", "--dtype", dtype)
+        said = [warning for warning in found["warnings"] if "does not fit" in warning]
+        assert bool(said) != fits
+        assert fits or ("loading needs 3" in said[0] and said[0].endswith("l4 has 22.352"))
 
 
 #: What a plan has no use for, and what takes its time to import.
@@ -274,6 +329,9 @@ def test_it_takes_the_servers_flags(demo_dir: Path, capsys: pytest.CaptureFixtur
     ]
     assert planned(capsys, "--model-path", demo_dir, *serving) == plain
     assert planned(capsys, demo_dir, "--num-pages", "10")["kv_cache"]["tokens"] == 10 * 64
+    assert plain["kv_cache"]["room"] == plain["kv_cache"]["tokens"]
+    assert not any("--num-pages" in w for w in planned(capsys, demo_dir, "--num-pages", "10")["warnings"])
+    assert any("--num-pages" in w for w in planned(capsys, demo_dir, "--num-pages", "99999999")["warnings"])
     assert "--page-size 16, 32" in planned(capsys, demo_dir, "--page-size", "48")["kv_cache"]["slow_pages"]
     assert plain["kv_cache"]["slow_pages"] is None
     assert planned(capsys, demo_dir, "--num-continuous-decode-steps", "4")["buckets"]["steps"] == 4

@@ -15,12 +15,15 @@ from tests.checkpoint.fake_hub import COMMIT, MODEL, FakeHub
 FIRST_REQUEST = 100_001  # bytes that huggingface_hub asks for, in the hope that the header ends there
 
 
+def environment(url: str, home: Path) -> dict[str, str]:
+    found = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    return found | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
 def plan(url: str, home: Path, *words: str) -> tuple[int, dict[str, Any], str]:
     """(exit status, what it printed, what it told) of a process: huggingface_hub reads its environment once."""
-    environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-m", "jqserve.cli.main", "plan", *words, "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(url, home), capture_output=True, text=True, timeout=120)
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr
 
 
@@ -54,3 +57,27 @@ def test_what_is_missing_is_said(tmp_path: Path, demo_dir: Path) -> None:
         assert found["method"] == "gptq" and any("--load-format dummy" in warning for warning in found["warnings"])
     status, _, told = plan(hub.url, tmp_path / "home", MODEL)  # nobody listens there any more
     assert status == 2 and told.count("\n") == 1 and "Traceback" not in told
+
+
+def test_a_repository_of_gguf_files_is_told_how_to_take_one(tmp_path: Path) -> None:
+    """By a plan and by what loads it, with configuration beside the files and without."""
+    for name, more in (("bare", []), ("configured", ["config.json"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("m-Q2_K.gguf", "m-Q4_K_M.gguf", "README.md", *more):
+            (folder / file).write_text("{}")
+        with FakeHub(folder).running() as hub:
+            status, _, told = plan(hub.url, tmp_path / f"home-{name}", MODEL)
+            assert status == 2 and "Traceback" not in told
+            assert f"{MODEL}: holds GGUF files (m-Q2_K.gguf, m-Q4_K_M.gguf) and no safetensors" in told
+            assert f"`hf download {MODEL} m-Q4_K_M.gguf --local-dir DIR`, then --model-path DIR/m-Q4_K_M.gguf" in told
+            code = f"from jqserve.checkpoint.hub import resolve; resolve({MODEL!r})"
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                env=environment(hub.url, tmp_path / f"home-{name}"),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert "holds GGUF files (m-Q2_K.gguf" in done.stderr
+            assert not any(name.endswith(".gguf") for name in hub.sent)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jqserve.errors import EngineFailedError
 from jqserve.ops import selftest
-from jqserve.ops.relayout import relayout_leaf
-from jqserve.quant import QuantizedTensor
+from jqserve.quant import QuantizedTensor, QuantSpec
 from pallas_kernels import KNOWN_DEVICES, use_device
 from tests.models.tiny import random_weight
 from tests.ops.test_linear import ACTIVATIONS, WEIGHT_ONLY
@@ -72,8 +72,28 @@ def test_what_the_spec_does_not_say_makes_another_kernel_too() -> None:
 
 def test_where_only_references_run_there_is_nothing_to_test() -> None:
     found = [("a", weight("uint4"))]
-    assert not selftest.worth_testing(found, "bfloat16", (16,))
-    assert not selftest.worth_testing([("a", weight("nf4"))], "bfloat16", (16,))
+    assert not selftest.worth_testing(found)
+    for device in ("h200", "a100"):  # there without any kernel, and all the more so: what runs has never run there
+        with use_device(KNOWN_DEVICES[device]):
+            assert selftest.worth_testing(found) and selftest.worth_testing([("a", weight("nf4"))])
+            assert not selftest.worth_testing([])  # an unquantized model
+
+
+def test_a_kernel_that_only_a_few_rows_take_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request at a time is what most people try first; 16 rows and a prefill chunk never came by that kernel."""
+    real = selftest.linear
+    monkeypatch.setattr(selftest, "kernel", lambda spec, m, *rest: "few" if m <= 8 else "w4a16/wgmma_sm90")
+    monkeypatch.setattr(selftest, "linear", lambda x, w: real(x, w) * (0.5 if x.shape[0] <= 8 else 1.0))
+    with pytest.raises(EngineFailedError, match=r"layers\.0: few with 8 rows differs .* by 0\.5"):
+        list(selftest.self_test([("layers.0", weight("uint4"))], "float32", (1, 8, 16, 32, 64)))
+
+
+def test_which_rows_are_told_apart() -> None:
+    """AWQ's qkv of an 8B model: another kernel from 16 rows on, by the choice of pallas_kernels itself."""
+    rows, shape = (1, 8, 16, 32, 64, 128, 256, 2048), (6144, 4096)
+    spec = QuantSpec("uint4", shape, (1, 128), "int")
+    grid = [jax.ShapeDtypeStruct(spec.grid, dtype) for dtype in (jnp.float16, jnp.uint8)]
+    awq: Any = QuantizedTensor(jax.ShapeDtypeStruct((shape[0], shape[1] // 2), jnp.uint8), *grid, None, None, spec)
     with use_device(KNOWN_DEVICES["h200"]):
-        relaid = [("a", relayout_leaf(weight("uint4"), KNOWN_DEVICES["h200"]))]
-        assert relaid[0][1].spec.layout != "canonical" and selftest.worth_testing(relaid, "bfloat16", (16,))
+        assert selftest.telling_rows(awq, "bfloat16", rows) == (8, 16, 2048)
+    assert selftest.telling_rows(awq, "bfloat16", rows) == (16, 2048)  # one kernel for all: XLA's reference

@@ -19,11 +19,14 @@ MODULE_CLASS = "Linear"
 
 
 class CompressedTensorsPlan:
-    """Names decide before classes, groups in the file's order, `ignore` before all (FORMATS.md 1.5)."""
+    """Names decide before classes, groups in the file's order, `ignore` before all (FORMATS.md 1.5).
+
+    own_inputs: inputs will be quantized as our kernels do (`asked.OVERRIDES`), whatever the config says of a zero point
+    """
 
     method = "compressed-tensors"
 
-    def __init__(self, config: Fields) -> None:
+    def __init__(self, config: Fields, own_inputs: bool = False) -> None:
         status = config.text("quantization_status", "compressed")
         if status not in ("compressed", "frozen"):
             raise config.unsupported(
@@ -50,7 +53,7 @@ class CompressedTensorsPlan:
             group = groups.child(name)
             if group is None:
                 raise groups.error(name, "a group")
-            scheme = _scheme(group, top)
+            scheme = _scheme(group, top, own_inputs)
             targets = group.texts("targets")
             if not targets:
                 raise group.error("targets", "module names, re: patterns or Linear")
@@ -81,7 +84,7 @@ class CompressedTensorsPlan:
         return DENSE, "no group of config_groups targets it"
 
 
-def _scheme(group: Fields, top_format: str | None) -> Scheme:
+def _scheme(group: Fields, top_format: str | None, own_inputs: bool) -> Scheme:
     form = group.text("format", top_format)
     if form not in FORMATS:
         raise UnsupportedError(f"{group.where}: format: {form!r} is not supported; supported: {', '.join(FORMATS)}")
@@ -105,7 +108,7 @@ def _scheme(group: Fields, top_format: str | None) -> Scheme:
         return _block(weights, inputs, kind)
     group_size = _group_size(weights, ("tensor", "channel", "group"))
     symmetric = weights.flag("symmetric", True)
-    activation, static, asymmetric = _activation(inputs, kind)
+    activation, static, asymmetric = _activation(inputs, kind, own_inputs)
     if inputs is not None and (group_size > 0 or not symmetric):
         raise weights.unsupported(
             "strategy" if group_size > 0 else "symmetric",
@@ -165,7 +168,7 @@ def _group_size(weights: Fields, strategies: tuple[str, ...]) -> int:
     return 0 if strategy == "tensor" else -1
 
 
-def _activation(inputs: Fields | None, kind: str) -> tuple[ActivationSpec, bool, bool]:
+def _activation(inputs: Fields | None, kind: str, own: bool) -> tuple[ActivationSpec, bool, bool]:
     """-> (what to do with the input, whether the file stores input_scale, and input_zero_point)."""
     if inputs is None:
         return NO_ACTIVATION, False, False
@@ -176,8 +179,9 @@ def _activation(inputs: Fields | None, kind: str) -> tuple[ActivationSpec, bool,
     dynamic: Any = inputs.data.get("dynamic", False)
     strategy = inputs.data.get("strategy") or ("token" if dynamic else "tensor")
     if dynamic is True and strategy == "token":
-        if not symmetric:
-            raise inputs.unsupported("symmetric", "true")
+        if not symmetric and not own:
+            flag = "; --quantization w8a8_int8 serves it without a zero point" if kind == "int" else ""
+            raise inputs.unsupported("symmetric", f"true{flag}")
         return (FP8_TOKEN if kind == "float" else INT8_TOKEN), False, False
     if dynamic is False and strategy == "tensor":
         return (FP8_STATIC if kind == "float" else INT8_STATIC), True, not symmetric

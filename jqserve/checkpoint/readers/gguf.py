@@ -35,6 +35,7 @@ STORED: dict[str, tuple[QType, int, ZeroKind]] = {
 }
 BLOCK_BYTES = {name: (block, width) for name, block, width in TYPES.values()}
 FLOATS = ("F32", "F16", "BF16")
+DEQUANTIZED_AT_ONCE = 1 << 20
 Decoded = tuple[Any, Any, Any]  # values [.., block], scales [.., groups], minima or None: w = v * s + m
 
 
@@ -47,6 +48,11 @@ class Gguf(Scheme):
     @property
     def method(self) -> str:
         return f"gguf {self.kind}"
+
+    @property
+    def narrow_bits(self) -> int | None:
+        bits = int(self.kind[1])  # Q6_K
+        return bits if bits not in (4, 8) else None
 
     def spec(self, n: int, k: int) -> QuantSpec:
         qtype, group, zero = STORED[self.kind]
@@ -212,7 +218,17 @@ DECODERS: dict[str, Callable[[Any], Decoded]] = {
 
 
 def dequantized(kind: str, blocks: np.ndarray, n: int, k: int) -> np.ndarray:
-    """float32 [N, K] on the host: for embeddings, which are looked up and not multiplied."""
+    """float32 [N, K] on the host: for embeddings, which are looked up and not multiplied. Some rows at a time: what
+    decoding takes on the way is several times the result, gigabytes for the embedding of an 8B model."""
+    found, rows = np.empty((n, k), np.float32), max(1, DEQUANTIZED_AT_ONCE // k)
+    blocks = blocks.reshape(n, -1)
+    for start in range(0, n, rows):
+        part = found[start : start + rows]
+        part[:] = _dequantized(kind, blocks[start : start + rows], *part.shape)
+    return found
+
+
+def _dequantized(kind: str, blocks: np.ndarray, n: int, k: int) -> np.ndarray:
     block, width = BLOCK_BYTES[kind]
     values, scale, minimum = DECODERS[kind](blocks.reshape(n, k // block, width))
     groups = values.astype(np.float32).reshape(*scale.reshape(n, -1).shape, -1)

@@ -51,6 +51,10 @@ class Gptq(Scheme):
     def method(self) -> str:
         return "gptq" if self.bits >= 4 else f"gptq of {self.bits} bits, held in 4"
 
+    @property
+    def narrow_bits(self) -> int | None:
+        return self.bits if self.bits < 4 else None
+
     def _group(self, k: int) -> int:
         return k if self.group_size == -1 else self.group_size
 
