@@ -32,7 +32,8 @@ class Scheduler:
 
     slots         most sequences that run at once
     tile_size     tokens a tile; `tiles`: most tiles a step (the chunked-prefill budget)
-    decode_tiles  most tiles of a step in which somebody decodes
+    decode_tiles  most tiles of a step in which somebody decodes; `tiles_behind`: the same for prompts of which so many
+                  tokens are computed
     steps         most decode steps of a dispatch; `steps_rows`: where it has at most so many decode rows (None: always)
     mixed         whether a step may hold decode rows and chunks; else prompts go first, and answers wait
     prefix_cache  whether full pages are found again
@@ -62,6 +63,7 @@ class Scheduler:
         self.tile_size = tile_size
         self.tiles = tiles
         self.decode_tiles = tiles if decode_tiles is None else decode_tiles
+        self.tiles_behind: Callable[[int], int] = lambda tokens: tiles
         self.steps = steps
         self.steps_rows = slots if steps_rows is None else steps_rows
         self.mixed = mixed
@@ -99,7 +101,8 @@ class Scheduler:
         prompts = [s for s in candidates if not s.on_device and s.slot is not None]
         tiles = self.tiles
         if decodes:
-            tiles = self.fill(len(decodes), self._tiles_wanted(prompts, self.decode_tiles, only is None))
+            most = min(self.decode_tiles, self.tiles_behind(self._deepest(prompts)))
+            tiles = self.fill(len(decodes), self._tiles_wanted(prompts, most, only is None))
         for sequence in prompts:
             if tiles and sequence.slot is not None and sequence.remaining > 0:
                 tiles -= self._add_chunk(sequence, tiles, chunks)
@@ -121,6 +124,16 @@ class Scheduler:
         rows = tuple(row for row in decodes if row.sequence.slot is not None)
         kept = tuple(one for one in adopted if one.sequence.slot is not None)
         return self._advance(Plan(rows, tuple(chunks), tuple(admitted), kept, steps))
+
+    def _deepest(self, prompts: list[Sequence]) -> int:
+        """How many tokens are computed of the prompt that most are of, among those that a full step reaches."""
+        deepest, left = 0, self.decode_tiles
+        for sequence in prompts:
+            if left <= 0:
+                break
+            deepest = max(deepest, sequence.computed)
+            left -= -(-sequence.remaining // self.tile_size)
+        return deepest
 
     def _tiles_wanted(self, prompts: list[Sequence], most: int, waiting: bool) -> int:
         """How many tiles the prompts are worth that could be computed now, up to `most`; of those in the prefix cache

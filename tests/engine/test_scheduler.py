@@ -185,6 +185,24 @@ def test_fewer_tiles_while_somebody_decodes() -> None:
     assert [[c.length for c in s.schedule().chunks] for _ in range(4)] == [[8], [8], [8], [6]]
 
 
+def test_fewer_tiles_the_deeper_the_prompt_that_is_computed() -> None:
+    s = scheduler(tiles=4)
+    s.tiles_behind = lambda tokens: 4 if tokens < 30 else 1
+    s.add(sequence(0, 3, new=40))
+    s.schedule()
+    s.add(sequence(1, 80))
+    assert [[c.length for c in s.schedule().chunks] for _ in range(4)] == [[32], [8], [8], [8]]
+    s = scheduler(tiles=4)
+    s.tiles_behind = lambda tokens: 4 if tokens < 30 else 1
+    for rid, length in ((0, 3), (1, 64), (2, 64)):
+        s.add(sequence(rid, length, new=40))
+        s.schedule()
+    # The second prompt stands at 0 behind the first, which is deep: as soon as it is reached, its own depth counts.
+    assert [[(c.sequence.rid, c.length) for c in s.schedule().chunks] for _ in range(5)] == [
+        [(1, 8)], [(1, 8)], [(1, 8)], [(2, 32)], [(2, 8)],
+    ]  # fmt: skip
+
+
 def finish(s: Scheduler, q: Sequence) -> Sequence:
     s.add(q)
     for _ in range(100):
