@@ -17,6 +17,7 @@ a page may be found by others as soon as the step that fills it is planned.
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Callable
 
 from jqserve.engine.forecast import Forecast
@@ -103,21 +104,30 @@ class Scheduler:
         if decodes:
             most = min(self.decode_tiles, self.tiles_behind(self._deepest(prompts)))
             tiles = self.fill(len(decodes), self._tiles_wanted(prompts, most, only is None))
-        for sequence in prompts:
-            if tiles and sequence.slot is not None and sequence.remaining > 0:
-                tiles -= self._add_chunk(sequence, tiles, chunks)
+        left = deque(prompts)
         at = 0  # in `waiting`: those before it wait for a prompt that this step computes
-        # Who was preempted just now is not admitted again at once: those pages are wanted.
-        while only is None and tiles and self.preemptions == preemptions and self.free_slots:
-            if at < len(self.waiting) and self._comes_cheaper(self.waiting[at], [*prompts, *admitted]):
-                at += 1
+        admitting = only is None
+        while tiles:
+            # Who was preempted just now is not admitted again at once: those pages are wanted.
+            admitting = (
+                admitting and self.preemptions == preemptions and bool(self.free_slots) and at < len(self.waiting)
+            )
+            if left and not (admitting and _order(self.waiting[at]) < _order(left[0])):
+                sequence = left.popleft()
+                if sequence.slot is not None and sequence.remaining > 0:
+                    tiles -= self._add_chunk(sequence, tiles, chunks)
                 continue
-            if not self._admissible(at):
+            if not admitting:
                 break
-            sequence = self.waiting.pop(at)
-            self._admit(sequence, adopted)
-            admitted.append(sequence)
-            tiles -= self._add_chunk(sequence, tiles, chunks)
+            if self._comes_cheaper(self.waiting[at], [*prompts, *admitted]):
+                at += 1
+            elif self._admissible(at):
+                sequence = self.waiting.pop(at)
+                self._admit(sequence, adopted)
+                admitted.append(sequence)
+                tiles -= self._add_chunk(sequence, tiles, chunks)
+            else:
+                admitting = False
         if prompts_only and not chunks:
             decodes = self._decode_rows(candidates, 1)
         # A chunk may have preempted a sequence whose decode row was planned before it, or that was just admitted.
