@@ -64,7 +64,7 @@ class Scheduler:
         self.tile_size = tile_size
         self.tiles = tiles
         self.decode_tiles = tiles if decode_tiles is None else decode_tiles
-        self.tiles_behind: Callable[[int], int] = lambda tokens: tiles
+        self.tiles_behind: Callable[[int], int] = lambda tokens: self.decode_tiles
         self.steps = steps
         self.steps_rows = slots if steps_rows is None else steps_rows
         self.mixed = mixed
