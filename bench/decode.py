@@ -6,7 +6,8 @@
 One row per scheme, point (running sequences x context) and K, the decode steps of a dispatch:
 
     step_ms     wall clock of a step of the overlapped loop, the median of five windows; tokens_per_second from it
-    host_ms     of one step, by phase of the loop: schedule, launch, emit; wait is what is left for the device
+    host_ms     of one step, by phase of the loop: schedule, launch, emit; wait is what is left for the device; dispatch
+                is beside them, on a thread of its own: programs handed over (compare --command-buffers off)
     kernel_ms   sum of the CUPTI durations of a step's kernels (`kernels`: how many), and step_ms / kernel_ms
     bound_ms    weights (without the embedding) and KV bytes of a step / the bandwidth measured first; share of step_ms
     vllm        vLLM 0.25.1's tokens/s with a bf16 cache: of the same call where --vllm names bench.peer_vllm's result
@@ -167,7 +168,7 @@ def measure(engine: EngineCore, scheme: str, batch: int, context: int, k: int, r
         "step_ms": round(seconds * 1e3, 4),
         "step_ms_windows": [round(w * 1e3, 4) for w in walls],
         "tokens_per_second": round(batch / seconds, 1),
-        "host_ms": {p: round(host[p] * 1e3, 4) for p in ("schedule", "launch", "wait", "emit")},
+        "host_ms": {p: round(host[p] * 1e3, 4) for p in ("schedule", "launch", "wait", "emit", "dispatch")},
     }
     row |= beside(scheme, batch, context, row["kv_dtype"], args.vllm)
     row |= kernels(engine, k, seconds, args.top)

@@ -144,9 +144,9 @@ CHECKS: tuple[tuple[Case, Config], ...] = (
     (Case(300, 5120, 2048, scales="block"), Config(128, 2, epilogue_n=32, cluster=2, cluster_axis="k")),
     *((case, dataclasses.replace(config, **_LEAN)) for case, config in _LEAN_CHECKS),
     *((case, dataclasses.replace(config, overwrite=True)) for case, config in _LEAN_CHECKS),
-    (Case(4100, 2048, 1152, scales="block", bias=True), dataclasses.replace(_DEEP, stages=4)),
-    (Case(700, 4096, 1024, scales="block"), dataclasses.replace(_DEEP, stages=4, one_arrival=True)),
-    (Case(4100, 4096, 1536, scales="block"), dataclasses.replace(_DEEP, stages=4, cluster=2)),
+    (Case(4100, 2048, 1152, scales="block", bias=True), dataclasses.replace(_DEEP, epilogue_n=16)),
+    (Case(700, 4096, 1024, scales="block"), dataclasses.replace(_DEEP, stages=4, epilogue_n=16, one_arrival=True)),
+    (Case(4100, 4096, 1536, scales="block"), dataclasses.replace(_DEEP, stages=4, epilogue_n=16, cluster=2)),
     (Case(300, 2240, 640, scales="block"), dataclasses.replace(_DEEP, wg_n=112, epilogue_n=16)),
 )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.readme_kernels import kernels
-from bench.readme_serving import decode, decode_kernels, sampling, serve, start_line, startup, summary
+from bench.readme_serving import decode, decode_kernels, sampling, serve, start_line, startup, step_gaps, summary
 from bench.readme_table import load, source, table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -196,6 +196,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "start_line": start_line,
     "decode": decode,
     "decode_kernels": decode_kernels,
+    "step_gaps": step_gaps,
     "serve": serve,
     "quantize_speed": quantize_speed,
     "startup": startup,

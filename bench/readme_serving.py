@@ -131,6 +131,22 @@ def decode_kernels() -> str:
     return table(header, lines) + "\n\n" + source(result, "decode")
 
 
+def step_gaps() -> str:
+    """Idle time of the GPU between two dispatches: a line per scheme and K, a column per batch."""
+    result = load("step_gaps")
+    if result is None:
+        return "Not measured yet."
+    points = list(dict.fromkeys((row["batch"], row["context"]) for row in result["rows"]))
+    found = {(row["scheme"], row["decode_steps"], row["batch"], row["context"]): row for row in result["rows"]}
+    lines = []
+    for scheme, k in dict.fromkeys((row["scheme"], row["decode_steps"]) for row in result["rows"]):
+        mine = [found.get((scheme, k, *point)) for point in points]
+        cells = [f"{row['between_us']:.0f} ({row['between_share']:.1%})" if row else "-" for row in mine]
+        lines.append([scheme, str(k), *cells])
+    header = ["us (share of a dispatch)", "K", *(f"{batch} x {context:,}" for batch, context in points)]
+    return table(header, lines) + "\n\n" + source(result, "step_gaps")
+
+
 def sampling() -> str:
     """What a draw costs by batch: a line per way, microseconds by wall clock."""
     result = load("sampling")
@@ -167,7 +183,7 @@ SERVE_RESULTS = (
 def serve() -> str:
     """Throughput and latency of a loaded engine, and the first token of an idle one; H200 rows first."""
     header = ["GPU", "weights, KV", "path", "tokens in/out", "streams", "output tokens/s (vLLM 0.25.1, H200)"]
-    header += ["TTFT ms P50 / P99", "TPOT ms P50 / P99"]
+    header += ["TTFT ms P50 / P99", "TPOT ms P50 / P99", "ITL ms P50 / P99"]
     rows, idle, sources = [], [], []
     for name in SERVE_RESULTS:
         result = load(name)
@@ -183,12 +199,26 @@ def serve() -> str:
             if "vllm" in known and (gpu, kv) == ("H200", "bf16"):
                 ours = {"tokens_per_second": row["output_tokens_per_second"], "vllm_beside": known.get("beside")}
                 beside = f" ({_peer(ours | {'vllm': known['vllm']})})"
+            elif "trtllm_fp8_kv" in known and gpu == "H200" and kv.startswith("fp8"):
+                beside = f" (TensorRT-LLM {known['trtllm_fp8_kv']:,})"
             cells = [gpu, f"{result['scheme']}, {kv}", row["mode"], row["workload"], str(row["concurrency"])]
             cells.append(f"{row['output_tokens_per_second']:,.0f}{beside}")
-            rows.append(cells + [f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "tpot_ms")])
+            latencies = (row["ttft_ms"], row["tpot_ms"], row["itl_ms"])
+            rows.append(cells + [f"{one['p50']:.1f} / {one['p99']:.1f}" for one in latencies])
+        idle += [f"{gpu}: {line}" for line in _grpc_costs(result["rows"])]
         idle += [f"{gpu}: {line}" for line in _first_tokens(result["rows"])]
         sources.append(source(result, name))
     return "\n\n".join([table(header, rows), "\n".join(idle), "\n".join(sources)]) if rows else "Not measured yet."
+
+
+def _grpc_costs(rows: list[dict[str, Any]]) -> list[str]:
+    """What the front end costs: the same load over gRPC and on the bare engine, one after the other."""
+    return [
+        f"Over gRPC {row['workload']} at {row['concurrency']} streams gives {abs(row['grpc_cost']):.1%} "
+        f"{'fewer' if row['grpc_cost'] > 0 else 'more'} output tokens than on the engine alone."
+        for row in rows
+        if "grpc_cost" in row
+    ]
 
 
 def _first_tokens(rows: list[dict[str, Any]]) -> list[str]:

@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     output: str  # "both" | "text" | "token_ids"
     flush_tokens: int
     flush_ms: int
+    priority: int  # higher runs first
     # what the answer is held to; at most one of them
     json_schema: str | Mapping[str, Any]
     regex: str
@@ -56,7 +57,7 @@ class Options(TypedDict, total=False):
     add_generation_prompt: bool
 
 
-REQUEST_FIELDS = ("request_id", "model", "flush_tokens", "flush_ms")
+REQUEST_FIELDS = ("request_id", "model", "flush_tokens", "flush_ms", "priority")
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "choice")
 CHAT_FIELDS = ("tools", "template_kwargs", "add_generation_prompt")
 

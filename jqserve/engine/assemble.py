@@ -13,13 +13,13 @@ import jax
 
 from jqserve.engine.batch import StepShape
 from jqserve.engine.buckets import Buckets, make_buckets
-from jqserve.engine.budget import decode_tiles
+from jqserve.engine.budget import Budget
 from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages, slow_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
 from jqserve.engine.engine import EngineCore
 from jqserve.engine.lowering import Job
-from jqserve.engine.measure import step_seconds, typical_context
+from jqserve.engine.measure import far, step_seconds, typical_context
 from jqserve.engine.pages import PagePool
 from jqserve.engine.places import places
 from jqserve.engine.programs import Draw, Forward, Programs
@@ -121,18 +121,27 @@ def warmup_runs(engine: EngineCore) -> int:
 
 
 def choose_budget(engine: EngineCore) -> dict[str, float]:
-    """After the warm-up: sets the tiles of a step in which others decode, by steps at a typical context. Returns the
-    seconds by step, measured."""
+    """After the warm-up: sets the tiles of a step in which others decode, by steps at a typical context, and how far
+    into their prompts those are. Returns the seconds by step, measured."""
     runner, scheduler = engine.runner, engine.scheduler
     rows, context = runner.buckets.decode[-1], typical_context(runner)
     measured = {tiles: step_seconds(runner, tiles, context) for tiles in runner.buckets.tile_counts(rows)}
     decode = step_seconds(runner, 0, context)
-    scheduler.decode_tiles = min(scheduler.tiles, decode_tiles(measured, decode))
+    first = Budget(measured, decode).tiles()
+    deep, behind, before = {}, 0.0, far(runner, first)
+    if before:
+        seconds = step_seconds(runner, first, context, before)
+        deep = {f"{rows}+{first} behind {before}": seconds}
+        behind = max(0.0, seconds - measured[first]) / (first * before)
+    budget = Budget(measured, decode, behind)
+    scheduler.decode_tiles = min(scheduler.tiles, first)
+    scheduler.tiles_behind = budget.tiles
     log.info(
         "a decode step behind %d tokens takes %.1f ms; %d prefill tiles beside it",
         context, decode * 1e3, scheduler.decode_tiles,
     )  # fmt: skip
-    return {f"{rows}+{tiles}": round(seconds, 6) for tiles, seconds in {0: decode, **measured}.items()}
+    steps = {f"{rows}+{tiles}": seconds for tiles, seconds in {0: decode, **measured}.items()} | deep
+    return {step: round(seconds, 6) for step, seconds in steps.items()}
 
 
 def _shortened(config: EngineConfig, context: int, cache: CacheShape) -> int:

@@ -6,6 +6,7 @@ tiles is shorter, but reads the weights as often: the budget is the largest that
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 LATENCY = 0.05  # seconds between tokens that a reader does not notice: 20 tokens a second
@@ -17,7 +18,23 @@ def bound(decode_seconds: float) -> float:
     return max(LATENCY, SLOWDOWN * decode_seconds)
 
 
-def decode_tiles(step_seconds: Mapping[int, float], decode_seconds: float) -> int:
-    """The most tiles within the bound: `step_seconds` by tiles of the steps that all decode rows fit into."""
-    fitting = [tiles for tiles, seconds in step_seconds.items() if seconds <= bound(decode_seconds)]
-    return max(fitting, default=min(step_seconds))
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """step_seconds: of the steps that all decode rows fit into, by their tiles, which begin their prompts
+    decode_seconds: of such a step without tiles
+    seconds_behind: what a tile takes more for each token of its prompt before it. Attention is what grows with them:
+        16 tiles behind 100,000 tokens of an 8B model (32 layers of 32 heads of 128) are 107 TFLOP of it, 0.16 s at the
+        670 TFLOP/s of its kernel on an H200, three times the bound
+    """
+
+    step_seconds: Mapping[int, float]
+    decode_seconds: float
+    seconds_behind: float = 0.0
+
+    def tiles(self, before: int = 0) -> int:
+        """The most of `step_seconds` within the bound, for prompts of which `before` tokens are computed; the least
+        there is, where none is."""
+        most = bound(self.decode_seconds)
+        behind = self.seconds_behind * before
+        fitting = [tiles for tiles, seconds in self.step_seconds.items() if seconds + tiles * behind <= most]
+        return max(fitting, default=min(self.step_seconds))

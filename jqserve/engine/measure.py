@@ -6,6 +6,7 @@ and slots is what any request leaves there.
 
 from __future__ import annotations
 
+import math
 import time
 
 from jqserve.engine.plan import Adopted, Chunk, DecodeRow, Plan
@@ -14,6 +15,7 @@ from jqserve.engine.runner import Runner
 from jqserve.engine.sequence import Sequence
 
 TYPICAL = 1024  # tokens before a decode row: a long question with half of its answer
+FAR = 32768  # most tokens before the tiles by which the growth of their time is measured: some 50 ms of it on an H200
 
 
 def typical_context(runner: Runner) -> int:
@@ -23,37 +25,52 @@ def typical_context(runner: Runner) -> int:
     return max(0, min(TYPICAL, longest // 2, runner.cache_shape.tokens // rows - 1))
 
 
-def step_plan(runner: Runner, tiles: int, context: int, *, adopt: bool = False) -> Plan:
+def far(runner: Runner, tiles: int) -> int:
+    """Tokens that so many tiles of one prompt can stand behind, in whole pages and tiles; at most FAR."""
+    shape = runner.shape
+    longest = min(shape.pages_per_sequence * shape.page_size, runner.cache_shape.tokens)
+    unit = math.lcm(shape.page_size, shape.tile_size)
+    return max(0, min(FAR, longest - tiles * shape.tile_size) // unit * unit)
+
+
+def step_plan(runner: Runner, tiles: int, context: int, *, before: int = 0, adopt: bool = False) -> Plan:
     """A step in which every slot is in use: prompts of so many tiles, each as long as it may be, have the last ones,
-    and greedy decode rows behind `context` tokens the others. `adopt`: their pages are not in the slots yet."""
+    and greedy decode rows behind `context` tokens the others. `adopt`: their pages are not in the slots yet.
+    `before`: the tiles are of one prompt, of which so many tokens (see `far`) are computed."""
     shape, slots = runner.shape, runner.buckets.decode[-1]
     size, tile = shape.page_size, shape.tile_size
     longest = max(1, shape.pages_per_sequence * size // tile)  # tiles of a prompt
     lengths = [min(longest, tiles - at) * tile for at in range(0, tiles, longest)]
     lengths = [min(length, shape.pages_per_sequence * size) for length in lengths][:slots]
+    if before:
+        lengths = [tiles * tile]
     each, usable = context // size + 1, runner.cache_shape.pages - 1
 
     def pages(first: int, count: int) -> tuple[int, ...]:
         return tuple(1 + (first + i) % usable for i in range(count))
 
-    decodes, adopted = [], []
+    decodes: list[DecodeRow] = []
+    adopted: list[Adopted] = []
     for slot in range(slots - len(lengths)):
         sequence, own = _sequence(slot, context + 1), pages(slot * each, each)
         decodes.append(DecodeRow(sequence, slot, context, own[-1:]))
         adopted.append(Adopted(sequence, slot, own, context))
-    chunks = [
-        Chunk(_sequence(slot, length), slot, 0, length, pages(slot * each, -(-length // size)), True)
-        for slot, length in enumerate(lengths, slots - len(lengths))
-    ]
-    return Plan(tuple(decodes), tuple(chunks), adopted=tuple(adopted) if adopt else ())
+    adopted = adopted if adopt else []
+    chunks = []
+    for slot, length in enumerate(lengths, slots - len(lengths)):
+        sequence, own = _sequence(slot, before + length), pages(slot * each, -(-(before + length) // size))
+        chunks.append(Chunk(sequence, slot, before, length, own[before // size :], True))
+        if before:
+            adopted.append(Adopted(sequence, slot, own[: before // size], before))
+    return Plan(tuple(decodes), tuple(chunks), adopted=tuple(adopted))
 
 
-def step_seconds(runner: Runner, tiles: int, context: int) -> float:
+def step_seconds(runner: Runner, tiles: int, context: int, before: int = 0) -> float:
     """Of one such step right behind another, as the engine dispatches them: the host's work is beside it."""
-    plan = step_plan(runner, tiles, context)
+    plan = step_plan(runner, tiles, context, before=before)
     runner.read(runner.launch(step_plan(runner, 0, context, adopt=True)))
-    before, step = runner.launch(plan), runner.launch(plan)
-    runner.read(before)
+    first, step = runner.launch(plan), runner.launch(plan)
+    runner.read(first)
     began = time.perf_counter()
     runner.read(step)
     return time.perf_counter() - began

@@ -17,6 +17,7 @@ a page may be found by others as soon as the step that fills it is planned.
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Callable
 
 from jqserve.engine.forecast import Forecast
@@ -32,7 +33,8 @@ class Scheduler:
 
     slots         most sequences that run at once
     tile_size     tokens a tile; `tiles`: most tiles a step (the chunked-prefill budget)
-    decode_tiles  most tiles of a step in which somebody decodes
+    decode_tiles  most tiles of a step in which somebody decodes; `tiles_behind`: the same for prompts of which so many
+                  tokens are computed
     steps         most decode steps of a dispatch; `steps_rows`: where it has at most so many decode rows (None: always)
     mixed         whether a step may hold decode rows and chunks; else prompts go first, and answers wait
     prefix_cache  whether full pages are found again
@@ -62,6 +64,7 @@ class Scheduler:
         self.tile_size = tile_size
         self.tiles = tiles
         self.decode_tiles = tiles if decode_tiles is None else decode_tiles
+        self.tiles_behind: Callable[[int], int] = lambda tokens: self.decode_tiles
         self.steps = steps
         self.steps_rows = slots if steps_rows is None else steps_rows
         self.mixed = mixed
@@ -99,28 +102,48 @@ class Scheduler:
         prompts = [s for s in candidates if not s.on_device and s.slot is not None]
         tiles = self.tiles
         if decodes:
-            tiles = self.fill(len(decodes), self._tiles_wanted(prompts, self.decode_tiles, only is None))
-        for sequence in prompts:
-            if tiles and sequence.slot is not None and sequence.remaining > 0:
-                tiles -= self._add_chunk(sequence, tiles, chunks)
+            most = min(self.decode_tiles, self.tiles_behind(self._deepest(prompts)))
+            tiles = self.fill(len(decodes), self._tiles_wanted(prompts, most, only is None))
+        left = deque(prompts)
         at = 0  # in `waiting`: those before it wait for a prompt that this step computes
-        # Who was preempted just now is not admitted again at once: those pages are wanted.
-        while only is None and tiles and self.preemptions == preemptions and self.free_slots:
-            if at < len(self.waiting) and self._comes_cheaper(self.waiting[at], [*prompts, *admitted]):
-                at += 1
+        admitting = only is None
+        while tiles:
+            # Who was preempted just now is not admitted again at once: those pages are wanted.
+            admitting = (
+                admitting and self.preemptions == preemptions and bool(self.free_slots) and at < len(self.waiting)
+            )
+            if left and not (admitting and _order(self.waiting[at]) < _order(left[0])):
+                sequence = left.popleft()
+                if sequence.slot is not None and sequence.remaining > 0:
+                    tiles -= self._add_chunk(sequence, tiles, chunks)
                 continue
-            if not self._admissible(at):
+            if not admitting:
                 break
-            sequence = self.waiting.pop(at)
-            self._admit(sequence, adopted)
-            admitted.append(sequence)
-            tiles -= self._add_chunk(sequence, tiles, chunks)
+            if self._comes_cheaper(self.waiting[at], [*prompts, *admitted]):
+                at += 1
+            elif self._admissible(at):
+                sequence = self.waiting.pop(at)
+                self._admit(sequence, adopted)
+                admitted.append(sequence)
+                tiles -= self._add_chunk(sequence, tiles, chunks)
+            else:
+                admitting = False
         if prompts_only and not chunks:
             decodes = self._decode_rows(candidates, 1)
         # A chunk may have preempted a sequence whose decode row was planned before it, or that was just admitted.
         rows = tuple(row for row in decodes if row.sequence.slot is not None)
         kept = tuple(one for one in adopted if one.sequence.slot is not None)
         return self._advance(Plan(rows, tuple(chunks), tuple(admitted), kept, steps))
+
+    def _deepest(self, prompts: list[Sequence]) -> int:
+        """How many tokens are computed of the prompt that most are of, among those that a full step reaches."""
+        deepest, left = 0, self.decode_tiles
+        for sequence in prompts:
+            if left <= 0:
+                break
+            deepest = max(deepest, sequence.computed)
+            left -= -(-sequence.remaining // self.tile_size)
+        return deepest
 
     def _tiles_wanted(self, prompts: list[Sequence], most: int, waiting: bool) -> int:
         """How many tiles the prompts are worth that could be computed now, up to `most`; of those in the prefix cache

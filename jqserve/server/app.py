@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from jqserve.server.guard import Guard
 from jqserve.server.launch import Launch, RunningEngine
 from jqserve.server.metrics_http import serve_metrics
 from jqserve.server.pb import jqserve_pb2, jqserve_pb2_grpc, sglang_scheduler_pb2_grpc, vllm_engine_pb2_grpc
+from jqserve.server.progress import StartProgress
 from jqserve.server.receive import Receiving
 from jqserve.server.servicer import InferenceServicer
 from jqserve.server.tokenizer import load_tokenizer
@@ -49,7 +49,6 @@ OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
 )
 LINGER = 0.5  # seconds more of answering UNAVAILABLE: a call that meets the closing itself would read CANCELLED
-PROGRESS_SECONDS = 1.0  # at most one line of progress in this time
 VERDICT = 30.0  # seconds that the engine has to say what is wrong with a checkpoint whose tokenizer does not load
 LAST_WORDS = 2.0  # seconds that statuses have to reach their callers before the sockets close
 
@@ -75,7 +74,7 @@ class Server:
         self._drain = asyncio.Event()
         self._hurry = asyncio.Event()
         self._opened = asyncio.Event()  # the engine has read the checkpoint's configs and headers
-        self._told = 0.0
+        self._shown = StartProgress()
 
     def drain(self) -> None:
         """Finish what runs, take nothing new, then return from `run`. A second call ends what runs, too."""
@@ -175,6 +174,7 @@ class Server:
         drain = asyncio.ensure_future(self._drain.wait())
         try:
             await asyncio.wait((start, drain), return_when=asyncio.FIRST_COMPLETED)
+            self._shown.close()
             if not start.done():
                 return 0  # told to stop while loading
             start.result()
@@ -253,13 +253,11 @@ class Server:
     def _progress(self, progress: wire.Progress) -> None:
         self._opened.set()
         if progress.stage in ("forecast", "plan"):
+            self._shown.close()
             self._announce(progress.text)
         else:
             self.frontend.status_text = f"{progress.stage}: {progress.text}"
-            done, now = progress.detail.get("done"), time.monotonic()
-            if done is None or done == progress.detail.get("total") or now - self._told > PROGRESS_SECONDS:
-                self._told = now
-                log.info("%s", self.frontend.status_text)
+            self._shown.show(progress)
 
     def _address(self) -> str:
         if self.config.unix_socket:

@@ -226,9 +226,11 @@ class Frontend:
         text: bool = True,
         pace: Pace | None = None,
         scored: bool = False,
+        priority: int = 0,
     ) -> Generation:
         """Starts n sequences. The caller iterates the result within `serving`, which ends it, whatever happens.
-        `pace`: None: the server's. `scored`: for a Score call, which is counted apart.
+        `pace`: None: the server's. `scored`: for a Score call, which is counted apart. `priority`: the highest runs
+        first.
 
         Raises `RequestError`, `QueueFullError`, `EngineUnavailableError`. What only the engine can judge is raised by
         the iteration, before its first item.
@@ -248,7 +250,7 @@ class Frontend:
         tokens = tuple(prompt)
         generation = Generation(
             request_id,
-            [EngineRequest(next(self._rids), tokens, copy_sampling(sampling, i)) for i in range(n)],
+            [EngineRequest(next(self._rids), tokens, copy_sampling(sampling, i), priority) for i in range(n)],
             link,
             lambda: (
                 Detokenizer(lambda ids: self.need_tokenizer("text").decode(ids, skip), prompt) if with_text else None

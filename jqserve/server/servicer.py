@@ -49,6 +49,7 @@ class InferenceServicer(jqserve_pb2_grpc.InferenceServicer):
             request_id=request.request_id,
             text=output != pb.OUTPUT_TOKEN_IDS,
             pace=pace(request),
+            priority=request.priority,
         )
         del request  # its text may be larger than all that follows from it
         with frontend.serving(generation, context) as serving:

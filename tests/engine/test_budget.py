@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from jqserve.engine import assemble
-from jqserve.engine.budget import LATENCY, SLOWDOWN, bound, decode_tiles
-from jqserve.engine.measure import step_plan, typical_context
+from jqserve.engine.budget import LATENCY, SLOWDOWN, Budget, bound
+from jqserve.engine.measure import FAR, far, step_plan, typical_context
 from tests.engine.conftest import CONTEXT, PAGE, SLOTS, TILE, complete, request
 
 
@@ -22,7 +22,16 @@ from tests.engine.conftest import CONTEXT, PAGE, SLOTS, TILE, complete, request
     ],
 )
 def test_the_largest_step_within_the_bound(seconds: dict[int, float], decode: float, tiles: int) -> None:
-    assert decode_tiles(seconds, decode) == tiles
+    assert Budget(seconds, decode).tiles() == tiles
+
+
+def test_fewer_tiles_the_more_of_the_prompt_is_computed() -> None:
+    """A tile takes 1 ms, and as much again for each 10,000 tokens before it."""
+    budget = Budget({n: 0.012 + 0.001 * n for n in (1, 2, 4, 8, 16)}, 0.012, 1e-7)
+    found = {before: budget.tiles(before) for before in (0, 10_000, 20_000, 40_000, 100_000, 10**6)}
+    assert found == {0: 16, 10_000: 16, 20_000: 8, 40_000: 4, 100_000: 2, 10**6: 1}
+    for before, tiles in found.items():
+        assert tiles == 1 or 0.012 + tiles * (0.001 + 1e-7 * before) <= LATENCY
 
 
 def test_the_bound() -> None:
@@ -32,9 +41,11 @@ def test_the_bound() -> None:
 def test_the_engine_measures_and_takes_it_over(make_core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_core()
     times = {0: 0.004, 2: 0.2}
-    monkeypatch.setattr(assemble, "step_seconds", lambda runner, tiles, context: times[tiles])
-    assert assemble.choose_budget(core) == {"16+0": 0.004, "16+2": 0.2}
+    monkeypatch.setattr(assemble, "step_seconds", lambda runner, tiles, context, before=0: times[tiles] + before / 1e3)
+    assert assemble.choose_budget(core) == {"16+0": 0.004, "16+2": 0.2, "16+2 behind 96": 0.296}
     assert core.scheduler.decode_tiles == 2  # the only shape there is
+    budget = core.scheduler.tiles_behind.__self__
+    assert budget.seconds_behind == pytest.approx(0.096 / (2 * 96))
 
 
 def test_it_measures_steps_of_everybody_at_a_typical_context(make_core: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +55,9 @@ def test_it_measures_steps_of_everybody_at_a_typical_context(make_core: Any, mon
     expected = complete(make_core(), [request(i, 20 + i) for i in range(5)])
     launch, compilations = runner.launch, runner.compilations_after_warmup
     monkeypatch.setattr(runner, "launch", lambda plan: launched.append(plan) or launch(plan))
-    assert set(assemble.choose_budget(core)) == {"16+0", "16+2"} and runner.compilations_after_warmup == compilations
+    assert set(assemble.choose_budget(core)) == {"16+0", "16+2", "16+2 behind 96"}
+    assert runner.compilations_after_warmup == compilations
+    assert {(c.start, c.length) for c in launched[-1].chunks} == {(CONTEXT - 2 * TILE, 2 * TILE)}
     for plan in launched:
         assert {row.position for row in plan.decodes} == {CONTEXT // 2}
         assert sum(chunk.length for chunk in plan.chunks) in (0, 2 * TILE)
@@ -64,6 +77,14 @@ def test_a_small_pool_or_context_is_measured_too(make_core: Any) -> None:
             buckets=runner.buckets,
         )
         assert typical_context(small) == expected  # type: ignore[arg-type]
+        before = far(small, 2)  # type: ignore[arg-type]
+        assert before == max(0, min(FAR, PAGE * min(per_sequence, pages - 1) // TILE * TILE - 2 * TILE))
+        if before:
+            plan = step_plan(small, 2, expected, before=before)  # type: ignore[arg-type]
+            ((chunk,), (adopted,)) = plan.chunks, plan.adopted
+            assert (chunk.start, chunk.length, adopted.tokens, adopted.slot) == (before, 2 * TILE, before, chunk.slot)
+            own = (*adopted.pages, *chunk.pages)
+            assert len(own) * PAGE == before + 2 * TILE and len(set(own)) == len(own) and min(own) > 0
         for tiles in (0, 1, 2, 9):
             plan = step_plan(small, tiles, expected, adopt=True)  # type: ignore[arg-type]
             assert sum(chunk.length for chunk in plan.chunks) == tiles * TILE

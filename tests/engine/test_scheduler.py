@@ -142,6 +142,27 @@ def test_priorities_go_first_and_are_preempted_last() -> None:
     assert higher.finish and high.finish and low.finish
 
 
+def test_a_prompt_does_not_wait_for_those_that_come_after_it() -> None:
+    """A long prompt took all tiles until it was done, whoever came meanwhile: with 100,000 tokens, some seconds."""
+    s = scheduler(tiles=2)
+    s.add(sequence(0, 64))
+    s.schedule()
+    s.add(sequence(1, 24, priority=1))
+    s.add(sequence(2, 24))
+    found = [[(c.sequence.rid, c.length) for c in s.schedule().chunks] for _ in range(5)]
+    assert found == [[(1, 16)], [(1, 8), (0, 8)], [(0, 16)], [(0, 16)], [(0, 8), (2, 8)]]
+    s = scheduler(pages=100, tiles=2)  # nor one that was preempted and comes back to its place
+    old, young = sequence(0, 24), sequence(1, 64)
+    for q in (old, young):
+        s.add(q)
+    resolve(s.schedule(), s)
+    resolve(s.schedule(), s)
+    assert old.on_device and young.remaining
+    s.preempt(old)
+    s.pool.forget()
+    assert [c.sequence.rid for c in s.schedule().chunks] == [0]
+
+
 def test_several_steps_only_when_nobody_waits_and_somebody_can_use_them() -> None:
     s = scheduler(slots=2, tiles=1, steps=4)
     s.add(sequence(0, 3, new=20))
@@ -183,6 +204,24 @@ def test_fewer_tiles_while_somebody_decodes() -> None:
     assert [c.length for c in s.schedule().chunks] == [30]
     s.add(sequence(1, 30))
     assert [[c.length for c in s.schedule().chunks] for _ in range(4)] == [[8], [8], [8], [6]]
+
+
+def test_fewer_tiles_the_deeper_the_prompt_that_is_computed() -> None:
+    s = scheduler(tiles=4)
+    s.tiles_behind = lambda tokens: 4 if tokens < 30 else 1
+    s.add(sequence(0, 3, new=40))
+    s.schedule()
+    s.add(sequence(1, 80))
+    assert [[c.length for c in s.schedule().chunks] for _ in range(4)] == [[32], [8], [8], [8]]
+    s = scheduler(tiles=4)
+    s.tiles_behind = lambda tokens: 4 if tokens < 30 else 1
+    for rid, length in ((0, 3), (1, 64), (2, 64)):
+        s.add(sequence(rid, length, new=40))
+        s.schedule()
+    # The second prompt stands at 0 behind the first, which is deep: as soon as it is reached, its own depth counts.
+    assert [[(c.sequence.rid, c.length) for c in s.schedule().chunks] for _ in range(5)] == [
+        [(1, 8)], [(1, 8)], [(1, 8)], [(2, 32)], [(2, 8)],
+    ]  # fmt: skip
 
 
 def finish(s: Scheduler, q: Sequence) -> Sequence:
@@ -265,8 +304,8 @@ def test_nobody_waits_for_a_prompt_that_comes_after_it_or_is_gone() -> None:
     s.schedule()
     s.add(high)
     s.add(sequence(2, tuple(range(40))))
-    steps = [[c.sequence.rid for c in s.schedule().chunks] for _ in range(3)]
-    assert steps == [[0], [0, 1], [2]]
+    steps = [[c.sequence.rid for c in s.schedule().chunks] for _ in range(4)]
+    assert steps == [[1], [1, 0], [0], [2]]  # nor does it make its copy wait, which comes before it
     s = scheduler(slots=8, tiles=4)
     first, second = sequence(0, tuple(range(30))), sequence(1, tuple(range(30)))
     s.add(first)

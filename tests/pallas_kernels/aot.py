@@ -29,7 +29,8 @@ import pytest
 
 from pallas_kernels.dispatch import KNOWN_DEVICES, use_device
 
-# xla.gpu.GpuTargetConfigProto of an H200 (data-sheet figures), as text.
+# xla.gpu.GpuTargetConfigProto of an H200 (data-sheet figures), as text. Without the driver's version XLA takes it for
+# one that cannot capture custom calls or cuBLASLt, and makes other command buffers than it does on the device.
 _H200 = """
 gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
@@ -37,7 +38,8 @@ gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memo
  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
  shared_memory_per_block_optin: 232448
  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
- registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+ registers_per_core_limit: 65536 registers_per_block_limit: 65536
+ driver_version: "13.0.0" compile_time_toolkit_version: "13.0.0" }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H200"
 runtime_version { major: 13 }
 """
@@ -57,6 +59,7 @@ class Compiled:
     stack_bytes: int
     hlo: str
     report: str = ""  # what ptxas said
+    thunks: str = ""  # XLA's dump of the thunk sequence, command buffers made; where asked for
 
     def count(self, text: str) -> int:
         """How often `text` occurs in the PTX, e.g. "wgmma.mma_async"."""
@@ -113,7 +116,11 @@ def _environment(**values: str):
 
 
 def compile_for_h200(
-    fn: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = (), compiler_options: Any = None
+    fn: Callable[..., Any],
+    *args: Any,
+    donate_argnums: tuple[int, ...] = (),
+    compiler_options: Any = None,
+    thunks: bool = False,
 ) -> Compiled:
     """Lowers and compiles `fn(*args)` for an H200; `args` are arrays or ShapeDtypeStructs (or pytrees of them).
 
@@ -125,8 +132,11 @@ def compile_for_h200(
     # A fresh function object: the jit cache must not return a trace made for the CPU.
     traced = jax.jit(lambda *a: fn(*a), donate_argnums=donate_argnums)
     with tempfile.TemporaryDirectory() as folder:
+        options = {**(compiler_options or {}), **({"xla_dump_to": f"{folder}/xla"} if thunks else {})}
         with _environment(MOSAIC_GPU_DUMP_TO=folder), use_device(KNOWN_DEVICES["h200"]):
-            executable = traced.lower(*abstract).compile(compiler_options)
+            executable = traced.lower(*abstract).compile(options or None)
+        # Where command buffers were made there is a second file, `..._after_thunk_passes`.
+        dumped = [p.read_text() for p in sorted(Path(folder).glob("xla/*.thunk_sequence*.txt"))]
         dump = {end: "\n".join(p.read_text() for p in sorted(Path(folder).glob(f"*.{end}"))) for end in _DUMPED}
     report = dump["ptxas"]
     numbers = lambda pattern: [int(n) for n in re.findall(pattern, report)]  # noqa: E731
@@ -139,4 +149,5 @@ def compile_for_h200(
         stack_bytes=sum(numbers(r"(\d+) bytes stack frame")),
         hlo=executable.as_text(),
         report=report,
+        thunks=dumped[-1] if dumped else "",
     )

@@ -111,6 +111,19 @@ def test_the_engine_learns_which_answers_a_stop_string_has_ended(
     assert [message.stopped for message in told if isinstance(message, wire.Abort)] == [True, False]
 
 
+def test_a_priority_reaches_the_engine(server: tuple[Running, Client], monkeypatch: pytest.MonkeyPatch) -> None:
+    running, client = server
+    link, told = running.server.frontend.link, []
+    assert link is not None
+    send = link._send
+    monkeypatch.setattr(link, "_send", lambda message: (told.append(message), send(message)))
+    client.generate([5, 6], max_new_tokens=1, priority=7, n=2).wait()
+    client.generate([5, 6], max_new_tokens=1, priority=-3).wait()
+    client.generate([5, 6], max_new_tokens=1).wait()
+    over = [one for message in told for one in wire.Decoder().feed(wire.encode(message))]  # as the engine reads them
+    assert [one.request.priority for one in over if isinstance(one, wire.Add)] == [7, 7, -3, 0]
+
+
 def test_text_held_back_for_a_stop_string_comes_at_the_end(client: Client) -> None:
     ids = client.tokenize("alpha beta", add_special_tokens=False)
     result = client.generate(ids, max_new_tokens=len(ids), stop="beta!").wait()
