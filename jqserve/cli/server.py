@@ -108,7 +108,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-running-requests", type=positive, metavar="N", help="sequences that run at once")
     add("--max-queued", type=count, metavar="N", help="sequences that may wait; more are refused")
     add("--mem-fraction-static", type=float, metavar="F", help="share of GPU memory for weights and KV pages")
-    add("--chunked-prefill-size", type=positive, metavar="TOKENS", help="most prompt tokens in one step")
+    add(
+        "--chunked-prefill-size",
+        type=positive,
+        metavar="TOKENS",
+        help="most prompt tokens in one step; default: up to 2,048 (GPU), by the step times that are measured at the start",
+    )
     add(
         "--num-continuous-decode-steps",
         type=positive,

@@ -13,7 +13,7 @@ import jax
 
 from jqserve.engine.batch import StepShape
 from jqserve.engine.buckets import Buckets, make_buckets
-from jqserve.engine.budget import Budget
+from jqserve.engine.budget import Budget, chunk
 from jqserve.engine.cache import CacheShape, cache_shape, kv_dtype, kv_source, pages_that_fit, round_pages, slow_pages
 from jqserve.engine.compile_cache import ProgramCache, environment_facts, remembered
 from jqserve.engine.config import EngineConfig, decode_steps, defaults_for, prefill_tiles, wanted_context
@@ -121,8 +121,8 @@ def warmup_runs(engine: EngineCore) -> int:
 
 
 def choose_budget(engine: EngineCore) -> dict[str, float]:
-    """After the warm-up: sets the tiles of a step in which others decode, by steps at a typical context, and how far
-    into their prompts those are. Returns the seconds by step, measured."""
+    """After the warm-up: sets the tiles of a step in which others decode, by steps at a typical context and how far
+    into their prompts those are, and of a step of prompts alone. Returns the seconds by step, measured."""
     runner, scheduler = engine.runner, engine.scheduler
     rows, context = runner.buckets.decode[-1], typical_context(runner)
     measured = {tiles: step_seconds(runner, tiles, context) for tiles in runner.buckets.tile_counts(rows)}
@@ -136,11 +136,15 @@ def choose_budget(engine: EngineCore) -> dict[str, float]:
     budget = Budget(measured, decode, behind)
     scheduler.decode_tiles = min(scheduler.tiles, first)
     scheduler.tiles_behind = budget.tiles
+    counts = runner.buckets.tile_counts(0)
+    alone = {tiles: step_seconds(runner, tiles, context, alone=True) for tiles in counts}
+    scheduler.tiles = min(scheduler.tiles, chunk(alone))
     log.info(
-        "a decode step behind %d tokens takes %.1f ms; %d prefill tiles beside it",
-        context, decode * 1e3, scheduler.decode_tiles,
+        "a decode step behind %d tokens takes %.1f ms; %d prefill tiles beside it, %d without",
+        context, decode * 1e3, scheduler.decode_tiles, scheduler.tiles,
     )  # fmt: skip
     steps = {f"{rows}+{tiles}": seconds for tiles, seconds in {0: decode, **measured}.items()} | deep
+    steps |= {f"0+{tiles}": seconds for tiles, seconds in alone.items()}
     return {step: round(seconds, 6) for step, seconds in steps.items()}
 
 

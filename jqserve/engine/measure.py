@@ -33,10 +33,12 @@ def far(runner: Runner, tiles: int) -> int:
     return max(0, min(FAR, longest - tiles * shape.tile_size) // unit * unit)
 
 
-def step_plan(runner: Runner, tiles: int, context: int, *, before: int = 0, adopt: bool = False) -> Plan:
+def step_plan(
+    runner: Runner, tiles: int, context: int, *, before: int = 0, alone: bool = False, adopt: bool = False
+) -> Plan:
     """A step in which every slot is in use: prompts of so many tiles, each as long as it may be, have the last ones,
-    and greedy decode rows behind `context` tokens the others. `adopt`: their pages are not in the slots yet.
-    `before`: the tiles are of one prompt, of which so many tokens (see `far`) are computed."""
+    and greedy decode rows behind `context` tokens the others. `alone`: without those. `adopt`: their pages are not in
+    the slots yet. `before`: the tiles are of one prompt, of which so many tokens (see `far`) are computed."""
     shape, slots = runner.shape, runner.buckets.decode[-1]
     size, tile = shape.page_size, shape.tile_size
     longest = max(1, shape.pages_per_sequence * size // tile)  # tiles of a prompt
@@ -51,7 +53,7 @@ def step_plan(runner: Runner, tiles: int, context: int, *, before: int = 0, adop
 
     decodes: list[DecodeRow] = []
     adopted: list[Adopted] = []
-    for slot in range(slots - len(lengths)):
+    for slot in range(0 if alone else slots - len(lengths)):
         sequence, own = _sequence(slot, context + 1), pages(slot * each, each)
         decodes.append(DecodeRow(sequence, slot, context, own[-1:]))
         adopted.append(Adopted(sequence, slot, own, context))
@@ -65,9 +67,9 @@ def step_plan(runner: Runner, tiles: int, context: int, *, before: int = 0, adop
     return Plan(tuple(decodes), tuple(chunks), adopted=tuple(adopted))
 
 
-def step_seconds(runner: Runner, tiles: int, context: int, before: int = 0) -> float:
+def step_seconds(runner: Runner, tiles: int, context: int, before: int = 0, alone: bool = False) -> float:
     """Of one such step right behind another, as the engine dispatches them: the host's work is beside it."""
-    plan = step_plan(runner, tiles, context, before=before)
+    plan = step_plan(runner, tiles, context, before=before, alone=alone)
     runner.read(runner.launch(step_plan(runner, 0, context, adopt=True)))
     first, step = runner.launch(plan), runner.launch(plan)
     runner.read(first)
