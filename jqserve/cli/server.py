@@ -112,7 +112,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--chunked-prefill-size",
         type=positive,
         metavar="TOKENS",
-        help="most prompt tokens in one step; default: up to 2,048 (GPU), by the step times that are measured at the start",
+        help="most prompt tokens in one step; default: up to 2,048 (GPU), by the step times measured at the start",
     )
     add(
         "--num-continuous-decode-steps",
