@@ -176,12 +176,12 @@ def startup() -> str:
 
 SERVE_RESULTS = (
     "serve_beside", "serve_h200", "serve_fp8_kv8", "serve_int4", "serve_bf16", "serve_128", "serve_128_512",
-    "serve_128_768", "serve_2048", "serve_sweep", "serve_first", "serve",
+    "serve_128_768", "serve_2048", "serve_sweep", "serve_first",
 )  # fmt: skip
 
 
 def serve() -> str:
-    """Throughput and latency of a loaded engine, and the first token of an idle one; H200 rows first."""
+    """Throughput and latency of a loaded engine, and the first token of an idle one."""
     header = ["GPU", "weights, KV", "path", "tokens in/out", "streams", "output tokens/s (vLLM 0.25.1, H200)"]
     header += ["TTFT ms P50 / P99", "TPOT ms P50 / P99", "ITL ms P50 / P99"]
     rows, idle, sources = [], [], []
@@ -201,7 +201,8 @@ def serve() -> str:
                 beside = f" ({_peer(ours | {'vllm': known['vllm']})})"
             elif "trtllm_fp8_kv" in known and gpu == "H200" and kv.startswith("fp8"):
                 beside = f" (TensorRT-LLM {known['trtllm_fp8_kv']:,})"
-            cells = [gpu, f"{result['scheme']}, {kv}", row["mode"], row["workload"], str(row["concurrency"])]
+            streams = str(row["concurrency"]) if "concurrency" in row else f"{row['rate']:g} requests/s"
+            cells = [gpu, f"{result['scheme']}, {kv}", row["mode"], row["workload"], streams]
             cells.append(f"{row['output_tokens_per_second']:,.0f}{beside}")
             latencies = (row["ttft_ms"], row["tpot_ms"], row["itl_ms"])
             rows.append(cells + [f"{one['p50']:.1f} / {one['p99']:.1f}" for one in latencies])

@@ -20,12 +20,13 @@ Without --model-path the model has Llama-3.1-8B's shape and random weights in `-
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def items_of(workload: str, count: int, vocabulary: int, ratio: float, seed: int
     raise SystemExit(f"--workload {workload}: expected random:IN/OUT or shared:GROUPSxQUESTIONS:PREFIX+QUESTION/OUT")
 
 
+Keep = Callable[[list[dict[str, Any]]], object]  # what there is of a sweep's rows
+
+
 class Served:
     """jqserve-server in a process of its own."""
 
@@ -126,14 +130,30 @@ def requests_for(level: dict[str, Any], args: argparse.Namespace) -> int:
     return max(args.least_requests, level["concurrency"] * args.requests_per_slot)
 
 
-def sweep(drive: Any, vocabulary: int, args: argparse.Namespace, mode: str, deadline: float) -> list[dict[str, Any]]:
-    rows = []
-    workloads = args.workload.split(",")
+def cases(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
+    """(workload, level): all levels of a workload, or the one behind its "@". SystemExit for what is no level."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for asked in args.workload.split(","):
+        workload, _, at = asked.partition("@")
+        if not at:
+            found += [(workload, level) for level in levels(args)]
+        elif match := re.fullmatch(r"(\d+)|([\d.]+)/s", at):
+            closed = match[1] and int(match[1])
+            found.append((workload, {"rate": None if closed else float(match[2]), "concurrency": closed or None}))
+        else:
+            raise SystemExit(f"--workload {asked}: behind the @, expected requests at once (64) or a second (2.5/s)")
+    return found
+
+
+def sweep(
+    drive: Any, vocabulary: int, args: argparse.Namespace, mode: str, deadline: float, keep: Keep
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     # As many at once as will be, so that every program has been recorded into its CUDA graph; the same in both modes.
-    most = max([4, *(int(level["concurrency"] or 4) for level in levels(args))])
-    warm = items_of(workloads[0], most, vocabulary, args.range_ratio, 999)[:most]
+    most = max([4, *(int(level["concurrency"] or 4) for _, level in cases(args))])
+    warm = items_of(cases(args)[0][0], most, vocabulary, args.range_ratio, 999)[:most]
     drive([Item(item.prompt, min(8, item.output)) for item in warm], concurrency=most, rate=None)
-    for i, (workload, level) in enumerate(itertools.product(workloads, levels(args))):
+    for i, (workload, level) in enumerate(cases(args)):
         facts = {"mode": mode, "workload": workload, **{k: v for k, v in level.items() if v is not None}}
         if time.monotonic() > deadline:
             rows.append(facts | {"skipped": "budget"})
@@ -141,10 +161,13 @@ def sweep(drive: Any, vocabulary: int, args: argparse.Namespace, mode: str, dead
         items = items_of(workload, requests_for(level, args), vocabulary, args.range_ratio, i)
         rows.append(facts | summarize(drive(items, **level)))
         print(json.dumps(rows[-1]), flush=True)
+        keep(rows)
     return rows
 
 
-def over_grpc(model: str, flags: list[str], args: argparse.Namespace, budget: float) -> list[dict[str, Any]]:
+def over_grpc(
+    model: str, flags: list[str], args: argparse.Namespace, budget: float, keep: Keep
+) -> list[dict[str, Any]]:
     from bench.load_client import drive
     from jqserve.client import Client
 
@@ -157,7 +180,7 @@ def over_grpc(model: str, flags: list[str], args: argparse.Namespace, budget: fl
             def run(items: list[Item], **level: Any) -> Any:
                 return drive(served.target, items, processes=args.clients, **level)
 
-            rows = sweep(run, vocabulary, args, "grpc", time.monotonic() + budget)
+            rows = sweep(run, vocabulary, args, "grpc", time.monotonic() + budget, keep)
             return [row | {"start_seconds": served.start_seconds} for row in rows]
         finally:
             served.stop()
@@ -191,7 +214,7 @@ def in_process(model: str, flags: list[str], args: argparse.Namespace, budget: f
 
         extra = rows(engine)
         print(json.dumps(extra), flush=True)
-    return extra + sweep(run, engine.limits.vocab_size, args, "engine", time.monotonic() + budget)
+    return extra + sweep(run, engine.limits.vocab_size, args, "engine", time.monotonic() + budget, lambda _: None)
 
 
 def with_costs(rows: list[dict[str, Any]]) -> None:
@@ -221,7 +244,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", default="fp8", help="a key of bench.llama8b.SCHEMES, for random weights")
     parser.add_argument("--model-path", help="a real checkpoint instead")
-    parser.add_argument("--workload", default="random:1000/1000", help="several, with commas")
+    parser.add_argument(
+        "--workload", default="random:1000/1000", help="several, with commas; NAME@64 or NAME@2.5/s: at that level only"
+    )
     parser.add_argument("--range-ratio", type=float, default=1.0, help="of random: lengths from ratio * length up")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32,64,128,256,512", help="closed loop: levels")
     parser.add_argument("--rate", help="open loop instead: requests per second, several")
@@ -246,6 +271,17 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     return args, flags
 
 
+def save(rows: list[dict[str, Any]], flags: list[str], args: argparse.Namespace) -> Path:
+    """After every level, so that a run that is stopped keeps what it has."""
+    from bench.record import write
+
+    more = {"scheme": args.scheme, "model_path": args.model_path, "workload": args.workload, "server_flags": flags}
+    more["peers"] = {w: peers(args.scheme, w, args.vllm) for w, _ in cases(args)}
+    path = write(args.name, rows, args.out, **more)
+    path.with_suffix(".svg").write_text(picture(rows, f"{args.scheme}, {args.workload}"))
+    return path
+
+
 def main() -> None:
     args, flags = arguments()
     if args.one:
@@ -261,7 +297,7 @@ def main() -> None:
             model = str(make_checkpoint(Path(folder) / args.scheme, args.scheme, **(QUICK if args.quick else {})))
             flags = ["--load-format", "dummy", *flags]
         if "grpc" in args.mode:
-            rows += over_grpc(model, flags, args, budget)
+            rows += over_grpc(model, flags, args, budget, lambda found: save(found, flags, args))
         if "engine" in args.mode:
             own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
             command = [sys.executable, "-m", "bench.serve", *own, "--one", model, "--budget", f"{budget:.0f}"]
@@ -273,12 +309,7 @@ def main() -> None:
             if done.returncode:
                 rows.append({"mode": "engine", "failed": done.returncode})
     with_costs(rows)
-    from bench.record import write
-
-    more = {"scheme": args.scheme, "model_path": args.model_path, "workload": args.workload, "server_flags": flags}
-    more["peers"] = {w: peers(args.scheme, w, args.vllm) for w in args.workload.split(",")}
-    path = write(args.name, rows, args.out, **more)
-    path.with_suffix(".svg").write_text(picture(rows, f"{args.scheme}, {args.workload}"))
+    path = save(rows, flags, args)
     print(path)
     if any("failed" in row and row["failed"] for row in rows):
         sys.exit(1)

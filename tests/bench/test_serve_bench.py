@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from bench.latency import Record, percentile, spread, summarize
 from bench.launch_cost import told
 from bench.load_inprocess import drive
 from bench.profile import idle, table
-from bench.serve import items_of, picture, with_costs
+from bench.serve import cases, items_of, picture, with_costs
 from bench.startup import caches
 from bench.step_gaps import gaps
 from bench.svg import ticks
@@ -178,6 +179,20 @@ def test_profile_bench(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_workloads_with_a_level_of_their_own() -> None:
+    args = argparse.Namespace(workload="random:8/8@64,random:9/9@2.5/s,random:1/1", rate=None, concurrency="1,2")
+    closed = [{"rate": None, "concurrency": n} for n in (64, 1, 2)]
+    assert cases(args) == [
+        ("random:8/8", closed[0]),
+        ("random:9/9", {"rate": 2.5, "concurrency": None}),
+        ("random:1/1", closed[1]),
+        ("random:1/1", closed[2]),
+    ]
+    args.workload = "random:8/8@many"
+    with pytest.raises(SystemExit, match="expected requests at once"):
+        cases(args)
+
+
 def test_serve_bench(tmp_path: Path) -> None:
     result = run("serve", tmp_path, "--scheme", "bf16")
     by_mode = {row["mode"]: row for row in result["rows"]}
