@@ -8,6 +8,7 @@ with command buffers on, called again and again; random weights. A row per schem
 
     ahead       bytes by the kernel that asks; {} is the step as it is. piece: bytes of one request
     layer_us    wall clock of a layer: the median of 5 bursts
+    kernel_us   durations of a layer's kernels by CUPTI, which a slow host does not touch
     ratio       to {} of the same scheme and batch, which is timed before and after the others
     same        whether the hidden state is that of {}, bit for bit
 
@@ -101,10 +102,12 @@ class Steps:
         options = compiler_options() if jax.default_backend() == "gpu" else None
         return jax.jit(step, donate_argnums=1, compiler_options=options).lower(self.leaves, self.kv, *self.fixed)
 
-    def time(self, program: Any, seconds: float = 0.03) -> tuple[float, Any]:
-        """(us of a layer, the hidden state)"""
+    def time(self, program: Any, seconds: float = 0.03) -> tuple[float, float, Any]:
+        """(us of a layer, us of its kernels, the hidden state)"""
         import jax
         import numpy as np
+
+        from bench.kernel_times import kernel_times
 
         hidden = None
 
@@ -120,7 +123,8 @@ class Steps:
         burst(3)
         calls = max(3, min(200, int(seconds / burst(3))))
         us = statistics.median(burst(calls) for _ in range(5)) / self.config.layers * 1e6
-        return us, np.asarray(hidden)
+        kernels = kernel_times(lambda: burst(3)) or []
+        return us, sum(each for _, each in kernels) / 3 / self.config.layers, np.asarray(hidden)
 
 
 def rows_of(scheme: str, batch: int, args: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
@@ -135,12 +139,12 @@ def rows_of(scheme: str, batch: int, args: argparse.Namespace, deadline: float) 
             flying.append(pool.submit(steps.lower(*choice).compile))
         programs = [each.result() for each in flying]
     rows: list[dict[str, Any]] = []
-    before, plain = steps.time(programs[0])
+    before, _, plain = steps.time(programs[0])
     for (sizes, piece), program in zip(tried, programs):
-        us, hidden = steps.time(program)
+        us, kernel_us, hidden = steps.time(program)
         same = bool(np.array_equal(hidden, plain)) and bool(np.isfinite(hidden.astype(np.float32)).all())
         row = {"scheme": scheme, "batch": batch, "context": args.context, "ahead": sizes, "piece": piece}
-        rows.append(row | {"layer_us": round(us, 2), "same": same})
+        rows.append(row | {"layer_us": round(us, 2), "kernel_us": round(kernel_us, 2), "same": same})
     base = (before + steps.time(programs[0])[0]) / 2
     for row in rows:
         row["ratio"] = round(row["layer_us"] / base, 4)
