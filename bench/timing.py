@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 ROTATED_BYTES = 256e6  # five times an H200's L2
 MOST_REPLICAS = 40
+LONG, REST = 5e-4, 0.05  # seconds: a chain that draws full power, and the pause behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.01, rep
 
     Three warm-up runs let XLA record its command buffer. Each of `repeats` measurements queues about `seconds` of work:
     as short as the peers' seven replays, for a longer load at M = 4096 takes an H200 to its power limit (8 % slower
-    after 40 ms).
+    after 40 ms). Behind a chain of that kind the GPU rests before the next measurement, as it does before a peer's.
     """
     for _ in range(3):
         jax.block_until_ready(run())
@@ -128,6 +129,8 @@ def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.01, rep
         alone = statistics.median(wall(1) for _ in range(3))
         many = int(min(400, max(2, seconds / alone)))
         for _ in range(10 * repeats):
+            if alone > LONG:
+                time.sleep(REST)
             if (slope := (wall(1 + many) - wall(1)) / many) > 0:  # else something else had the machine meanwhile
                 slopes.append(slope)
             if len(slopes) == repeats:
