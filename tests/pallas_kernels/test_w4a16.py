@@ -40,6 +40,19 @@ def test_reference_is_the_formula(m: int, k: int, group: int, kind: str) -> None
     np.testing.assert_array_less(np.abs(y - x[:, perm] @ w.T), 1e-5 * (np.abs(x[:, perm]) @ np.abs(w.T)) + 1e-6)
 
 
+def test_act_order_in_bfloat16_sums_in_float32() -> None:
+    rng, (m, n, k) = np.random.default_rng(0), (8, 64, 4096)
+    x, perm = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16), rng.permutation(k)
+    packed, scale = rng.integers(0, 256, (n, k // 2), dtype=np.uint8), np.full((n, k // 128), 0.125)
+    w = (np.stack([packed & 15, packed >> 4], -1).reshape(n, k).astype(int) - 8) * 0.125
+    arrays = jnp.asarray(packed), jnp.asarray(scale, jnp.bfloat16)
+    y = w4a16_matmul(x, *arrays, perm=jnp.asarray(perm), group_size=128)
+    want = np.asarray(x, np.float64)[:, perm] @ w.T
+    assert np.linalg.norm(np.asarray(y, np.float64) - want) < 0.003 * np.linalg.norm(
+        want
+    )  # the result's rounding alone
+
+
 def test_fragments_are_the_mma_operand_and_invertible() -> None:
     rng, n, k = np.random.default_rng(0), 32, 128
     q = rng.integers(0, 256, (n, k // 2)).astype(np.uint8)

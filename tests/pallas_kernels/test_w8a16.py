@@ -35,6 +35,17 @@ def test_reference_is_the_formula(dtype: str, per: str) -> None:
     np.testing.assert_array_less(np.abs(y - x @ w.T), 1e-5 * (np.abs(x) @ np.abs(w.T)) + 1e-6)
 
 
+def test_act_order_in_bfloat16_sums_in_float32() -> None:
+    rng, (m, n, k) = np.random.default_rng(0), (8, 64, 4096)
+    x, perm = jnp.asarray(rng.standard_normal((m, k)), jnp.bfloat16), rng.permutation(k)
+    q, scale = rng.integers(-127, 128, (n, k), dtype=np.int8), jnp.full((n, k // 128), 0.125, jnp.bfloat16)
+    y = w8a16_matmul(x, jnp.asarray(q), scale, perm=jnp.asarray(perm), group_size=128)
+    want = np.asarray(x, np.float64)[:, perm] @ (q.astype(float) * 0.125).T
+    assert np.linalg.norm(np.asarray(y, np.float64) - want) < 0.003 * np.linalg.norm(
+        want
+    )  # the result's rounding alone
+
+
 @pytest.mark.parametrize("zeros", ["group", "channel", "tensor"])
 @pytest.mark.parametrize("scales", ["group", "channel", "tensor"])
 def test_kernels_get_a_scale_and_a_zero_for_every_group(scales: str, zeros: str) -> None:
