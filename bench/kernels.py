@@ -12,6 +12,7 @@ in the same run, each row's bound by it, and the sums that the bars are for. `--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.bars import MATMUL_BARS, QUANTIZE_LARGE_SHARE, QUANTIZE_SMALL_US, SHAPES
+from bench.peer_tasks import unpacked, warm_jit_peers
 from bench.tasks import DEVICE_LOST
+from bench.timing import GpuLock
 
 GROUPS = (
     "hbm",
@@ -54,7 +57,7 @@ ORACLE_FLAGS = "--xla_gpu_autotune_level=0"
 
 def run_group(args: argparse.Namespace) -> None:
     from bench.tasks import Rows, Task, run_tasks
-    from bench.timing import GpuLock, hbm_bytes_per_second
+    from bench.timing import hbm_bytes_per_second
 
     group, quick = args.group, args.quick
     shapes = SHAPES["tiny" if quick else args.shapes]
@@ -176,7 +179,14 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     out = Path(args.out) / f"{args.name}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("")
-    groups = [Group(name, args, folder, deadline) for name in args.groups.split(",")]
+    with contextlib.ExitStack() as first:
+        if args.jit_peers and "peers" in args.groups.split(","):  # while all others compile, too
+            first.enter_context(GpuLock(folder).hold("jit peers", limit=args.budget))
+            unpacked(Path(args.peers))
+        groups = [Group(name, args, folder, deadline) for name in args.groups.split(",")]
+        if args.jit_peers and "peers" in args.groups.split(","):
+            ms = [int(m) for m in args.ms.split(",")]
+            warm_jit_peers(Path(args.peers), SHAPES["tiny" if args.quick else args.shapes], ms, args.budget / 3)
     written = 0
     try:
         while True:
@@ -237,7 +247,7 @@ def main() -> None:
     parser.add_argument("--ms", default=",".join(map(str, MS)))
     parser.add_argument("--peers", default=str(Path(__file__).parent.parent / ".carry" / "peers"))
     parser.add_argument("--peer-seconds", type=float, default=20, help="for each peer")
-    parser.add_argument("--jit-peers", action="store_true", help="DeepGEMM and Humming too: a minute each")
+    parser.add_argument("--jit-peers", action="store_true", help="DeepGEMM and Humming too: a minute more")
     parser.add_argument("--threads", type=int, default=3, help="compiling threads of each group")
     parser.add_argument("--out", default=str(Path(__file__).parent / "results"))
     parser.add_argument("--name", default="kernels", help="of the result file")

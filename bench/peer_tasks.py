@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,42 @@ def row_of(line: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str
     return row
 
 
+def unpacked(folder: Path) -> tuple[Path, dict[str, str]]:
+    """(where the peers' parts are, the environment that tells it), once on a machine: JIT peers may be reading them."""
+    parts = Path(tempfile.gettempdir()) / "peers"
+    env, done = {**os.environ, "PEERS_DIR": str(parts)}, parts / "unpacked"
+    if not done.exists():
+        subprocess.run(["bash", str(folder / "kernels" / "unpack.sh")], env=env, check=True, capture_output=True)
+        parts.mkdir(exist_ok=True)
+        done.touch()
+    return parts, env
+
+
+def warm_jit_peers(folder: Path, shapes: dict[str, tuple[int, int]], ms: Sequence[int], seconds: float) -> None:
+    """Has the JIT peers compile what will be timed (some seconds of nvcc a config; both keep it in the home folder).
+    They launch what they compile, so that nothing may be timed meanwhile."""
+    python = python_with_torch()
+    if python is None:
+        return
+    parts, env = unpacked(folder)
+    command = [python, str(folder / "bench_peer_kernels.py"), "--parts", str(parts), "--ms", ",".join(map(str, ms))]
+    command += ["--shapes", ",".join(f"{n}x{k}" for n, k in shapes.values()), "--peer-seconds", str(seconds)]
+    running = [subprocess.Popen([*command, "--peers", peer], env=env, stdout=subprocess.DEVNULL) for peer in JIT_PEERS]
+    until = time.monotonic() + seconds
+    for process in running:
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def peer_tasks(
     folder: Path, shapes: dict[str, tuple[int, int]], ms: Sequence[int], rows: Rows, *, seconds: float, jit: bool
 ) -> list[Task]:
     """One task a peer; a task's rows go to `rows` as they come, its own row counts them."""
     parts = Path(tempfile.gettempdir()) / "peers"
     env = {**os.environ, "PEERS_DIR": str(parts)}
-
     unpacking = threading.Lock()
     found: list[str] = []
 
@@ -92,8 +122,7 @@ def peer_tasks(
                 python = python_with_torch()
                 if python is None:
                     raise RuntimeError("no Python with torch found: peers that come through torch are left out")
-                script = str(folder / "kernels" / "unpack.sh")
-                subprocess.run(["bash", script], env=env, check=True, capture_output=True)
+                unpacked(folder)
                 found.append(python)
             return found[0]
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 import time
 
 import jax
@@ -135,6 +136,7 @@ def test_hung_and_dead_processes_cost_one_row_each(tmp_path, monkeypatch):
 
 def test_peers_need_a_python_with_torch(tmp_path, monkeypatch):
     asked = []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(peer_tasks, "python_with_torch", lambda: asked.append(1))
     tasks = peer_tasks.peer_tasks(tmp_path, LLAMA_8B, [1], Rows(None), seconds=1, jit=True)
     assert {"peer machete", "peer prefill", "peer deepgemm"} <= {task.key for task in tasks}
