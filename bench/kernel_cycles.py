@@ -35,15 +35,12 @@ def configs(m: int, n: int, k: int) -> dict[str, Any]:
     from pallas_kernels.scaled_matmul.config import Config, fill_stages, heuristic
 
     rows256: dict[str, Any] = dict(wgs_m=2, m_groups=2, epilogue_n=64, out_slots=2, one_commit=True, overwrite=True)
+    share_x: dict[str, Any] = dict(cluster=2, cluster_axis="n")
     found = {
         "heuristic": heuristic(m, n, k, block=True),
-        "256 rows, late release": Config(128, late_release=True, **rows256),
         "256 rows": Config(128, **rows256),
-        "256 rows, one arrival": Config(128, one_arrival=True, **rows256),
-        "256 rows, pairs": Config(128, cluster=2, stripe=4, **rows256),
-        "256 rows, pairs, 8": Config(128, cluster=2, **rows256),
-        "256 rows, one arrival, 16": Config(128, one_arrival=True, stripe=16, **rows256),
-        "256 rows, turns": Config(128, one_arrival=True, turns=True, **rows256),
+        "256 rows, pairs share w": Config(128, cluster=2, stripe=4, **rows256),
+        "256 rows, pairs share x": Config(128, stripe=4, **share_x, **rows256),
     }
     return {name: fill_stages(config, m, k, 2, True) for name, config in found.items()}
 
