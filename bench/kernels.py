@@ -28,6 +28,7 @@ from bench.peer_tasks import unpacked, warm_jit_peers
 from bench.tasks import DEVICE_LOST
 from bench.timing import GpuLock
 
+OF_W4A16 = ("w4a16_g32", "w4a16_g64", "w4a16_zero", "w4a16_offset", "w4a16_act_order")
 GROUPS = (
     "hbm",
     "prefill",
@@ -40,8 +41,10 @@ GROUPS = (
     "xla_fp8",
     "xla_int8",
     "xla_bf16",
+    *OF_W4A16,
 )
-OTHER = {"prefill_other", "quantize_other"}  # other configs than the ops' own: asked for by name only
+# Asked for by name only: other configs than the ops' own, and what 4 bits cost with smaller groups, zero points, ...
+OTHER = {"prefill_other", "quantize_other", *OF_W4A16}
 ATTENTION = {"prefill": "prefill_tasks", "decode": "decode_tasks", "prefill_other": "prefill_alternatives"}
 MS = (1, 16, 64, 256, 4096)
 QUANTIZE_MS = (1, 16, 64, 4096, 32768)

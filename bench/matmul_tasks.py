@@ -68,12 +68,6 @@ def _per_group(scale: np.ndarray, k: int) -> np.ndarray:
     return np.repeat(scale.astype(np.float32), -(-k // scale.shape[1]), axis=1)[:, :k]
 
 
-def _w4_values(w: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    packed = w["q"][rows]
-    nibbles = np.stack([packed & 15, packed >> 4], -1).reshape(len(rows), -1).astype(np.float32)
-    return (nibbles - 8) * _per_group(w["scale"][rows], nibbles.shape[1])
-
-
 def _scaled_values(w: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
     q = w["q"][rows].astype(np.float32)
     scale = w["scale"][rows // 128] if w["scale"].shape[1] > 1 else w["scale"][rows]
@@ -85,27 +79,42 @@ def _scaled_inputs(xq: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return values * (np.repeat(scale, 128, 1)[:, : values.shape[1]] if scale.shape[1] > 1 else scale)
 
 
-def _w4a16() -> Kind:
+def _w4a16(name: str = "w4a16", *, group: int = GROUP, kind: str = "none", act_order: bool = False) -> Kind:
+    """`kind`: of zero points, as in the layouts: "none", "int" or (torchao's) "offset"."""
+    extra = {"int": "zero", "offset": "offset"}.get(kind)
+
+    def weight(rng: np.random.Generator, n: int, k: int) -> dict[str, np.ndarray]:
+        groups = -(-k // group)
+        found = {"q": _bytes(rng, n, k // 2), "scale": _scale(rng, n, groups).astype(ml_dtypes.bfloat16)}
+        if kind == "int":
+            found["zero"] = _bytes(rng, n, groups) & 15
+        elif kind == "offset":
+            found["offset"] = (8 * _scale(rng, n, groups)).astype(ml_dtypes.bfloat16)
+        return found | ({"perm": rng.permutation(k).astype(np.int32)} if act_order else {})
+
     def to_layout(w: dict[str, Any], n: int, k: int) -> tuple:
-        layout = w4_layout.preferred_layout(n, k, GROUP, "none")
-        return tuple(w4_layout.to_layout(w["q"], w["scale"], None, None, layout, GROUP)[:2])
+        layout = w4_layout.preferred_layout(n, k, group, kind)
+        arrays = w4_layout.to_layout(w["q"], w["scale"], w.get("zero"), w.get("offset"), layout, group)
+        return (*(a for a in arrays if a is not None), *([w["perm"]] if act_order else []))
 
-    def op(x: jax.Array, q: jax.Array, scale: jax.Array, *, n: int) -> jax.Array:
-        layout = w4_layout.preferred_layout(n, x.shape[1], GROUP, "none")
-        return pallas_kernels.w4a16_matmul(x, q, scale, group_size=GROUP, layout=layout)[:, :n]
+    def op(x: jax.Array, q: jax.Array, scale: jax.Array, *more: jax.Array, n: int) -> jax.Array:
+        layout = w4_layout.preferred_layout(n, x.shape[1], group, kind)
+        names = [name for name in (extra, "perm" if act_order else None) if name]
+        options: dict[str, Any] = dict(zip(names, more, strict=True))
+        return pallas_kernels.w4a16_matmul(x, q, scale, **options, group_size=group, layout=layout)[:, :n]
 
-    return Kind(
-        "w4a16",
-        lambda rng, n, k: {
-            "q": _bytes(rng, n, k // 2),
-            "scale": _scale(rng, n, -(-k // GROUP)).astype(ml_dtypes.bfloat16),
-        },
-        to_layout,
-        lambda rng, m, k: (_floats(rng, m, k),),
-        op,
-        lambda x: x.astype(np.float32),
-        _w4_values,
-    )
+    def values(w: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
+        packed = w["q"][rows]
+        nibbles = np.stack([packed & 15, packed >> 4], -1).reshape(len(rows), -1).astype(np.float32)
+        each = lambda name: _per_group(w[name][rows], nibbles.shape[1])  # noqa: E731
+        found = (nibbles - (each("zero") if kind == "int" else 8)) * each("scale")
+        found = found + each("offset") if kind == "offset" else found
+        if act_order:  # column j of W meets column perm[j] of x
+            found[:, w["perm"]] = found.copy()
+        return found
+
+    inputs = lambda rng, m, k: (_floats(rng, m, k),)  # noqa: E731
+    return Kind(name, weight, to_layout, inputs, op, lambda x: x.astype(np.float32), values)
 
 
 def _w8a16() -> Kind:
@@ -176,6 +185,11 @@ KINDS: dict[str, Kind] = {
         _xla_bf16(),
         _scaled("xla_fp8", _fp8, False, _xla_scaled),
         _scaled("xla_int8", _int8, False, _xla_scaled),
+        _w4a16("w4a16_g32", group=32),
+        _w4a16("w4a16_g64", group=64),
+        _w4a16("w4a16_zero", kind="int"),
+        _w4a16("w4a16_offset", kind="offset"),
+        _w4a16("w4a16_act_order", act_order=True),
     )
 }
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.readme_kernels import kernels
+from bench.readme_kernels import kernels, w4a16_costs
 from bench.readme_serving import decode, decode_kernels, sampling, serve, start_line, startup, step_gaps, summary
 from bench.readme_table import load, source, table
 
@@ -203,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sampling": sampling,
     "load_peak": load_peak,
     "kernels": kernels,
+    "w4a16_costs": w4a16_costs,
 }
 
 

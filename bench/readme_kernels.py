@@ -49,6 +49,31 @@ def kernels() -> str:
     return f"{text}\n\n{_attention(result['rows'])}\n\nMemory read at {bandwidth:.2f} TB/s. {source(result, 'kernels')}"
 
 
+_OF_W4A16 = {
+    "w4a16_g64": "groups of 64",
+    "w4a16_g32": "groups of 32",
+    "w4a16_zero": "zero points (AWQ, asymmetric GPTQ)",
+    "w4a16_offset": "float offsets (torchao's int4wo)",
+    "w4a16_act_order": "act-order",
+}
+
+
+def w4a16_costs() -> str:
+    """What other 4-bit formats take over symmetric groups of 128, timed in one run."""
+    result = load("kernels_w4a16")
+    if result is None:
+        return "Not measured yet."
+    sums = {(row["op"], row["m"]): row["us"] for row in result["sums"]}
+    ms = sorted({m for op, m in sums if op == "w4a16"})
+    lines = [["symmetric, groups of 128", *(f"{sums['w4a16', m]:,.1f} us" for m in ms)]]
+    for op, label in _OF_W4A16.items():
+        known = [(sums.get((op, m)), sums["w4a16", m]) for m in ms]
+        lines.append([label, *(f"{us / base - 1:+.0%}" if us else "-" for us, base in known)])
+    return (
+        f"{table(['four kernels, in a chain', *(f'M={m:,}' for m in ms)], lines)}\n\n{source(result, 'kernels_w4a16')}"
+    )
+
+
 def _attention(rows: list[dict[str, Any]]) -> str:
     lines = []
     good = [row for row in rows if "us" in row and row.get("ok", True)]

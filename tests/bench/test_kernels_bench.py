@@ -22,7 +22,19 @@ from bench.timing import GpuLock, chain, replicas
 from pallas_kernels.quantize.mosaic_sm90 import Split
 from tests.pallas_kernels.aot import compile_for_h200
 
-OURS = ("hbm", "w4a16", "fp8_row", "fp8_block", "int8_row", "w8a16", "xla_bf16", "quantize", "prefill", "decode")
+OURS = (
+    "hbm",
+    "w4a16",
+    "fp8_row",
+    "fp8_block",
+    "int8_row",
+    "w8a16",
+    "xla_bf16",
+    "quantize",
+    "prefill",
+    "decode",
+    *kernels.OF_W4A16,
+)
 
 
 def arguments(**changes) -> argparse.Namespace:
