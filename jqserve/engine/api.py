@@ -7,7 +7,7 @@ import itertools
 import numbers
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.gguf_tokenizer import tokenizer_folder
 from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.opening import dtype_name
 from jqserve.engine.completion import Completion, Running
 from jqserve.engine.config import EngineConfig
 from jqserve.engine.engine import EngineCore
@@ -44,6 +45,8 @@ class Engine:
         if isinstance(model_path, EngineConfig):
             config = dataclasses.replace(model_path, **options)
         else:
+            if "dtype" in options:
+                options["dtype"] = dtype_name(options["dtype"])
             config = EngineConfig(model_path=str(model_path), **({"disable_warmup": True} | options))
         directory = resolve(config.model_path, config.revision, weights=config.load_format != "dummy")
         gguf, named = gguf_of(directory), tokenizer_path or config.tokenizer_path
@@ -52,7 +55,7 @@ class Engine:
         # The engine needs it, too: for grammars, and to calibrate with.
         self.config = dataclasses.replace(config, tokenizer_path=named)
         self.core: EngineCore = load_engine(self.config)
-        self.tokenizer = _tokenizer(named or directory)
+        self.tokenizer = _tokenizer(resolve(named, weights=False) if named else directory)
         self._rids = itertools.count()
 
     @property
@@ -75,6 +78,8 @@ class Engine:
 
         Raises RequestError, naming the prompt, before anything runs; JqserveError when the engine failed on one.
         """
+        if not isinstance(prompts, Iterable):
+            raise RequestError("prompts", f"found {prompts!r:.80}; expected text, token ids, or a list of them")
         several: list[Any] = list(prompts)
         if isinstance(prompts, str) or (several and isinstance(several[0], numbers.Integral)):
             several = [prompts]
@@ -86,7 +91,7 @@ class Engine:
         if wrong := [s for s in each if not isinstance(s, SamplingParams)]:
             raise RequestError("sampling", f"found a {type(wrong[0]).__name__}; expected SamplingParams")
         requests = [self._request(i, p, s) for i, (p, s) in enumerate(zip(several, each))]
-        running = {request.rid: Running(request, self.tokenizer) for request in requests}
+        running = {request.rid: Running(request, self.tokenizer, i) for i, request in enumerate(requests)}
         queue = list(reversed(requests))
         try:
             with _bar(progress) as bar:
@@ -126,7 +131,7 @@ def _tokenizer(directory: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{directory}: no tokenizer could be loaded ({error}); name another directory with tokenizer_path"

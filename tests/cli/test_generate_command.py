@@ -36,7 +36,7 @@ def test_mistakes_are_named(demo_dir: Path, tmp_path: Path, capsys: pytest.Captu
     ("flags", "says"),
     [
         (["--temperature", "nan"], "temperature: nan is not a finite number"),
-        (["--max-new-tokens", "0"], "max_new_tokens: 0 is not in 1 .."),
+        (["--max-new-tokens", "0"], "max_new_tokens: 0 is less than 1"),
         (["--stop", ""], "stop: a stop string is empty"),
         (["--top-p", "0"], "top_p: 0.0 is not in (0, 1]"),
         (["--top-k", "-5"], "top_k: -5 is not in -1"),

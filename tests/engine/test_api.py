@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -42,6 +43,14 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "half a token": ([[5, 6.5]], GREEDY, r"prompt: found \[5, 6.5\]; expected text or token ids \(prompt 0\)"),
     "no prompt": (["x", None], GREEDY, r"prompt: found None; .*\(prompt 1\)"),
     "one stop string": ("x", SamplingParams(stop="abc"), r"stop: is one string; give a tuple of them: \('abc',\)"),  # type: ignore[arg-type]
+    "nothing": (None, GREEDY, r"prompts: found None; expected text, token ids, or a list"),
+    "a schema": (
+        "x",
+        SamplingParams(constraint=("json_schema", {})),
+        r"constraint: found \('json_schema', \{\}\); .*json.dumps",
+    ),  # type: ignore[arg-type]
+    "a constraint": ("x", SamplingParams(constraint=7), r"constraint: found 7; expected a pair of texts"),  # type: ignore[arg-type]
+    "no new token": ("x", SamplingParams(max_new_tokens=0), r"max_new_tokens: 0 is less than 1"),
     "biases": ("x", SamplingParams(logit_bias={5: 1.0}), r"logit_bias: is a dict; give pairs"),  # type: ignore[arg-type]
 }
 
@@ -52,6 +61,19 @@ def test_refused_and_not_guessed(engine: Engine, case: str) -> None:
     with pytest.raises(RequestError, match=words):
         engine.generate(prompts, sampling, progress=False)
     assert not engine.core.has_work()
+
+
+def test_a_prompt_that_fails_later_is_named_by_its_place(engine: Engine) -> None:
+    """And not by the number that the engine has given it, which counts every prompt since it was made."""
+    engine.generate([[5, 6]] * 3, GREEDY, progress=False)
+    broken = SamplingParams(max_new_tokens=2, constraint=("regex", "[0-9"))
+    with pytest.raises(RequestError, match=r"constraint: regex cannot be used.*\(prompt 1\)"):
+        engine.generate(["x", "y"], [GREEDY, broken], progress=False)
+
+
+def test_dtypes_of_jax_are_taken(demo_dir: Path) -> None:
+    engine = Engine(str(demo_dir), dtype=jnp.bfloat16, max_running_requests=1, context_length=64, num_pages=8)
+    assert engine.config.dtype == "bfloat16"
 
 
 def test_what_would_have_no_effect_is_refused(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
