@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jqserve
 from jqserve.cli.defaults_shown import DefaultsShown
 from jqserve.cli.foreign_flags import Parser
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
@@ -81,9 +82,11 @@ def parser() -> argparse.ArgumentParser:
     """SGLang's names where SGLang has the flag."""
     parser = Parser(
         prog="jqserve-server",
+        usage="%(prog)s [-h] [--model-path DIR|HUB_ID] [flags]",  # all of them would be 35 lines above every error
         description="Serve a Hugging Face checkpoint (AWQ, GPTQ, compressed-tensors, FP8 or unquantized) over gRPC.",
         formatter_class=DefaultsShown,
     )
+    parser.add_argument("--version", action="version", version=f"jqserve {jqserve.__version__}")
     add_flags(parser)
     return parser
 
