@@ -272,6 +272,8 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         raise UnsupportedError(
             "--model-path is empty; give a directory or a Hub id, or leave it out for the demo model"
         )
+    if args.profile_dir is not None and not args.admin:
+        raise UnsupportedError("--profile-dir belongs to --admin, which serves the profiler; give both or none")
     model_path = args.model_path or str(DEMO_MODEL)
     looks_local = model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
     folder = Path(model_path).expanduser()
