@@ -80,6 +80,13 @@ def test_a_dtype_that_is_none(demo_dir: Path, dtype: object) -> None:
         jqserve.load(demo_dir, dtype=dtype)
 
 
+def test_what_the_public_functions_take_return_and_raise_is_public() -> None:
+    for name in jqserve.__all__:
+        assert getattr(jqserve, name).__doc__, name
+    assert {"EngineConfig", "Completion", "CheckpointError", "UnsupportedError", "RequestError"} < set(jqserve.__all__)
+    assert sorted(jqserve.__all__) == sorted(jqserve._HOMES)
+
+
 def test_the_plan_can_be_printed(demo) -> None:
     assert "layers.0-5.mlp.down" in demo[0].plan.to_text()
 

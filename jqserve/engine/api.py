@@ -38,10 +38,15 @@ class Engine:
     """
 
     def __init__(self, model_path: str | EngineConfig, *, tokenizer_path: str | None = None, **options: Any) -> None:
-        """Loads a checkpoint directory, a Hub id, or what an `EngineConfig` says; `options` are EngineConfig's fields.
+        """Loads a checkpoint directory, a Hub id, or what a `jqserve.EngineConfig` says; `options` are its fields:
+        dtype, quantization, max_running_requests, context_length, num_pages, ...
 
-        Shapes are compiled when they first come, unless disable_warmup=False is given. Raises JqserveError.
+        Shapes are compiled when they first come, unless disable_warmup=False is given. Raises TypeError for an unknown
+        option, JqserveError for the rest.
         """
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(options.keys() - known):
+            raise TypeError(f"unknown engine options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         if isinstance(model_path, EngineConfig):
             config = dataclasses.replace(model_path, **options)
         else:

@@ -71,6 +71,11 @@ def test_a_prompt_that_fails_later_is_named_by_its_place(engine: Engine) -> None
         engine.generate(["x", "y"], [GREEDY, broken], progress=False)
 
 
+def test_an_unknown_option_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(TypeError, match=r"unknown engine options max_num_seqs; known: .*max_running_requests"):
+        Engine("/absent", max_num_seqs=3)
+
+
 def test_dtypes_of_jax_are_taken(demo_dir: Path) -> None:
     engine = Engine(str(demo_dir), dtype=jnp.bfloat16, max_running_requests=1, context_length=64, num_pages=8)
     assert engine.config.dtype == "bfloat16"
