@@ -7,7 +7,7 @@ import itertools
 import numbers
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -24,7 +24,8 @@ from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.validate import check_request
 from jqserve.errors import CheckpointError, RequestError
 
-Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]  # [{"role": "user", "content": "..."}, ...]
+Prompt = str | Messages | Sequence[int]
 
 
 class Engine:
@@ -75,7 +76,7 @@ class Engine:
         *,
         progress: bool = True,
     ) -> list[Completion]:
-        """Completes every prompt (text, or token ids); results in the order of the prompts.
+        """Completes every prompt (text, chat messages, or token ids); results in the order of the prompts.
 
         sampling   for all, or one for each; None: the checkpoint's defaults. A missing seed is drawn from
                    EngineConfig.random_seed and the prompt's place, so that a run can be repeated
@@ -86,7 +87,7 @@ class Engine:
         if not isinstance(prompts, Iterable):
             raise RequestError("prompts", f"found {prompts!r:.80}; expected text, token ids, or a list of them")
         several: list[Any] = list(prompts)
-        if isinstance(prompts, str) or (several and isinstance(several[0], numbers.Integral)):
+        if isinstance(prompts, str) or (several and isinstance(several[0], numbers.Integral | Mapping)):
             several = [prompts]
         each: list[Any] = [self.default_sampling if sampling is None else sampling] * len(several)
         if isinstance(sampling, Sequence):
@@ -116,12 +117,19 @@ class Engine:
 
     def _request(self, index: int, prompt: Prompt, sampling: SamplingParams) -> EngineRequest:
         try:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                ids = self.tokenizer.encode(prompt)
+            elif not isinstance(prompt, Mapping) and len(prompt) and isinstance(prompt[0], Mapping):
+                ids = self._chat(index, prompt)
+            else:
+                ids = prompt
             tokens = tuple(operator.index(token) for token in ids)  # of whatever integers; 1.5 is not taken for 1
         except TypeError:
             if isinstance(prompt, str):  # the tokenizer takes no such text, and calls it no text at all
                 raise RequestError("prompt", f"holds half of a surrogate pair, no character (prompt {index})") from None
-            raise RequestError("prompt", f"found {prompt!r:.80}; expected text or token ids (prompt {index})") from None
+            raise RequestError(
+                "prompt", f"found {prompt!r:.80}; expected text, chat messages or token ids (prompt {index})"
+            ) from None
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=((self.config.random_seed << 32) + index) % 2**64)
         request = EngineRequest(next(self._rids), tokens, sampling)
@@ -129,6 +137,18 @@ class Engine:
             return check_request(request, self.core.limits)
         except RequestError as error:
             raise RequestError(error.field, f"{str(error).removeprefix(error.field + ': ')} (prompt {index})") from None
+
+    def _chat(self, index: int, messages: Any) -> list[int]:
+        """As the checkpoint's chat template has them, up to where the answer begins."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError("prompt", f"this model has no chat template; give text or token ids (prompt {index})")
+        try:
+            found = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+            return list(found)
+        except Exception as error:  # a template raises what it likes
+            raise RequestError(
+                "prompt", f"the model's chat template does not accept these messages: {error} (prompt {index})"
+            ) from error
 
 
 def _tokenizer(directory: str) -> Any:

@@ -40,7 +40,11 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "a dict among them": (["x", "y"], [GREEDY, {}], r"sampling: found a dict"),
     "too few": (["x", "y"], [GREEDY], r"sampling: 1 for 2 prompts"),
     "half a pair": (["x", "\ud83d y"], GREEDY, r"prompt: holds half of a surrogate pair, no character \(prompt 1\)"),
-    "half a token": ([[5, 6.5]], GREEDY, r"prompt: found \[5, 6.5\]; expected text or token ids \(prompt 0\)"),
+    "half a token": (
+        [[5, 6.5]],
+        GREEDY,
+        r"prompt: found \[5, 6.5\]; expected text, chat messages or token ids \(prompt 0\)",
+    ),
     "no prompt": (["x", None], GREEDY, r"prompt: found None; .*\(prompt 1\)"),
     "one stop string": ("x", SamplingParams(stop="abc"), r"stop: is one string; give a tuple of them: \('abc',\)"),  # type: ignore[arg-type]
     "nothing": (None, GREEDY, r"prompts: found None; expected text, token ids, or a list"),
@@ -61,6 +65,23 @@ def test_refused_and_not_guessed(engine: Engine, case: str) -> None:
     with pytest.raises(RequestError, match=words):
         engine.generate(prompts, sampling, progress=False)
     assert not engine.core.has_work()
+
+
+def test_chat_messages_as_the_client_takes_them(engine: Engine) -> None:
+    """Rendered text would be encoded with a second bos, and a bare question is none to a chat model."""
+    question = [{"role": "user", "content": "What is 463 + 88?"}]
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=8)
+    (alone,) = engine.generate(question, sampling, progress=False)
+    among, _ = engine.generate([question, "x"], sampling, progress=False)
+    assert alone.text == among.text == "551" and alone.prompt_ids.count(1) == 1
+
+
+def test_chat_messages_that_no_template_takes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match=r"chat template does not accept these messages: .*\(prompt 1\)"):
+        engine.generate(["x", [{"role": "user"}]], GREEDY, progress=False)
+    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    with pytest.raises(RequestError, match="has no chat template; give text or token ids"):
+        engine.generate([{"role": "user", "content": "x"}], GREEDY, progress=False)
 
 
 def test_a_prompt_that_fails_later_is_named_by_its_place(engine: Engine) -> None:
