@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 import jqserve
@@ -48,6 +51,11 @@ def test_a_hint_names_no_flag_that_the_command_has_not(capsys: pytest.CaptureFix
 def test_the_server_as_a_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--model-path", "a b"]) == 2
     assert capsys.readouterr().err.endswith("of its own: jqserve-server --model-path 'a b'\n")
+
+
+def test_the_package_as_a_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "jqserve", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"jqserve {jqserve.__version__}\n"
 
 
 def test_the_servers_version(capsys: pytest.CaptureFixture[str]) -> None:
