@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
-import rich
 
 import jqserve
 
@@ -25,7 +24,7 @@ def main() -> None:
 
     # "canonical" keeps the documented packing; the default would rearrange the arrays for this machine's kernels.
     model, params = jqserve.load(args.model_path, dtype="float32", layout="canonical")
-    rich.print(model.plan.to_table())
+    print(model.plan.to_text())
 
     weight = params["layers"]["0"]["mlp"]["down"]["weight"]
     if isinstance(weight, jqserve.QuantizedTensor):

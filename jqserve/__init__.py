@@ -15,19 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jqserve.engine.api import Engine
+    from jqserve.engine.completion import Completion
+    from jqserve.engine.config import EngineConfig
     from jqserve.engine.request import SamplingParams
-    from jqserve.errors import JqserveError
+    from jqserve.errors import CheckpointError, JqserveError, RequestError, UnsupportedError
     from jqserve.library import Model, dequantize, greedy, load
     from jqserve.quant import ActivationSpec, QuantizedTensor, QuantSpec
 
 _HOMES = {
     "ActivationSpec": "jqserve.quant",
+    "CheckpointError": "jqserve.errors",
+    "Completion": "jqserve.engine.completion",
     "Engine": "jqserve.engine.api",
+    "EngineConfig": "jqserve.engine.config",
     "JqserveError": "jqserve.errors",
     "Model": "jqserve.library",
     "QuantSpec": "jqserve.quant",
     "QuantizedTensor": "jqserve.quant",
+    "RequestError": "jqserve.errors",
     "SamplingParams": "jqserve.engine.request",
+    "UnsupportedError": "jqserve.errors",
     "dequantize": "jqserve.library",
     "greedy": "jqserve.library",
     "load": "jqserve.library",
@@ -35,12 +42,17 @@ _HOMES = {
 
 __all__ = [
     "ActivationSpec",
+    "CheckpointError",
+    "Completion",
     "Engine",
+    "EngineConfig",
     "JqserveError",
     "Model",
     "QuantSpec",
     "QuantizedTensor",
+    "RequestError",
     "SamplingParams",
+    "UnsupportedError",
     "dequantize",
     "greedy",
     "load",

@@ -14,6 +14,7 @@ import numpy as np
 
 from jqserve.checkpoint.convert import load as load_checkpoint
 from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.opening import dtype_name
 from jqserve.engine.calibrated import open_asked
 from jqserve.errors import UnsupportedError
 from jqserve.models.build import build
@@ -31,7 +32,7 @@ class Model:
     """A model without its arrays: every method is a pure function of (params, input), fit for jit, vmap and grad.
 
     config             shapes and facts of the architecture
-    plan               the load plan: one row per module with its scheme, bytes, notes (`print(model.plan.to_table())`)
+    plan               the load plan: one row per module with its scheme, bytes, notes (`print(model.plan.to_text())`)
     generation_config  the checkpoint's sampling defaults
 
     Gradients flow to activations (`from_embeddings`) and to dense weights; packed weights have none.
@@ -42,8 +43,16 @@ class Model:
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """tokens int32 [S] or [B, S] -> logits float32 [S, V] or [B, S, V], full causal attention from position 0."""
-        return _logits(self.config, params, jnp.asarray(tokens))
+        """tokens int32 [S] or [B, S] -> logits float32 [S, V] or [B, S, V], full causal attention from position 0.
+
+        Any integer dtype; S >= 1. Ids outside 0 .. V-1 are clipped, for a jit cannot refuse them; an S beyond
+        `config.max_position` is not refused. Raises ValueError for another shape or dtype.
+        """
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim not in (1, 2) or not tokens.size or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            found = f"{tokens.dtype} {list(tokens.shape)}"
+            raise ValueError(f"tokens: found {found}; expected integers [S] or [B, S], of one token at least")
+        return _logits(self.config, params, tokens)
 
     def embeddings(self, params: Params, tokens: jax.Array) -> jax.Array:
         """tokens int32 [...] -> [..., D] in the model's dtype: the input of `from_embeddings`."""
@@ -72,7 +81,7 @@ def _logits_of_embeddings(config: ModelConfig, params: Params, embeddings: jax.A
 def load(
     path: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Any = None,
     quantization: str | None = None,
     calibration: str | None = None,
     activations: Literal["config", "none"] = "config",
@@ -83,7 +92,8 @@ def load(
     """Loads a checkpoint directory (or a .gguf file, a Hub id from the local cache, or a `jqserve convert` directory).
 
     Args:
-      dtype: "float32", "bfloat16" or "float16" for everything unquantized and for activations; None: the checkpoint's.
+      dtype: "float32", "bfloat16" or "float16" (or jnp's) for everything unquantized and for activations; None: the
+        checkpoint's.
       quantization: quantizes an unquantized checkpoint while it loads: "fp8", "int4", ... or "torchao:int4wo-128", ...
         (docs/quantization-flags.md).
       calibration: text for quantization "awq" and "gptq" (.txt, .jsonl, .npy of ids); None: a small built-in one.
@@ -100,7 +110,7 @@ def load(
     source, quantization = open_asked(resolve(str(path), revision), quantization, calibration, progress=progress)
     loaded = load_checkpoint(
         source,
-        dtype=dtype,
+        dtype=dtype_name(dtype),
         activations=activations,
         quantization=quantization,
         device_put=place if layout == "kernel" else jax.device_put,
@@ -110,7 +120,12 @@ def load(
 
 
 def dequantize(tensor: QuantizedTensor | jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """The matrix W [N, K] of a weight in any layout, in its original column order; a dense array is just cast."""
+    """The matrix W [N, K] of a weight in any layout, in its original column order; a dense array is just cast.
+
+    dtype is a float's: integers would cut nearly every weight to 0. Raises ValueError for another.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype: found {jnp.dtype(dtype).name}; expected a float's, for instance float32")
     if not isinstance(tensor, QuantizedTensor):
         return jnp.asarray(tensor, dtype)
     return dequantize_canonical(to_canonical(tensor), dtype)
@@ -123,11 +138,15 @@ def logits(model: Model, params: Params, tokens: Any) -> np.ndarray:
 
 
 def greedy(model: Model, params: Params, prompt: Any, steps: int) -> np.ndarray:
-    """The `steps` tokens that follow prompt int [S] (S >= 1) by argmax, whatever the EOS -> int32 [steps].
+    """The `steps` tokens that follow prompt int [S] by argmax, whatever the EOS -> int32 [steps].
+
+    Raises ValueError for a prompt of no token.
 
     Every step computes the whole padded sequence again with the program of `logits`: exact, simple, and only meant
     for comparisons. `jqserve.Engine` generates properly.
     """
+    if not len(prompt):
+        raise ValueError("prompt: it is empty; at least one token is needed")
     tokens = _pad(prompt, len(prompt) + steps)
     for position in range(len(prompt), len(prompt) + steps):
         tokens = _append(tokens, model(params, tokens), position)

@@ -55,6 +55,8 @@ ALLOWED: dict[str, set[str]] = {
         "jqserve.errors",
     },
     "jqserve.server": {"jqserve.engine.request", "jqserve.engine.wire", "jqserve.credentials", "jqserve.errors"},
+    # A Hub id is a folder of the cache to it, as it is to the engine.
+    "jqserve.server.tokenizer": {"jqserve.checkpoint.hub", "jqserve.server", "jqserve.errors"},
     # Starts the engine at the other end of a socket pair; with --frontend inline the pair's far end is in this process.
     "jqserve.server.launch": {"jqserve.server", "jqserve.engine.channel", "jqserve.engine.wire"},
     "jqserve.client": {"jqserve.server.pb", "jqserve.credentials", "jqserve.errors"},

@@ -50,6 +50,47 @@ def test_gradient_towards_embeddings_is_the_slope(demo) -> None:
     np.testing.assert_allclose(several[0], gradient, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [([], r"\[0\]"), (3, r"int32 \[\]"), ([[[1, 2]]], r"int32 \[1, 1, 2\]"), ([1.0, 2.0], r"float32 \[2\]")],
+)
+def test_what_are_no_tokens(demo, tokens: object, found: str) -> None:
+    model, params = demo
+    with pytest.raises(ValueError, match=rf"tokens: found .*{found}; expected integers \[S\] or \[B, S\]"):
+        model(params, tokens)
+
+
+def test_nothing_is_guessed_of_empty_prompts_and_integers(demo) -> None:
+    model, params = demo
+    with pytest.raises(ValueError, match="prompt: it is empty"):
+        greedy(model, params, [], 4)
+    with pytest.raises(ValueError, match="dtype: found int8; expected a float's"):
+        jqserve.dequantize(params["layers"]["0"]["attn"]["qkv"]["weight"], "int8")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype("float16"), np.float32, "float32"])
+def test_a_dtype_by_any_name(demo_dir: Path, dtype: object) -> None:
+    model, params = jqserve.load(demo_dir, dtype=dtype)
+    assert params["embed"]["weight"].dtype == jnp.dtype(model.config.dtype) == jnp.dtype(dtype)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, "float64", object()])
+def test_a_dtype_that_is_none(demo_dir: Path, dtype: object) -> None:
+    with pytest.raises(jqserve.JqserveError, match="is not supported; supported: auto, bfloat16, float16, float32"):
+        jqserve.load(demo_dir, dtype=dtype)
+
+
+def test_what_the_public_functions_take_return_and_raise_is_public() -> None:
+    for name in jqserve.__all__:
+        assert getattr(jqserve, name).__doc__, name
+    assert {"EngineConfig", "Completion", "CheckpointError", "UnsupportedError", "RequestError"} < set(jqserve.__all__)
+    assert sorted(jqserve.__all__) == sorted(jqserve._HOMES)
+
+
+def test_the_plan_can_be_printed(demo) -> None:
+    assert "layers.0-5.mlp.down" in demo[0].plan.to_text()
+
+
 def test_logits_and_greedy_do_not_depend_on_padding(demo) -> None:
     model, params = demo
     np.testing.assert_allclose(logits(model, params, TOKENS), model(params, TOKENS), atol=1e-4)

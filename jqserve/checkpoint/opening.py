@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from typing import Any, get_args
 
+import numpy as np
+
 from jqserve.checkpoint.asked import OVERRIDES, Answer, Stored, answer, check_something_fits
 from jqserve.checkpoint.audit import Audit, audit
 from jqserve.checkpoint.gguf_checkpoint import GgufCheckpoint
@@ -97,6 +99,15 @@ def read_configs(checkpoint: AnyCheckpoint, dtype: str | None) -> tuple[ModelCon
         dtype = config.dtype or stored or "bfloat16"
     check_dtype(dtype)
     return dataclasses.replace(config, dtype=dtype), generation
+
+
+def dtype_name(dtype: Any) -> Any:
+    """ "float32" for jnp.float32 and np.dtype("float32"), which callers from Python have at hand; text and None as they
+    are, and what is no dtype, for `check_dtype` to refuse."""
+    try:
+        return dtype if dtype is None or isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        return dtype
 
 
 def check_dtype(dtype: str) -> None:

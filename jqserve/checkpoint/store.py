@@ -7,7 +7,12 @@ DIR/config.json, tokenizer files, ...: copied from the original
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import logging
+import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,10 +56,22 @@ def convert(
     with open_checkpoint(source) as checkpoint:
         opened = open_model(checkpoint, dtype, "config", quantization)
         out.mkdir(parents=True, exist_ok=True)
-        body = _write_arrays(opened, out, progress)
-        checkpoint.copy_side_files(out)
-    manifest.write(out, body)
+        with _nothing_half_written(out):
+            body = _write_arrays(opened, out, progress)
+            checkpoint.copy_side_files(out)
+            manifest.write(out, body)
     return LoadPlan.from_json(body["plan"])
+
+
+@contextlib.contextmanager
+def _nothing_half_written(out: Path) -> Iterator[None]:
+    """What did not come to its end is removed, for `convert` takes no directory that holds something."""
+    try:
+        yield
+    except BaseException:
+        for entry in out.iterdir():  # all of it is ours: the directory was empty
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        raise
 
 
 def _write_arrays(opened: OpenModel, out: Path, progress: Progress | None) -> dict[str, Any]:
@@ -68,7 +85,14 @@ def _write_arrays(opened: OpenModel, out: Path, progress: Progress | None) -> di
     def flush() -> None:
         if pending:
             arrays = {_key(n, f): a for n, leaf in pending.items() for f, a in manifest.arrays_of(leaf).items()}
-            orbax.save((out / "arrays" / current).absolute(), arrays)
+            where = (out / "arrays" / current).absolute()
+            try:
+                with _quiet():
+                    orbax.save(where, arrays)
+            except (OSError, ValueError) as error:  # tensorstore's are ValueErrors of many lines
+                full = "No space left on device" in str(error)
+                reason = os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]
+                raise CheckpointError(f"{where}: could not be written: {reason}") from error
             sections[current] = {name: manifest.facts_of(leaf).to_json() for name, leaf in pending.items()}
             pending.clear()
 
@@ -94,6 +118,18 @@ def _write_arrays(opened: OpenModel, out: Path, progress: Progress | None) -> di
         "plan": opened.plan(rows).to_json(),
         "sections": sections,
     }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's tracebacks, of each of its threads, about an error that it raises as well."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def _key(leaf: str, field: str) -> str:

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     from jqserve.checkpoint import store
     from jqserve.checkpoint.hub import resolve
+    from jqserve.cli.plan import show
     from jqserve.engine.calibrated import open_asked
 
     directory = resolve(args.model_path, args.revision)
@@ -36,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
         source, quantization = open_asked(directory, quantization_of(args), args.calibration, progress=progress)
         plan = store.convert(source, args.out, dtype=args.dtype, quantization=quantization, progress=progress)
-    console = Console()
-    console.print(plan.to_table())
+    console = show(plan)
     console.print(
         f"{args.out}: written; serve it with `jqserve-server --model-path {shlex.quote(str(args.out))}`", soft_wrap=True
     )

@@ -12,12 +12,19 @@ _GATEWAY = "a gateway in front of the worker does this (`jqserve gateway`)"
 _NEVER = "code of a checkpoint is never run; leave it out"
 _READ = "read from the checkpoint's config.json; change it there"
 _SPECULATIVE = "there is no speculative decoding"
+_SCHEDULED = "first come, first served; leave it out"
+_NO_OFFLOAD = (
+    "weights and KV pages stay on the device; give --quantization for smaller weights, --kv-cache-dtype fp8_e4m3"
+)
+_SAMPLING = "read from the checkpoint's generation_config.json; requests may say otherwise"
+_CHOOSE_GPU = "set CUDA_VISIBLE_DEVICES"
 _LORA = "there are no LoRA adapters: merge one into the checkpoint, and quantize that"
 
 #: flag -> what to do, in words. A flag that begins with one that ends in "-" has its hint.
 HINTS = {
     **dict.fromkeys(("--tp", "--tp-size", "--tensor-parallel-size", "--dp", "--dp-size"), _ONE_GPU),
     **dict.fromkeys(("--data-parallel-size", "--pp-size", "--pipeline-parallel-size", "--ep-size"), _ONE_GPU),
+    **dict.fromkeys(("-tp", "-dp", "-pp", "--pp", "--ep"), _ONE_GPU),
     **dict.fromkeys(("--nnodes", "--node-rank", "--dist-init-addr", "--enable-expert-parallel"), _ONE_GPU),
     "--max-model-len": "give --context-length",
     "--max-num-seqs": "give --max-running-requests",
@@ -50,6 +57,32 @@ HINTS = {
     **dict.fromkeys(("--tool-call-parser", "--reasoning-parser", "--enable-auto-tool-choice"), _GATEWAY),
     "--grammar-backend": "always llguidance; leave it out",
     "--trust-remote-code": _NEVER,
+    **dict.fromkeys(("--schedule-policy", "--scheduling-policy", "--preemption-mode"), _SCHEDULED),
+    **dict.fromkeys(("--cpu-offload-gb", "--swap-space", "--enable-hierarchical-cache"), _NO_OFFLOAD),
+    **dict.fromkeys(("--generation-config", "--override-generation-config", "--sampling-defaults"), _SAMPLING),
+    **dict.fromkeys(("--base-gpu-id", "--gpu-id-step"), _CHOOSE_GPU),
+    **dict.fromkeys(("--guided-decoding-backend", "--structured-outputs-config"), "always llguidance; leave it out"),
+    **dict.fromkeys(("--disable-log-requests", "--no-enable-log-requests"), "off unless --log-requests is given"),
+    **dict.fromkeys(("--enable-log-requests", "--log-requests-level"), "give --log-requests"),
+    **dict.fromkeys(("--uvicorn-log-level", "--log-level-http"), "there is no HTTP server; give --log-level"),
+    **dict.fromkeys(("--allowed-origins", "--root-path", "--middleware", "--response-role"), _GATEWAY),
+    **dict.fromkeys(("--chat-template-content-format", "--disable-uvicorn-access-log"), "leave it out"),
+    **dict.fromkeys(("--prefill-attention-backend", "--decode-attention-backend"), _CHOSEN),
+    **dict.fromkeys(("--cudagraph-capture-sizes", "--max-seq-len-to-capture"), _CHOSEN),
+    **dict.fromkeys(("--disable-custom-all-reduce", "--disable-cuda-graph-padding"), "leave it out"),
+    "--async-scheduling": _ALWAYS,
+    "--no-enable-chunked-prefill": "a long prompt always comes in chunks; give a larger --chunked-prefill-size",
+    "--no-async-scheduling": "give --disable-overlap-schedule",
+    "--enable-deterministic-inference": "give --dtype float32, where a request's tokens do not depend on others",
+    "-q": "give --quantization",
+    "--watchdog-timeout": "an engine that dies ends the server; give --max-request-seconds for a limit of a request",
+    "--max-logprobs": "always 20; leave it out",
+    "--admin-api-key": "give --admin, and --api-key-file for everybody",
+    "--grpc-mode": "always; leave it out",
+    "--disable-log-stats": "`jqserve top` asks for them, and --metrics-port serves them; nothing is logged",
+    "--shutdown-timeout": "give --drain-timeout",
+    "--skip-server-warmup": "give --disable-warmup",
+    "--model-impl": "leave it out",
     "--speculative-": _SPECULATIVE,
     **dict.fromkeys(("--lora-", "--enable-lora", "--max-loras-"), _LORA),
 }  # fmt: skip
@@ -60,9 +93,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):
-            hints = {flag: found for flag in _flags(message) if (found := hint(flag)) is not None}
+            hints = {flag: what for flag in _flags(message) if (what := hint(flag)) is not None and self._knows(what)}
+            first = message.split()[2]
+            if "/" in first and not first.startswith("-") and self._knows("--model-path"):
+                hints[first] = f"if it is the model, give --model-path {first}"
             message += "".join(f"\n  {flag}: {what}" for flag, what in hints.items())
         super().error(message)
+
+    def _knows(self, what: str) -> bool:
+        """Whether all the flags that a hint names are this command's, or it names another command's."""
+        told = {word.strip(",;:`") for word in what.split() if word.startswith("--")}
+        return told <= self._option_string_actions.keys() or "jqserve gateway" in what
 
 
 def hint(flag: str) -> str | None:
@@ -73,4 +114,4 @@ def hint(flag: str) -> str | None:
 
 
 def _flags(message: str) -> list[str]:
-    return [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    return [word.partition("=")[0] for word in message.split() if word.startswith("-")]

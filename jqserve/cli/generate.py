@@ -76,6 +76,8 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a text or .jsonl file. Raises RequestError that names the line."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise RequestError("--prompts-file", f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise RequestError("--prompts-file", f"{path} is not UTF-8 text: {error}") from None
     if path.suffix != ".jsonl":

@@ -6,12 +6,13 @@ JqserveError or an OSError: one line on stderr and status 2, never a traceback.
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 
 import jqserve
+from jqserve.cli.foreign_flags import Parser
 from jqserve.errors import JqserveError
 
 #: name -> (module, one line of help)
@@ -59,12 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jqserve {jqserve.__version__}")
         return 0
     name, *rest = words
+    if name in ("server", "serve"):
+        return _fail(
+            "jqserve",
+            f"the server is a command of its own: jqserve-server{''.join(f' {shlex.quote(word)}' for word in rest)}",
+        )
     if name not in COMMANDS:
         return _fail("jqserve", f"unknown command {name!r}; commands: {', '.join(COMMANDS)} (see jqserve --help)")
     module_name, help_line = COMMANDS[name]
     try:
         command = importlib.import_module(module_name)
-        parser = argparse.ArgumentParser(prog=f"jqserve {name}", description=help_line)
+        parser = Parser(prog=f"jqserve {name}", description=help_line)
         command.add_arguments(parser)
         return int(command.run(parser.parse_args(rest)) or 0)
     except KeyboardInterrupt:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jqserve.checkpoint.plan import LoadPlan
 
 DEVICES = ("h200", "h100", "a100", "l40s", "l4", "b200", "cpu")
 
@@ -39,15 +44,25 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**plan.to_json(), **facts}, indent=1))
         return 0
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
-    console.print(plan.to_table())
+    console = show(plan)
     for line in lines(facts):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def show(plan: LoadPlan, console: Console | None = None) -> Console:
+    """The table where it fits, else its rows as lines: in 80 columns the table ended every kernel's name in "…"."""
+    from rich.console import Console
+
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=240)
+    table = plan.to_table()
+    if console.measure(table, options=console.options.update(max_width=10_000)).maximum <= console.width:
+        console.print(table)
+    else:
+        console.print(plan.to_text(), markup=False, highlight=False, soft_wrap=True)
+    return console
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jqserve
 from jqserve.cli.defaults_shown import DefaultsShown
 from jqserve.cli.foreign_flags import Parser
 from jqserve.cli.scheme_flags import add_scheme_flags, quantization_of
@@ -81,9 +82,11 @@ def parser() -> argparse.ArgumentParser:
     """SGLang's names where SGLang has the flag."""
     parser = Parser(
         prog="jqserve-server",
+        usage="%(prog)s [-h] [--model-path DIR|HUB_ID] [flags]",  # all of them would be 35 lines above every error
         description="Serve a Hugging Face checkpoint (AWQ, GPTQ, compressed-tensors, FP8 or unquantized) over gRPC.",
         formatter_class=DefaultsShown,
     )
+    parser.add_argument("--version", action="version", version=f"jqserve {jqserve.__version__}")
     add_flags(parser)
     return parser
 
@@ -274,6 +277,8 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         raise UnsupportedError(
             "--model-path is empty; give a directory or a Hub id, or leave it out for the demo model"
         )
+    if args.profile_dir is not None and not args.admin:
+        raise UnsupportedError("--profile-dir belongs to --admin, which serves the profiler; give both or none")
     model_path = args.model_path or str(DEMO_MODEL)
     looks_local = model_path.startswith((".", "/", "~")) or model_path.count("/") > 1
     folder = Path(model_path).expanduser()

@@ -51,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.live import Live
     from rich.text import Text
 
-    check_target(args.target)
     if not 0 < args.interval <= MAX_INTERVAL:
         raise UnsupportedError(f"--interval {args.interval:g}: expected seconds, above 0, at most {MAX_INTERVAL}")
     console = Console()
@@ -79,18 +78,6 @@ def run(args: argparse.Namespace) -> int:
                     before, since = info, now
         except KeyboardInterrupt:
             return 0
-
-
-def check_target(target: str) -> None:
-    """Raises `UnsupportedError`: gRPC would take a URL for a host's name, and a host without a port for port 443."""
-    host, _, port = target.rpartition(":")
-    scheme = host.partition("://")[0] if "://" in host else ""
-    bare_ipv6 = ":" in host and not host.endswith("]") and not host.startswith(("dns:", "ipv4:", "ipv6:"))
-    if target.startswith("unix:"):
-        return
-    if not host or bare_ipv6 or not port.isdecimal() or not 0 < int(port) < 2**16:
-        hint = f"; leave {scheme}:// out" if scheme else "; an IPv6 address is in brackets" if bare_ipv6 else ""
-        raise UnsupportedError(f"{target!r} is no target: expected host:port or unix:/path{hint}")
 
 
 def token(args: argparse.Namespace) -> str | None:

@@ -40,6 +40,18 @@ class Tls:
         return (*channel_options(target), *((("grpc.ssl_target_name_override", name),) if name else ()))
 
 
+def check_target(target: str) -> None:
+    """Raises `UnsupportedError`: gRPC would take a URL for a host's name, and a host without a port for port 443."""
+    host, _, port = target.rpartition(":")
+    scheme = host.partition("://")[0] if "://" in host else ""
+    bare_ipv6 = ":" in host and not host.endswith("]") and not host.startswith(("dns:", "ipv4:", "ipv6:"))
+    if target.startswith(("unix:", "unix-abstract:")):
+        return
+    if not host or bare_ipv6 or not port.isdecimal() or not 0 < int(port) < 2**16:
+        hint = f"; leave {scheme}:// out" if scheme else "; an IPv6 address is in brackets" if bare_ipv6 else ""
+        raise UnsupportedError(f"{target!r} is no target: expected host:port or unix:/path{hint}")
+
+
 def channel_options(target: str) -> tuple[tuple[str, object], ...]:
     """gRPC sends everything through the proxy that `http_proxy` names, also what is for this machine, which the proxy
     cannot reach: not so here. For other machines the variable holds."""

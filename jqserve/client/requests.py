@@ -65,7 +65,7 @@ CHAT_FIELDS = ("tools", "template_kwargs", "add_generation_prompt")
 def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateRequest:
     """`prompt`: a text, chat messages (mappings), or token ids. Raises TypeError or ValueError for bad arguments."""
     values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    request = pb.GenerateRequest(**{name: values.pop(name) for name in REQUEST_FIELDS if name in values})
+    request = checked(pb.GenerateRequest, {name: values.pop(name) for name in REQUEST_FIELDS if name in values})
     if (output := values.pop("output", "both")) not in OUTPUTS:
         raise ValueError(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}")
     request.output = OUTPUTS[output]
@@ -85,9 +85,22 @@ def generate_request(prompt: Prompt, **options: Unpack[Options]) -> pb.GenerateR
         values["stop"] = [values["stop"]]
     unknown = values.keys() - pb.SamplingParams.DESCRIPTOR.fields_by_name.keys()
     if unknown:
-        raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
-    request.sampling.CopyFrom(pb.SamplingParams(**values))
+        raise TypeError(f"unknown option: {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}")
+    request.sampling.CopyFrom(checked(pb.SamplingParams, values))
     return request
+
+
+def checked(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A message of them. protobuf's TypeError and ValueError ("Value out of range: -5") get the field's name."""
+    try:
+        return kind(**values)
+    except (TypeError, ValueError):
+        for name, value in values.items():
+            try:
+                kind(**{name: value})
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}={value!r:.80}: {error}") from None
+        raise
 
 
 def set_constraint(request: pb.GenerateRequest, given: Mapping[str, Any]) -> None:
@@ -105,7 +118,9 @@ def set_constraint(request: pb.GenerateRequest, given: Mapping[str, Any]) -> Non
 def score_request(
     inputs: Sequence[str | Sequence[int]], context: int | Sequence[int] = 1, top_logprobs: int = 0
 ) -> pb.ScoreRequest:
-    """`context`: for all inputs, or one for each."""
+    """`context`: for all inputs, or one for each. Raises TypeError for one text: its letters would be the inputs."""
+    if isinstance(inputs, str):
+        raise TypeError(f"inputs: found one text; give a list of them: [{inputs!r:.80}]")
     each = [context] * len(inputs) if isinstance(context, int) else list(context)
     if len(each) != len(inputs):
         raise ValueError(f"{len(each)} contexts for {len(inputs)} inputs; give one, or one for each")

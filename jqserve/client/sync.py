@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 import grpc
 
-from jqserve.client.connection import Tls, channel_options, metadata
+from jqserve.client.connection import Tls, channel_options, check_target, metadata
 from jqserve.client.errors import from_rpc
 from jqserve.client.requests import (
     Messages,
@@ -73,7 +73,11 @@ class Client:
         tls: Tls | None = None,
         channel: grpc.Channel | None = None,
     ) -> None:
-        """`token`: what the server's --api-key-file holds; `tls`: for a server with --tls-cert."""
+        """`token`: what the server's --api-key-file holds; `tls`: for a server with --tls-cert; `channel`: instead of
+        one to `target`. Raises `UnsupportedError` for a target that is a URL, or has no port, and for what cannot be
+        sent or read of the others."""
+        if channel is None:
+            check_target(target)
         if channel is None and tls is not None:
             channel = grpc.secure_channel(target, tls.credentials(), options=tls.options(target))
         self._channel = channel or grpc.insecure_channel(target, options=channel_options(target))

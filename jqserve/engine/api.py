@@ -7,7 +7,7 @@ import itertools
 import numbers
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jqserve.checkpoint.gguf_file import gguf_of
 from jqserve.checkpoint.gguf_tokenizer import tokenizer_folder
 from jqserve.checkpoint.hub import resolve
+from jqserve.checkpoint.opening import dtype_name
 from jqserve.engine.completion import Completion, Running
 from jqserve.engine.config import EngineConfig
 from jqserve.engine.engine import EngineCore
@@ -23,7 +24,8 @@ from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.validate import check_request
 from jqserve.errors import CheckpointError, RequestError
 
-Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]  # [{"role": "user", "content": "..."}, ...]
+Prompt = str | Messages | Sequence[int]
 
 
 class Engine:
@@ -37,13 +39,20 @@ class Engine:
     """
 
     def __init__(self, model_path: str | EngineConfig, *, tokenizer_path: str | None = None, **options: Any) -> None:
-        """Loads a checkpoint directory, a Hub id, or what an `EngineConfig` says; `options` are EngineConfig's fields.
+        """Loads a checkpoint directory, a Hub id, or what a `jqserve.EngineConfig` says; `options` are its fields:
+        dtype, quantization, max_running_requests, context_length, num_pages, ...
 
-        Shapes are compiled when they first come, unless disable_warmup=False is given. Raises JqserveError.
+        Shapes are compiled when they first come, unless disable_warmup=False is given. Raises TypeError for an unknown
+        option, JqserveError for the rest.
         """
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(options.keys() - known):
+            raise TypeError(f"unknown engine options {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         if isinstance(model_path, EngineConfig):
             config = dataclasses.replace(model_path, **options)
         else:
+            if "dtype" in options:
+                options["dtype"] = dtype_name(options["dtype"])
             config = EngineConfig(model_path=str(model_path), **({"disable_warmup": True} | options))
         directory = resolve(config.model_path, config.revision, weights=config.load_format != "dummy")
         gguf, named = gguf_of(directory), tokenizer_path or config.tokenizer_path
@@ -52,7 +61,7 @@ class Engine:
         # The engine needs it, too: for grammars, and to calibrate with.
         self.config = dataclasses.replace(config, tokenizer_path=named)
         self.core: EngineCore = load_engine(self.config)
-        self.tokenizer = _tokenizer(named or directory)
+        self.tokenizer = _tokenizer(resolve(named, weights=False) if named else directory)
         self._rids = itertools.count()
 
     @property
@@ -67,7 +76,7 @@ class Engine:
         *,
         progress: bool = True,
     ) -> list[Completion]:
-        """Completes every prompt (text, or token ids); results in the order of the prompts.
+        """Completes every prompt (text, chat messages, or token ids); results in the order of the prompts.
 
         sampling   for all, or one for each; None: the checkpoint's defaults. A missing seed is drawn from
                    EngineConfig.random_seed and the prompt's place, so that a run can be repeated
@@ -75,8 +84,10 @@ class Engine:
 
         Raises RequestError, naming the prompt, before anything runs; JqserveError when the engine failed on one.
         """
+        if not isinstance(prompts, Iterable):
+            raise RequestError("prompts", f"found {prompts!r:.80}; expected text, token ids, or a list of them")
         several: list[Any] = list(prompts)
-        if isinstance(prompts, str) or (several and isinstance(several[0], numbers.Integral)):
+        if isinstance(prompts, str) or (several and isinstance(several[0], numbers.Integral | Mapping)):
             several = [prompts]
         each: list[Any] = [self.default_sampling if sampling is None else sampling] * len(several)
         if isinstance(sampling, Sequence):
@@ -86,7 +97,7 @@ class Engine:
         if wrong := [s for s in each if not isinstance(s, SamplingParams)]:
             raise RequestError("sampling", f"found a {type(wrong[0]).__name__}; expected SamplingParams")
         requests = [self._request(i, p, s) for i, (p, s) in enumerate(zip(several, each))]
-        running = {request.rid: Running(request, self.tokenizer) for request in requests}
+        running = {request.rid: Running(request, self.tokenizer, i) for i, request in enumerate(requests)}
         queue = list(reversed(requests))
         try:
             with _bar(progress) as bar:
@@ -106,12 +117,19 @@ class Engine:
 
     def _request(self, index: int, prompt: Prompt, sampling: SamplingParams) -> EngineRequest:
         try:
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                ids = self.tokenizer.encode(prompt)
+            elif not isinstance(prompt, Mapping) and len(prompt) and isinstance(prompt[0], Mapping):
+                ids = self._chat(index, prompt)
+            else:
+                ids = prompt
             tokens = tuple(operator.index(token) for token in ids)  # of whatever integers; 1.5 is not taken for 1
         except TypeError:
             if isinstance(prompt, str):  # the tokenizer takes no such text, and calls it no text at all
                 raise RequestError("prompt", f"holds half of a surrogate pair, no character (prompt {index})") from None
-            raise RequestError("prompt", f"found {prompt!r:.80}; expected text or token ids (prompt {index})") from None
+            raise RequestError(
+                "prompt", f"found {prompt!r:.80}; expected text, chat messages or token ids (prompt {index})"
+            ) from None
         if sampling.seed is None:
             sampling = dataclasses.replace(sampling, seed=((self.config.random_seed << 32) + index) % 2**64)
         request = EngineRequest(next(self._rids), tokens, sampling)
@@ -120,13 +138,25 @@ class Engine:
         except RequestError as error:
             raise RequestError(error.field, f"{str(error).removeprefix(error.field + ': ')} (prompt {index})") from None
 
+    def _chat(self, index: int, messages: Any) -> list[int]:
+        """As the checkpoint's chat template has them, up to where the answer begins."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError("prompt", f"this model has no chat template; give text or token ids (prompt {index})")
+        try:
+            found = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+            return list(found)
+        except Exception as error:  # a template raises what it likes
+            raise RequestError(
+                "prompt", f"the model's chat template does not accept these messages: {error} (prompt {index})"
+            ) from error
+
 
 def _tokenizer(directory: str) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it found no torch
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{directory}: no tokenizer could be loaded ({error}); name another directory with tokenizer_path"

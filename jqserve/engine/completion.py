@@ -27,10 +27,10 @@ class Completion:
 
 
 class Running:
-    """One prompt on its way."""
+    """One prompt on its way. `index`: its place among those that were asked together, for errors."""
 
-    def __init__(self, request: EngineRequest, tokenizer: Any) -> None:
-        self.request, self.tokenizer = request, tokenizer
+    def __init__(self, request: EngineRequest, tokenizer: Any, index: int = 0) -> None:
+        self.request, self.tokenizer, self.index = request, tokenizer, index
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
@@ -42,9 +42,9 @@ class Running:
     def take(self, event: StepEvent, core: EngineCore) -> bool:
         """True when the sequence has ended."""
         if event.finish is FinishReason.ERROR and event.field:
-            raise RequestError(event.field, f"{event.error} (prompt {self.request.rid})")
+            raise RequestError(event.field, f"{event.error} (prompt {self.index})")
         if event.finish is FinishReason.ERROR:
-            raise JqserveError(f"the engine failed on prompt {self.request.rid}: {event.error}")
+            raise JqserveError(f"the engine failed on prompt {self.index}: {event.error}")
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         stopping = event.matched_stop is not None  # its last token, whose text is not output and completes nothing
         watched = max(0, len(event.token_ids) - stopping) if self.request.sampling.stop else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from numbers import Integral
 from typing import Any, Literal
 
 from jqserve.engine.variant import ORDER, Variant
@@ -104,6 +105,8 @@ class EngineConfig:
             "num_pages",
         ):
             value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise UnsupportedError(f"{name} must be an integer, found {value!r}")
             if value is not None and value < 1:
                 raise UnsupportedError(f"{name} must be at least 1, found {value}")
         for name in ("chunked_prefill_size", "tile_size"):

@@ -18,6 +18,8 @@ MAX_SOURCE = 256 * 1024  # characters
 MAX_CHOICES = 1024
 #: between the tokens of JSON: nothing, a space, or a line break with its indentation, so that no answer is all blanks
 WHITESPACE = r" |\n {0,24}"
+#: the first rule of a grammar in GBNF, which Lark's notation cannot hold
+GBNF = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 #: what means something in llguidance's regexes; before others a backslash is an error ("→") or means something ("<")
 SPECIAL = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 UNSENDABLE = re.compile("[\ud800-\udfff]")
@@ -60,7 +62,9 @@ def build(tokenizer: Any, constraint: tuple[str, str]) -> Any:
         said = shorten(matcher.get_error())
         if "NoExtensionBias" in said:  # all that llguidance says of it
             said = "no answer to it ever ends, or there is none (does it refer to itself without another way out?)"
-        raise RequestError("constraint", f"{constraint[0]} cannot be used: {said}")
+        raise RequestError(
+            "constraint", f"{'the grammar' if constraint[0] == 'lark' else constraint[0]} cannot be used: {said}"
+        )
     return matcher
 
 
@@ -76,7 +80,7 @@ def source(constraint: tuple[str, str]) -> str:
     if UNSENDABLE.search(text):
         raise RequestError("constraint", f"{kind} holds half of a surrogate pair, which UTF-8 cannot carry")
     if kind == "lark":
-        return str(LLMatcher.grammar_from_lark(text))
+        return str(LLMatcher.grammar_from_lark(lark(text)))
     if kind == "regex":
         return str(LLMatcher.grammar_from_regex(text))
     try:
@@ -95,6 +99,20 @@ def source(constraint: tuple[str, str]) -> str:
         return str(LLMatcher.grammar_from_json_schema(json.dumps(value), overrides=options))
     except (ValueError, RecursionError) as error:
         raise RequestError("constraint", f"json_schema cannot be used: {shorten(str(error))}") from None
+
+
+def lark(text: str) -> str:
+    """A grammar in Lark's notation, also of one in GBNF (`root ::= ...`), which `ebnf` is to SGLang and `grammar` to
+    vLLM. Raises `RequestError`."""
+    if not GBNF.search(text):
+        return text
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(text))
+    except Exception as error:  # of a rule that is missing it raises this very class, of a cut escape an IndexError
+        said = "it is cut in the middle of an escape" if isinstance(error, IndexError) else shorten(str(error))
+        raise RequestError("constraint", f"the grammar cannot be used: {said} (GBNF, for it has ::=)") from None
 
 
 def choice_regex(options: Any) -> str:

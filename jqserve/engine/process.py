@@ -142,9 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_process(config: EngineConfig) -> EngineConfig:
-    """What a process of its own may do: logging to stderr, XLA's share of the GPU."""
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s engine %(levelname)s %(name)s: %(message)s")
+    """What a process of its own may do: logging to stderr, in the front end's format; XLA's share of the GPU."""
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     logging.getLogger("jax").setLevel(max(logging.WARNING, logging.root.level))  # it tells at length of absent TPUs
+    logging.captureWarnings(True)  # jax's: bare lines between those of the log
     sys.setswitchinterval(0.0005)  # the dispatching thread must not wait 5 ms for the loop to let go of the interpreter
     return prepare_xla(config)
 

@@ -44,6 +44,12 @@ def check_sampling(sampling: SamplingParams, limits: Limits) -> None:
     _integer("logprobs", s.logprobs, 0, min(MAX_TOP_LOGPROBS, limits.vocab_size), optional=True)
     _integer("prompt_logprobs", s.prompt_logprobs, 0, min(MAX_TOP_LOGPROBS, limits.vocab_size), optional=True)
     _integer("prompt_from", s.prompt_from, 1)
+    if s.constraint is not None and not _two_texts(s.constraint):
+        raise RequestError(
+            "constraint",
+            f"found {s.constraint!r:.80}; expected a pair of texts, ('regex', '[0-9]+'), where a schema or a list of "
+            "choices is JSON: ('json_schema', json.dumps(schema))",
+        )
     if s.constraint is not None and s.min_new_tokens:
         raise RequestError("min_new_tokens", "cannot be asked together with a constraint: it says when an answer ends")
     if isinstance(s.logit_bias, dict):
@@ -100,13 +106,19 @@ def stop_ids(sampling: SamplingParams, limits: Limits) -> frozenset[int]:
     return frozenset(sampling.stop_token_ids) | frozenset(() if sampling.ignore_eos else limits.eos_token_ids)
 
 
+def _two_texts(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
 def _integer(field: str, value: object, low: int, high: int | None = None, *, optional: bool = False) -> None:
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(field, f"{value!r} is not an integer")
     if value < low or (high is not None and value > high):
-        raise RequestError(field, f"{value} is not in {low} .. {'' if high is None else high}".rstrip())
+        raise RequestError(
+            field, f"{value} is less than {low}" if high is None else f"{value} is not in {low} .. {high}"
+        )
 
 
 def _number(field: str, value: object, low: float, high: float, *, above: bool = False) -> None:

@@ -176,7 +176,8 @@ class Server:
             await asyncio.wait((start, drain), return_when=asyncio.FIRST_COMPLETED)
             self._shown.close()
             if not start.done():
-                return 0  # told to stop while loading
+                log.info("told to stop before it was ready (%s)", frontend.status_text)
+                return 0
             start.result()
             await asyncio.wait((drain, engine.link.closed), return_when=asyncio.FIRST_COMPLETED)
             if engine.link.closed.done():

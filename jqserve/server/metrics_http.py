@@ -21,6 +21,7 @@ log = logging.getLogger("jqserve.server")
 
 MAX_CONNECTIONS = 16  # each has a thread; two Prometheus servers and a curious operator need three
 MAX_SECONDS = 10.0  # of a connection's life, however slowly it sends or reads; Prometheus itself gives up after 10
+ELSEWHERE = b"the metrics are at /metrics; of the server's health its gRPC port tells (grpc.health.v1.Health)\n"
 FULL = b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -67,6 +68,18 @@ class Server(socketserver.ThreadingMixIn, WSGIServer):
         log.debug("a connection to the metrics port ended early", exc_info=True)
 
 
+def only_metrics(app: Any) -> Any:
+    """404 for other paths: prometheus_client's answers all of them, so that a probe of /health would never fail."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        if environ.get("PATH_INFO", "").rstrip("/") == "/metrics":
+            return app(environ, start_response)
+        start_response("404 Not Found", [("Content-Type", "text/plain"), ("Content-Length", str(len(ELSEWHERE)))])
+        return [ELSEWHERE]
+
+    return answer
+
+
 def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable[[], None]]:
     """Answers GET /metrics on a thread; (the port, what stops it). Raises OSError when the port is taken."""
     registry = CollectorRegistry(auto_describe=False)
@@ -76,7 +89,7 @@ def serve_metrics(metrics: Metrics, host: str, port: int) -> tuple[int, Callable
     class Bound(Server):
         address_family = family
 
-    server = make_server(str(where[0]), port, make_wsgi_app(registry), Bound, handler_class=Silent)
+    server = make_server(str(where[0]), port, only_metrics(make_wsgi_app(registry)), Bound, handler_class=Silent)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
 

@@ -11,6 +11,10 @@ from typing import Any
 from jqserve.errors import CheckpointError, RequestError, UnsupportedError
 from jqserve.server.chat import ChatTemplate
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "tekken.json",
+)  # fmt: skip
+
 
 class Tokenizer:
     """Text to ids, ids to text, and the chat template. Its methods may be called from any thread."""
@@ -67,18 +71,13 @@ def load_tokenizer(path: str, revision: str | None = None, chat_template: str | 
     from transformers import AutoTokenizer
 
     template = read_template(chat_template)
-    local = Path(path).expanduser().is_dir()
-    if not local and path.startswith(("/", ".", "~")):  # no Hub id; the loader would complain of its letters
-        raise CheckpointError(f"no tokenizer could be loaded from {path}: there is no such directory")
+    folder = _folder(path, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(path).expanduser()) if local else path,
-            revision=revision or "main",
-            trust_remote_code=False,
-            local_files_only=local,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the loader raises whatever its many backends raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not has_tokenizer(folder):  # the loader's first line ends where its list of them begins
+            reason = f"it holds none of {', '.join(TOKENIZER_FILES)}"
         raise CheckpointError(
             f"no tokenizer could be loaded from {path}: {reason}\n"
             "Expected tokenizer.json (or tokenizer.model) and tokenizer_config.json there; the server's "
@@ -91,26 +90,33 @@ def load_tokenizer(path: str, revision: str | None = None, chat_template: str | 
             "tokenizer.model) and tokenizer_config.json there; the server's --tokenizer-path names another place."
         )
     loaded = Tokenizer(tokenizer, template)
-    loaded.folder = str(Path(path).expanduser()) if local else cached_folder(path, revision)
+    loaded.folder = folder
     return loaded
 
 
-def cached_folder(hub_id: str, revision: str | None) -> str | None:
-    """Where the Hub's cache keeps the files that were just loaded."""
-    from huggingface_hub import try_to_load_from_cache
+def _folder(path: str, revision: str | None) -> str:
+    """A directory, or what the Hub's cache has of an id. transformers' loader would ask the Hub for file after file,
+    and without a network repeat each for 24 seconds, even where the cache has them all."""
+    from jqserve.checkpoint.hub import resolve
 
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        found = try_to_load_from_cache(hub_id, name, revision=revision or "main")
-        if isinstance(found, str):
-            return str(Path(found).parent)
-    return None
+    found = Path(path).expanduser()
+    if found.is_dir():
+        return str(found)
+    try:
+        if found.is_file():
+            raise CheckpointError(f"it is a file; expected the directory that holds it, {found.parent}")
+        if path.startswith(("/", ".", "~")):  # no Hub id
+            raise CheckpointError("there is no such directory")
+        return resolve(path, revision, weights=False)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"no tokenizer could be loaded from {path}: {reason}") from error
 
 
 def has_tokenizer(path: str) -> bool:
     """False only for a local directory that holds no tokenizer file at all."""
     folder = Path(path).expanduser()
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "tekken.json")
-    return not folder.is_dir() or any((folder / name).is_file() for name in names)
+    return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def read_template(source: str | None) -> str | None:

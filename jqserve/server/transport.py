@@ -29,6 +29,11 @@ def listen(server: grpc.aio.Server, config: ServerConfig) -> int:
         return _listen_unix(server, Path(config.unix_socket).expanduser())
     credentials = tls_credentials(config) if tls else None
     where = address(config.host, config.port)
+    if not config.api_keys and not config.tls_client_ca and not _of_this_machine(config.host):
+        log.warning(
+            "--host %s: whoever can reach this machine can use the server; --api-key-file FILE asks for a token",
+            config.host,
+        )
     try:
         return server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
     except RuntimeError as error:
@@ -50,6 +55,10 @@ def tls_credentials(config: ServerConfig) -> grpc.ServerCredentials:
     if problem := out_of_date(authority):
         log.warning("--tls-client-ca %s %s: no client's certificate will do", config.tls_client_ca, problem)
     return grpc.ssl_server_credentials([(key, certificate)], root_certificates=authority, require_client_auth=True)
+
+
+def _of_this_machine(host: str) -> bool:
+    return host.strip("[]") in ("localhost", "::1") or host.startswith("127.")
 
 
 def _why_not(host: str, port: int) -> str:

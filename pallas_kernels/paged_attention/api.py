@@ -122,6 +122,7 @@ def decode_attention(
       q: [B, H, Dh] bf16/f16/f32; row b stands at position kv_len[b] - 1, whose key and value are in the pages already.
       k_pages, v_pages: [P, Hkv, Ps, Dh].
       page_table: [B, Pmax] int32. kv_len: [B] int32, at most Pmax * Ps; 0 = padding row, gives zeros.
+      k_scale, v_scale: what `write_kv` divided by: a float or a float32 scalar array; None = 1.
       sm_scale: multiplies <q, k>, usually Dh ** -0.5. window w: only the last w keys are seen.
       soft_cap c: scores become c * tanh(score / c) before the softmax.
       implementation: name of one implementation (see `pallas_kernels.dispatch`); None = the first that fits.

@@ -76,6 +76,7 @@ def rms_norm_quantize(
       ahead: weights of the next kernel to bring into L2 meanwhile (`pallas_kernels.ahead`); changes no result.
 
     Returns: (xq [M, K] qdtype, scale float32 [M, 1] or [M, ceil(K/block)], r [M, K] in x.dtype; x without residual).
+    Raises ValueError for other shapes, dtypes or options.
     """
     _check("rms_norm_quantize", x, qdtype, block, divisor)
     if weight.shape != (x.shape[1],):
@@ -114,6 +115,7 @@ def silu_mul_quantize(
       qdtype, block, divisor, implementation: as in `quantize_rows`. ahead: as in `rms_norm_quantize`.
 
     Returns: (xq [M, F] qdtype, scale float32 [M, 1] or [M, ceil(F/block)]).
+    Raises ValueError for other shapes, dtypes or options.
     """
     _check("silu_mul_quantize", gate_up, qdtype, block, divisor)
     if gate_up.shape[1] % 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jqserve.checkpoint import manifest, store
@@ -222,6 +224,26 @@ def test_an_unfinished_conversion_has_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         store.convert(made.path, tmp_path / "out", progress=stop)
     assert not store.is_store(tmp_path / "out")
+    store.convert(made.path, tmp_path / "out")  # which the same command completes
+    assert store.is_store(tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny.make(tmp_path / "hf")
+    save = ocp.PyTreeCheckpointer.save
+
+    def full(self: Any, where: Path, *arguments: Any, **options: Any) -> None:
+        save(self, where, *arguments, **options)
+        if where.name == "layers.0":
+            logging.getLogger("absl").error("as Orbax's threads say it, with their tracebacks")
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing\nNo space left on device [os_error_code='28']")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", full)
+    with pytest.raises(CheckpointError, match=r"out/arrays/layers\.0: could not be written: No space left on device$"):
+        store.convert(made.path, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir()) and "threads say it" not in capfd.readouterr().err
 
 
 def test_flat_leaves_names_every_leaf(written: Path) -> None:

@@ -26,6 +26,9 @@ def test_completes_prompts_in_order(demo_dir: Path, tmp_path: Path, capsys: pyte
 def test_mistakes_are_named(demo_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model-path", str(demo_dir)]) == 2
     assert "no prompt" in capsys.readouterr().err
+    command = ["generate", "--model-path", str(demo_dir), "--prompts-file", str(tmp_path / "absent.txt")]
+    assert main(command) == 2
+    assert f"--prompts-file: {tmp_path / 'absent.txt'}: No such file" in capsys.readouterr().err
     for text, words in (("{", "line 1 is not JSON"), ('{"prompt": 3}', "line 1 must be an object")):
         (tmp_path / "p.jsonl").write_text(text)
         with pytest.raises(RequestError, match=words):
@@ -36,7 +39,7 @@ def test_mistakes_are_named(demo_dir: Path, tmp_path: Path, capsys: pytest.Captu
     ("flags", "says"),
     [
         (["--temperature", "nan"], "temperature: nan is not a finite number"),
-        (["--max-new-tokens", "0"], "max_new_tokens: 0 is not in 1 .."),
+        (["--max-new-tokens", "0"], "max_new_tokens: 0 is less than 1"),
         (["--stop", ""], "stop: a stop string is empty"),
         (["--top-p", "0"], "top_p: 0.0 is not in (0, 1]"),
         (["--top-k", "-5"], "top_k: -5 is not in -1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -11,17 +12,19 @@ from typing import Any
 
 import jax
 import pytest
+from rich.console import Console
 
 from jqserve.checkpoint import dummy, store
 from jqserve.checkpoint.convert import keep_on_host, load
 from jqserve.checkpoint.forecast import forecast
 from jqserve.checkpoint.hf import Checkpoint
 from jqserve.checkpoint.opening import open_model
+from jqserve.checkpoint.plan import LoadPlan
 from jqserve.checkpoint.safetensors_file import SafetensorsFile
 from jqserve.checkpoint.store_forecast import forecast_store
 from jqserve.cli import present_gpu
 from jqserve.cli.main import main
-from jqserve.cli.plan import add_arguments
+from jqserve.cli.plan import add_arguments, show
 from jqserve.cli.server import parser
 from jqserve.engine.config import EngineConfig
 from jqserve.engine.load import load_engine
@@ -54,6 +57,18 @@ def test_rows_of_online_schemes(flag: str, tmp_path: Path) -> None:
 def planned(capsys: pytest.CaptureFixture[str], *options: Any) -> dict[str, Any]:
     assert main(["--debug", "plan", *map(str, options), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, True), (240, False)])
+def test_a_narrow_terminal_cuts_nothing_off(
+    demo_dir: Path, capsys: pytest.CaptureFixture[str], columns: int, lines: bool
+) -> None:
+    """In 80 columns the table had "com…" for a scheme and "sca…" for a kernel."""
+    found = planned(capsys, demo_dir, "--device", "h200")
+    plan, out = LoadPlan.from_json({key: found[key] for key in ("method", "rows", "notes")}), io.StringIO()
+    show(plan, Console(file=out, width=columns, force_terminal=True, color_system=None))
+    assert "…" not in out.getvalue() and "w4a16" in out.getvalue()
+    assert ("│" not in out.getvalue()) == lines
 
 
 def test_nothing_is_read_and_no_device_is_named(
@@ -343,7 +358,7 @@ def test_it_takes_the_servers_flags(demo_dir: Path, capsys: pytest.CaptureFixtur
     known = {word for action in parser()._actions for word in action.option_strings}
     taken = argparse.ArgumentParser()
     add_arguments(taken)
-    assert known <= {word for action in taken._actions for word in action.option_strings}
+    assert known - {"--version"} <= {word for action in taken._actions for word in action.option_strings}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

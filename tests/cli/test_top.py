@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jqserve.cli.main import main
-from jqserve.cli.top import check_target
+from jqserve.client.connection import check_target
 from jqserve.server.config import ServerConfig
 from tests.server.authority import Authority
 from tests.server.running_server import Running, running_server

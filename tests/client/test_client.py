@@ -10,8 +10,9 @@ import grpc
 import pytest
 
 from jqserve.client import AsyncClient, Client, ServerError
-from jqserve.client.requests import generate_request
+from jqserve.client.requests import generate_request, score_request
 from jqserve.client.result import Result
+from jqserve.errors import UnsupportedError
 from jqserve.server.config import ServerConfig
 from jqserve.server.pb import jqserve_pb2 as pb
 from tests.server.fake_engine import SLOW, STUCK
@@ -137,9 +138,34 @@ def test_requests_say_what_was_meant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
-    [({"top_q": 1}, TypeError), ({"output": "x"}, ValueError), ({"tools": []}, TypeError), ({"seed": -1}, ValueError)],
+    ("options", "error", "says"),
+    [
+        ({"max_tokens": 1}, TypeError, "unknown option: max_tokens; there are max_new_tokens, .*ebnf"),
+        ({"output": "x"}, ValueError, "output is 'x'"),
+        ({"tools": []}, TypeError, "tools: only for a prompt of chat messages"),
+        ({"temperature": 1, "seed": -1}, ValueError, "seed=-1: Value out of range"),
+        ({"seed": 1, "temperature": "hot"}, TypeError, "temperature='hot': "),
+        ({"flush_ms": -1}, ValueError, "flush_ms=-1: "),
+    ],
 )
-def test_bad_arguments_raise_here(options: dict[str, object], error: type[Exception]) -> None:
-    with pytest.raises(error):
+def test_bad_arguments_raise_here(options: dict[str, object], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
         generate_request("hi", **options)  # type: ignore[arg-type]
+
+
+def test_the_letters_of_one_text_are_not_scored() -> None:
+    with pytest.raises(TypeError, match=r"found one text; give a list of them: \['hello'\]"):
+        score_request("hello")
+
+
+@pytest.mark.parametrize("target", ["grpc://127.0.0.1:30000", "http://127.0.0.1:30000", "127.0.0.1", "::1:30000"])
+def test_what_is_no_target(target: str) -> None:
+    """gRPC takes a URL for the name of a host, and port 443 where there is none."""
+    with pytest.raises(UnsupportedError, match="is no target: expected host:port or unix:/path"):
+        Client(target)
+
+    async def connect() -> None:
+        AsyncClient(target)
+
+    with pytest.raises(UnsupportedError, match="is no target"):
+        asyncio.run(connect())

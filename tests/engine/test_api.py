@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,9 +40,21 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "a dict among them": (["x", "y"], [GREEDY, {}], r"sampling: found a dict"),
     "too few": (["x", "y"], [GREEDY], r"sampling: 1 for 2 prompts"),
     "half a pair": (["x", "\ud83d y"], GREEDY, r"prompt: holds half of a surrogate pair, no character \(prompt 1\)"),
-    "half a token": ([[5, 6.5]], GREEDY, r"prompt: found \[5, 6.5\]; expected text or token ids \(prompt 0\)"),
+    "half a token": (
+        [[5, 6.5]],
+        GREEDY,
+        r"prompt: found \[5, 6.5\]; expected text, chat messages or token ids \(prompt 0\)",
+    ),
     "no prompt": (["x", None], GREEDY, r"prompt: found None; .*\(prompt 1\)"),
     "one stop string": ("x", SamplingParams(stop="abc"), r"stop: is one string; give a tuple of them: \('abc',\)"),  # type: ignore[arg-type]
+    "nothing": (None, GREEDY, r"prompts: found None; expected text, token ids, or a list"),
+    "a schema": (
+        "x",
+        SamplingParams(constraint=("json_schema", {})),
+        r"constraint: found \('json_schema', \{\}\); .*json.dumps",
+    ),  # type: ignore[arg-type]
+    "a constraint": ("x", SamplingParams(constraint=7), r"constraint: found 7; expected a pair of texts"),  # type: ignore[arg-type]
+    "no new token": ("x", SamplingParams(max_new_tokens=0), r"max_new_tokens: 0 is less than 1"),
     "biases": ("x", SamplingParams(logit_bias={5: 1.0}), r"logit_bias: is a dict; give pairs"),  # type: ignore[arg-type]
 }
 
@@ -52,6 +65,41 @@ def test_refused_and_not_guessed(engine: Engine, case: str) -> None:
     with pytest.raises(RequestError, match=words):
         engine.generate(prompts, sampling, progress=False)
     assert not engine.core.has_work()
+
+
+def test_chat_messages_as_the_client_takes_them(engine: Engine) -> None:
+    """Rendered text would be encoded with a second bos, and a bare question is none to a chat model."""
+    question = [{"role": "user", "content": "What is 463 + 88?"}]
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=8)
+    (alone,) = engine.generate(question, sampling, progress=False)
+    among, _ = engine.generate([question, "x"], sampling, progress=False)
+    assert alone.text == among.text == "551" and alone.prompt_ids.count(1) == 1
+
+
+def test_chat_messages_that_no_template_takes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match=r"chat template does not accept these messages: .*\(prompt 1\)"):
+        engine.generate(["x", [{"role": "user"}]], GREEDY, progress=False)
+    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    with pytest.raises(RequestError, match="has no chat template; give text or token ids"):
+        engine.generate([{"role": "user", "content": "x"}], GREEDY, progress=False)
+
+
+def test_a_prompt_that_fails_later_is_named_by_its_place(engine: Engine) -> None:
+    """And not by the number that the engine has given it, which counts every prompt since it was made."""
+    engine.generate([[5, 6]] * 3, GREEDY, progress=False)
+    broken = SamplingParams(max_new_tokens=2, constraint=("regex", "[0-9"))
+    with pytest.raises(RequestError, match=r"constraint: regex cannot be used.*\(prompt 1\)"):
+        engine.generate(["x", "y"], [GREEDY, broken], progress=False)
+
+
+def test_an_unknown_option_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(TypeError, match=r"unknown engine options max_num_seqs; known: .*max_running_requests"):
+        Engine("/absent", max_num_seqs=3)
+
+
+def test_dtypes_of_jax_are_taken(demo_dir: Path) -> None:
+    engine = Engine(str(demo_dir), dtype=jnp.bfloat16, max_running_requests=1, context_length=64, num_pages=8)
+    assert engine.config.dtype == "bfloat16"
 
 
 def test_what_would_have_no_effect_is_refused(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

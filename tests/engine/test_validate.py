@@ -126,6 +126,8 @@ def test_engine_config_from_the_link() -> None:
         {"load_format": "pt"},
         {"mem_fraction_static": 1.0},
         {"page_size": 0},
+        {"page_size": "16"},
+        {"num_pages": 1e3},
         {"max_queued": -1},
         {"chunked_prefill_size": 2**14 + 1},
         {"tile_size": 2**14 + 1},

@@ -44,6 +44,8 @@ class Running:
 
     @property
     def target(self) -> str:
+        if self.server.config.unix_socket:
+            return f"unix:{self.server.config.unix_socket}"
         return f"127.0.0.1:{self.server.port}"
 
     def drain(self) -> None:

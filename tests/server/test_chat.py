@@ -116,12 +116,29 @@ def test_a_template_of_the_operator(demo_dir: Path, tmp_path: Path) -> None:
 
 def test_no_tokenizer_is_a_clear_error(tmp_path: Path, demo_dir: Path) -> None:
     assert not has_tokenizer(str(tmp_path)) and has_tokenizer(str(demo_dir))
-    with pytest.raises(CheckpointError, match="--tokenizer-path"):
+    with pytest.raises(CheckpointError, match=r"it holds none of tokenizer.json, .*\n.*--tokenizer-path"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(CheckpointError, match="no tokenizer could be loaded from nobody/nothing"):
         load_tokenizer("nobody/nothing")
     with pytest.raises(CheckpointError, match="from /nobody/nothing: there is no such directory"):
         load_tokenizer("/nobody/nothing")
+    with pytest.raises(CheckpointError, match=f"it is a file; expected the directory that holds it, {demo_dir}"):
+        load_tokenizer(str(demo_dir / "tokenizer.json"))
+
+
+def test_a_hub_id_is_asked_for_once(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' loader, given the id, repeated each file's request for 24 seconds where there was no network."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repo: str, **how: Any) -> str:
+        asked.append((repo, how["revision"], "*.safetensors" in how["allow_patterns"]))
+        return str(demo_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    loaded = load_tokenizer("org/model", "v2")
+    assert asked == [("org/model", "v2", False)] and loaded.folder == str(demo_dir)
 
 
 def test_round_trip(tokenizer: Tokenizer) -> None:

@@ -181,7 +181,8 @@ def test_unavailable_while_starting_then_sigterm(tmp_path: Path) -> None:
                 call()
             assert caught.value.code is grpc.StatusCode.UNAVAILABLE and "starting" in caught.value.details
     program.process.send_signal(signal.SIGTERM)
-    assert program.end()[0] == 0
+    code, said = program.end()
+    assert code == 0 and "told to stop before it was ready (starting" in said
 
 
 @pytest.mark.parametrize(

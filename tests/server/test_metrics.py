@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_a_metrics_port_in_use_is_the_users_to_change(server: tuple[Running, Cli
     config = dataclasses.replace(CONFIG, metrics_port=server[0].server.metrics_port)
     second = Running(config, wait=False)
     assert second.over.wait(20) and second.code == 2
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/metrics/x"])
+def test_nothing_but_metrics_is_answered(server: tuple[Running, Client], path: str) -> None:
+    """A probe of /health got the metrics and 200, whatever the server's state."""
+    url = f"http://127.0.0.1:{server[0].server.metrics_port}"
+    with pytest.raises(urllib.error.HTTPError, match="404") as caught:
+        urllib.request.urlopen(url + path, timeout=10)
+    assert b"metrics are at /metrics" in caught.value.read()
+    for found in ("/metrics", "/metrics/", "/metrics?x=1"):
+        assert b"jqserve:ready" in urllib.request.urlopen(url + found, timeout=10).read()
 
 
 def test_the_metrics_port_bounds_its_threads_and_hangs_up_on_idlers(

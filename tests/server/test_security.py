@@ -152,6 +152,22 @@ def test_where_no_port_can_be(caplog: pytest.LogCaptureFixture) -> None:
             assert f"cannot listen on {host}:{port}: " in caplog.text and says in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [({"host": "0.0.0.0"}, True), ({"host": "0.0.0.0", "api_keys": ("x",)}, False), ({"host": "127.0.0.1"}, False)],
+)
+def test_a_server_for_everybody_without_tokens_says_so(
+    fields: dict[str, Any], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(**fields):
+        assert ("whoever can reach this machine can use the server" in caplog.text) == warned
+
+
+def test_a_folder_for_profiles_without_a_profiler() -> None:
+    with pytest.raises(UnsupportedError, match="--profile-dir belongs to --admin"):
+        cli.server_config(cli.parser().parse_args(["--profile-dir", "x"]))
+
+
 def test_unix_socket_is_for_this_user_alone_and_may_be_left_behind(tmp_path: Path) -> None:
     path = tmp_path / "jqserve.sock"
     with socket.socket(socket.AF_UNIX) as killed:
