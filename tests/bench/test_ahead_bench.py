@@ -18,6 +18,6 @@ def test_quick(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([*command, "--out", str(tmp_path)], check=True, env=environment, capture_output=True, timeout=250)
     *rows, failed = json.loads((tmp_path / "ahead.json").read_text())["rows"]
-    assert [sum(row["ahead"].values()) >> 20 for row in rows] == [0, 32, 64]
+    assert [sum(row["ahead"].values()) >> 20 for row in rows] == [0, 8, 8]
     assert all(row["same"] and row["layer_us"] > 0 for row in rows)
     assert "none such" in failed["scheme"] and failed["failed"]
