@@ -54,6 +54,13 @@ ALLOWED: dict[str, set[str]] = {
         "jqserve.server.tokenizer",
         "jqserve.errors",
     },
+    # Chat messages become the same ids in process as over gRPC.
+    "jqserve.engine.api": {
+        "jqserve.checkpoint",
+        "jqserve.engine",
+        "jqserve.server.tokenizer",
+        "jqserve.errors",
+    },
     "jqserve.server": {"jqserve.engine.request", "jqserve.engine.wire", "jqserve.credentials", "jqserve.errors"},
     # A Hub id is a folder of the cache to it, as it is to the engine.
     "jqserve.server.tokenizer": {"jqserve.checkpoint.hub", "jqserve.server", "jqserve.errors"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import numbers
 import operator
@@ -23,6 +24,7 @@ from jqserve.engine.load import load_engine
 from jqserve.engine.request import EngineRequest, SamplingParams
 from jqserve.engine.validate import check_request
 from jqserve.errors import CheckpointError, RequestError
+from jqserve.server.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]  # [{"role": "user", "content": "..."}, ...]
 Prompt = str | Messages | Sequence[int]
@@ -138,17 +140,19 @@ class Engine:
         except RequestError as error:
             raise RequestError(error.field, f"{str(error).removeprefix(error.field + ': ')} (prompt {index})") from None
 
+    @functools.cached_property
+    def _chats(self) -> Tokenizer:
+        """The server's, so that messages become the same ids here and there."""
+        return Tokenizer(self.tokenizer)
+
     def _chat(self, index: int, messages: Any) -> list[int]:
         """As the checkpoint's chat template has them, up to where the answer begins."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        if self._chats.chat is None:
             raise RequestError("prompt", f"this model has no chat template; give text or token ids (prompt {index})")
         try:
-            found = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-            return list(found)
-        except Exception as error:  # a template raises what it likes
-            raise RequestError(
-                "prompt", f"the model's chat template does not accept these messages: {error} (prompt {index})"
-            ) from error
+            return self._chats.encode(self._chats.chat.render(messages), add_special_tokens=False)
+        except RequestError as error:
+            raise RequestError("prompt", f"{str(error).removeprefix('chat: ')} (prompt {index})") from error
 
 
 def _tokenizer(directory: str) -> Any:

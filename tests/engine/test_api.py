@@ -79,7 +79,7 @@ def test_chat_messages_as_the_client_takes_them(engine: Engine) -> None:
 def test_chat_messages_that_no_template_takes(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RequestError, match=r"chat template does not accept these messages: .*\(prompt 1\)"):
         engine.generate(["x", [{"role": "user"}]], GREEDY, progress=False)
-    monkeypatch.setattr(engine.tokenizer, "chat_template", None)
+    monkeypatch.setattr(engine._chats, "chat", None)
     with pytest.raises(RequestError, match="has no chat template; give text or token ids"):
         engine.generate([{"role": "user", "content": "x"}], GREEDY, progress=False)
 
