@@ -23,6 +23,14 @@ PEERS_OF: dict[str, tuple[str, ...]] = {
     "int8_row": ("cutlass_scaled_mm_w8a8_int8_rowwise", "torch_int_mm", "xla_int8"),
     "w8a16": ("marlin_w8a16",),
 }
+# What 4 bits are multiplied in besides symmetric groups of 128: at most 15 % over those.
+OF_W4A16: dict[str, str] = {
+    "w4a16_g64": "groups of 64",
+    "w4a16_g32": "groups of 32",
+    "w4a16_zero": "zero points (AWQ, asymmetric GPTQ)",
+    "w4a16_offset": "float offsets (torchao's int4wo)",
+    "w4a16_act_order": "act-order",
+}
 # (rows, context): bar in us, 32/8 heads of 128.
 DECODE_BARS = {
     "bfloat16": {

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bars import SHAPES
+from bench.peer_tasks import Peers
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables")
 CYCLES = "sm__cycles_elapsed.max"
@@ -122,12 +123,11 @@ def watched(command: list[str], path: Path, launches: int, kernel: str, env: dic
 
 def deepgemm(args: argparse.Namespace, out: Path, env: dict[str, str]) -> list[dict[str, Any]]:
     """Its rows: timed by graph replay (the script's own way), then counted."""
-    subprocess.run(["bash", str(args.peers / "kernels" / "unpack.sh")], check=True, stdout=subprocess.DEVNULL)
-    script = [sys.executable, str(args.peers / "bench_peer_kernels.py"), "--peers", "deepgemm", "--parts", "/tmp/peers"]
-    rows = []
+    peers, rows = Peers(args.peers), []
+    peers.unpack()
+    env = env | peers.env
     for shape in args.shapes.split(","):
-        n, k = SHAPES["8b"][shape]
-        command = [*script, "--shapes", f"{n}x{k}", "--ms", str(args.m)]
+        command = peers.command(sys.executable, "deepgemm", {shape: SHAPES["8b"][shape]}, [args.m])
         said = subprocess.run(command, capture_output=True, text=True, env=env, timeout=90).stdout
         us = [json.loads(line)["us"] for line in said.splitlines() if '"us"' in line]
         row = {"shape": shape, "config": "DeepGEMM", "m": args.m, "us": us[0] if us else None}
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--m", type=int, default=4096)
     parser.add_argument("--shapes", default="gate_up,down")
     parser.add_argument("--launches", type=int, default=15)
-    parser.add_argument("--peers", type=Path, help="with DeepGEMM: unpacked into /tmp/peers")
+    parser.add_argument("--peers", type=Path, help="folder with DeepGEMM, as bench.kernels takes")
     parser.add_argument("--quick", action="store_true", help="tiny, on a CPU: checks the script")
     parser.add_argument("--out", default="bench/results")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)

@@ -12,7 +12,6 @@ in the same run, each row's bound by it, and the sums that the bars are for. `--
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
@@ -23,12 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.bars import MATMUL_BARS, QUANTIZE_LARGE_SHARE, QUANTIZE_SMALL_US, SHAPES
-from bench.peer_tasks import unpacked, warm_jit_peers
+from bench.bars import MATMUL_BARS, OF_W4A16, QUANTIZE_LARGE_SHARE, QUANTIZE_SMALL_US, SHAPES
+from bench.peer_tasks import Peers, warm_jit_peers
 from bench.tasks import DEVICE_LOST
 from bench.timing import GpuLock
 
-OF_W4A16 = ("w4a16_g32", "w4a16_g64", "w4a16_zero", "w4a16_offset", "w4a16_act_order")
 GROUPS = (
     "hbm",
     "prefill",
@@ -182,16 +180,17 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     out = Path(args.out) / f"{args.name}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("")
-    with contextlib.ExitStack() as first:
-        if args.jit_peers and "peers" in args.groups.split(","):  # while all others compile, too
-            first.enter_context(GpuLock(folder).hold("jit peers", limit=args.budget))
-            unpacked(Path(args.peers))
-        groups = [Group(name, args, folder, deadline) for name in args.groups.split(",")]
-        if args.jit_peers and "peers" in args.groups.split(","):
-            ms = [int(m) for m in args.ms.split(",")]
-            warm_jit_peers(Path(args.peers), SHAPES["tiny" if args.quick else args.shapes], ms, args.budget / 3)
-    written = 0
+    names, written = args.groups.split(","), 0
+    groups: list[Group] = []
     try:
+        if args.jit_peers and "peers" in names:
+            peers, ms = Peers(Path(args.peers)), [int(m) for m in args.ms.split(",")]
+            peers.unpack()
+            with GpuLock(folder).hold("jit peers", limit=args.budget):  # the groups compile meanwhile
+                groups += [Group(name, args, folder, deadline) for name in names]
+                warm_jit_peers(peers, SHAPES["tiny" if args.quick else args.shapes], ms, args.budget / 3)
+        else:
+            groups += [Group(name, args, folder, deadline) for name in names]
         while True:
             held = _held(folder)
             alive = [group.tend(held) for group in groups]

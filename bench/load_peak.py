@@ -89,11 +89,11 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(*args.one)))
         return
+    if args.mem_fraction is None and args.at_once > 1:
+        args.mem_fraction = round(0.5 / args.at_once, 3)
     environment = dict(os.environ)
     if args.mem_fraction:
         environment["XLA_CLIENT_MEM_FRACTION"] = str(args.mem_fraction)
-    elif args.at_once > 1:
-        environment["XLA_CLIENT_MEM_FRACTION"] = str(round(0.5 / args.at_once, 3))
     from bench import record
 
     rows: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ are checked there, timed over rotated weights in CUDA graph replay, and renamed 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -77,27 +78,41 @@ def row_of(line: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str
     return row
 
 
-def unpacked(folder: Path) -> tuple[Path, dict[str, str]]:
-    """(where the peers' parts are, the environment that tells it), once on a machine: JIT peers may be reading them."""
-    parts = Path(tempfile.gettempdir()) / "peers"
-    env, done = {**os.environ, "PEERS_DIR": str(parts)}, parts / "unpacked"
-    if not done.exists():
-        subprocess.run(["bash", str(folder / "kernels" / "unpack.sh")], env=env, check=True, capture_output=True)
-        parts.mkdir(exist_ok=True)
-        done.touch()
-    return parts, env
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """folder: the script and the packed extensions; parts: where these are unpacked."""
+
+    folder: Path
+    parts: Path = dataclasses.field(default_factory=lambda: Path(tempfile.gettempdir()) / "peers")
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {**os.environ, "PEERS_DIR": str(self.parts)}
+
+    def unpack(self) -> None:
+        """Once on a machine: JIT peers may be reading."""
+        done = self.parts / "unpacked"
+        if not done.exists():
+            script = str(self.folder / "kernels" / "unpack.sh")
+            subprocess.run(["bash", script], env=self.env, check=True, capture_output=True)
+            self.parts.mkdir(exist_ok=True)
+            done.touch()
+
+    def command(self, python: str, peer: str, shapes: dict[str, tuple[int, int]], ms: Sequence[int]) -> list[str]:
+        """Of the script, for one peer; more options may follow."""
+        found = [python, str(self.folder / "bench_peer_kernels.py"), "--peers", peer, "--parts", str(self.parts)]
+        found += ["--ms", ",".join(map(str, ms))]
+        return [*found, "--shapes", ",".join(f"{n}x{k}" for n, k in shapes.values())]
 
 
-def warm_jit_peers(folder: Path, shapes: dict[str, tuple[int, int]], ms: Sequence[int], seconds: float) -> None:
+def warm_jit_peers(peers: Peers, shapes: dict[str, tuple[int, int]], ms: Sequence[int], seconds: float) -> None:
     """Has the JIT peers compile what will be timed (some seconds of nvcc a config; both keep it in the home folder).
     They launch what they compile, so that nothing may be timed meanwhile."""
     python = python_with_torch()
     if python is None:
         return
-    parts, env = unpacked(folder)
-    command = [python, str(folder / "bench_peer_kernels.py"), "--parts", str(parts), "--ms", ",".join(map(str, ms))]
-    command += ["--shapes", ",".join(f"{n}x{k}" for n, k in shapes.values()), "--peer-seconds", str(seconds)]
-    running = [subprocess.Popen([*command, "--peers", peer], env=env, stdout=subprocess.DEVNULL) for peer in JIT_PEERS]
+    commands = [[*peers.command(python, peer, shapes, ms), "--peer-seconds", str(seconds)] for peer in JIT_PEERS]
+    running = [subprocess.Popen(command, env=peers.env, stdout=subprocess.DEVNULL) for command in commands]
     until = time.monotonic() + seconds
     for process in running:
         try:
@@ -111,8 +126,7 @@ def peer_tasks(
     folder: Path, shapes: dict[str, tuple[int, int]], ms: Sequence[int], rows: Rows, *, seconds: float, jit: bool
 ) -> list[Task]:
     """One task a peer; a task's rows go to `rows` as they come, its own row counts them."""
-    parts = Path(tempfile.gettempdir()) / "peers"
-    env = {**os.environ, "PEERS_DIR": str(parts)}
+    peers = Peers(folder)
     unpacking = threading.Lock()
     found: list[str] = []
 
@@ -122,17 +136,16 @@ def peer_tasks(
                 python = python_with_torch()
                 if python is None:
                     raise RuntimeError("no Python with torch found: peers that come through torch are left out")
-                unpacked(folder)
+                peers.unpack()
                 found.append(python)
             return found[0]
 
     def task(peer: str, limit: float) -> Task:
         def run(python: str) -> dict[str, Any]:
             out = Path(tempfile.mkdtemp()) / "rows.jsonl"
-            command = [python, str(folder / "bench_peer_kernels.py"), "--peers", peer, "--parts", str(parts)]
-            command += ["--ms", ",".join(map(str, ms)), "--seconds", str(limit), "--peer-seconds", str(limit)]
-            command += ["--shapes", ",".join(f"{n}x{k}" for n, k in shapes.values()), "--out", str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit + 30)
+            command = [*peers.command(python, peer, shapes, ms), "--out", str(out)]
+            command += ["--seconds", str(limit), "--peer-seconds", str(limit)]
+            done = subprocess.run(command, capture_output=True, text=True, env=peers.env, timeout=limit + 30)
             lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
             good = [row for line in lines if (row := row_of(line, shapes))]
             for row in good:
@@ -146,9 +159,9 @@ def peer_tasks(
 
     def prefill() -> Task:
         def run(python: str) -> dict[str, Any]:
-            command = [python, "-m", "bench.peer_prefill", "--parts", str(parts)]
+            command = [python, "-m", "bench.peer_prefill", "--parts", str(peers.parts)]
             root = Path(__file__).parents[1]
-            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, cwd=root)
+            done = subprocess.run(command, capture_output=True, text=True, env=peers.env, timeout=60, cwd=root)
             good = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             for row in good:
                 rows.add({"key": f"peer {row['peer']} {row['kind']}", **row})

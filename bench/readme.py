@@ -154,9 +154,7 @@ def load_peak() -> str:
         result = load(name)
         if result is None:
             continue
-        capped = re.search(r"--mem-fraction (\S+)", result["command"])
-        beside = re.search(r"--at-once (\d+)", result["command"])
-        memory = f"{float(capped[1]):.0%}" if capped else f"{0.5 / int(beside[1]):.0%}" if beside else "all"
+        memory = f"{result['mem_fraction']:.0%}" if result["mem_fraction"] else "all"
         for row in result["rows"]:
             device = [row[f"{key}_bytes"] for key in ("final", "peak_device", "over_final", "two_largest_modules")]
             gib = [f"{size / 2**30:.2f}" for size in (*device, row["host_peak_bytes"])]

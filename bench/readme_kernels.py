@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.bars import MATMUL_BARS, PEERS_OF
+from bench.bars import MATMUL_BARS, OF_W4A16, PEERS_OF
 from bench.readme_table import load, source, table
 
 _SHORT = {"bfloat16": "bf16", "float8_e4m3fn": "fp8"}
@@ -49,15 +49,6 @@ def kernels() -> str:
     return f"{text}\n\n{_attention(result['rows'])}\n\nMemory read at {bandwidth:.2f} TB/s. {source(result, 'kernels')}"
 
 
-_OF_W4A16 = {
-    "w4a16_g64": "groups of 64",
-    "w4a16_g32": "groups of 32",
-    "w4a16_zero": "zero points (AWQ, asymmetric GPTQ)",
-    "w4a16_offset": "float offsets (torchao's int4wo)",
-    "w4a16_act_order": "act-order",
-}
-
-
 def w4a16_costs() -> str:
     """What other 4-bit formats take over symmetric groups of 128, timed in one run."""
     result = load("kernels_w4a16")
@@ -66,7 +57,7 @@ def w4a16_costs() -> str:
     sums = {(row["op"], row["m"]): row["us"] for row in result["sums"]}
     ms = sorted({m for op, m in sums if op == "w4a16"})
     lines = [["symmetric, groups of 128", *(f"{sums['w4a16', m]:,.1f} us" for m in ms)]]
-    for op, label in _OF_W4A16.items():
+    for op, label in OF_W4A16.items():
         known = [(sums.get((op, m)), sums["w4a16", m]) for m in ms]
         lines.append([label, *(f"{us / base - 1:+.0%}" if us else "-" for us, base in known)])
     return (

@@ -137,9 +137,9 @@ def cases(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
         workload, _, at = asked.partition("@")
         if not at:
             found += [(workload, level) for level in levels(args)]
-        elif match := re.fullmatch(r"(\d+)|([\d.]+)/s", at):
-            closed = match[1] and int(match[1])
-            found.append((workload, {"rate": None if closed else float(match[2]), "concurrency": closed or None}))
+        elif match := re.fullmatch(r"([1-9]\d*)|(\d+(?:\.\d+)?)/s", at):
+            rate, concurrency = match[2] and float(match[2]), match[1] and int(match[1])
+            found.append((workload, {"rate": rate, "concurrency": concurrency}))
         else:
             raise SystemExit(f"--workload {asked}: behind the @, expected requests at once (64) or a second (2.5/s)")
     return found
@@ -149,11 +149,12 @@ def sweep(
     drive: Any, vocabulary: int, args: argparse.Namespace, mode: str, deadline: float, keep: Keep
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    todo = cases(args)
     # As many at once as will be, so that every program has been recorded into its CUDA graph; the same in both modes.
-    most = max([4, *(int(level["concurrency"] or 4) for _, level in cases(args))])
-    warm = items_of(cases(args)[0][0], most, vocabulary, args.range_ratio, 999)[:most]
+    most = max([4, *(int(level["concurrency"] or 4) for _, level in todo)])
+    warm = items_of(todo[0][0], most, vocabulary, args.range_ratio, 999)[:most]
     drive([Item(item.prompt, min(8, item.output)) for item in warm], concurrency=most, rate=None)
-    for i, (workload, level) in enumerate(cases(args)):
+    for i, (workload, level) in enumerate(todo):
         facts = {"mode": mode, "workload": workload, **{k: v for k, v in level.items() if v is not None}}
         if time.monotonic() > deadline:
             rows.append(facts | {"skipped": "budget"})
@@ -289,6 +290,7 @@ def main() -> None:
         return
     from bench.llama8b import QUICK, make_checkpoint
 
+    cases(args)  # whether they make sense, before a server starts
     rows: list[dict[str, Any]] = []
     budget = args.budget * (0.5 if "engine" in args.mode and "grpc" in args.mode else 1)
     with tempfile.TemporaryDirectory() as folder:

@@ -117,7 +117,6 @@ def time_chain(run: Callable[[], Any], calls: int, *, seconds: float = 0.01, rep
 
     def wall(chains: int) -> float:
         began = time.perf_counter()
-        out = None
         for _ in range(chains):
             out = None  # results lie where the ones before lay: no command buffer has to be updated for them
             out = run()

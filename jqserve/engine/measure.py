@@ -70,7 +70,8 @@ def step_plan(
 def step_seconds(runner: Runner, tiles: int, context: int, before: int = 0, alone: bool = False) -> float:
     """Of one such step right behind another, as the engine dispatches them: the host's work is beside it."""
     plan = step_plan(runner, tiles, context, before=before, alone=alone)
-    runner.read(runner.launch(step_plan(runner, 0, context, adopt=True)))
+    if not alone:
+        runner.read(runner.launch(step_plan(runner, 0, context, adopt=True)))
     first, step = runner.launch(plan), runner.launch(plan)
     runner.read(first)
     began = time.perf_counter()
