@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 from jqserve.engine.buckets import make_buckets
-from jqserve.engine.pages import PagePool
 from jqserve.engine.plan import Plan
-from jqserve.engine.request import EngineRequest, FinishReason, SamplingParams
-from jqserve.engine.scheduler import Scheduler
+from jqserve.engine.request import FinishReason
 from jqserve.engine.sequence import Sequence
-
-PAGE, TILE = 4, 8
-
-
-def scheduler(pages: int = 100, slots: int = 4, tiles: int = 2, **options: Any) -> Scheduler:
-    return Scheduler(PagePool(pages), page_size=PAGE, slots=slots, tile_size=TILE, tiles=tiles, **options)
-
-
-def sequence(rid: int, prompt: int | tuple[int, ...], new: int = 8, priority: int = 0) -> Sequence:
-    ids = tuple(1000 * rid + i for i in range(prompt)) if isinstance(prompt, int) else prompt
-    request = EngineRequest(rid, ids, SamplingParams(max_new_tokens=new), priority)
-    return Sequence(request, rid, len(ids) + new, list(ids), frozenset())
-
-
-def resolve(plan: Plan, sched: Scheduler) -> None:
-    """What the engine does with a step's tokens (all 7)."""
-    for seq, count in zip(plan.sequences, plan.sampled):
-        if seq.finish is None and count:
-            seq.pending -= count
-            seq.tokens += [7] * count
-            sched.publish(seq)
-            if len(seq.tokens) >= seq.limit:
-                seq.finish = FinishReason.LENGTH
-                sched.remove(seq)
+from tests.engine.scheduling import PAGE, TILE, check_pages, resolve, scheduler, sequence
 
 
 def test_a_long_prompt_is_cut_into_chunks_beside_decode_rows() -> None:
@@ -224,128 +197,6 @@ def test_fewer_tiles_the_deeper_the_prompt_that_is_computed() -> None:
     ]  # fmt: skip
 
 
-def finish(s: Scheduler, q: Sequence) -> Sequence:
-    s.add(q)
-    for _ in range(100):
-        if q.finish is not None:
-            return q
-        resolve(s.schedule(), s)
-    raise AssertionError("it never ends")
-
-
-def test_a_known_prefix_is_not_computed_again() -> None:
-    s = scheduler()
-    first = finish(s, sequence(0, tuple(range(10)), new=4))  # 14 tokens, of which 13 were computed: three full pages
-    assert s.pool.used == 0 and s.pool.cached == 3 and first.cached_tokens == 0
-    s.add(q := sequence(1, (*range(10), 7, 7, 5), new=4))
-    plan = s.schedule()
-    assert [(c.start, c.length) for c in plan.chunks] == [(12, 1)] and q.first_cached == 12
-    assert [(a.tokens, len(a.pages), a.slot) for a in plan.adopted] == [(12, 3, q.slot)]
-    s.add(other := sequence(2, (*range(4), 99, 98, 97), new=4))
-    plan = s.schedule()
-    assert other.first_cached == 4 and s.pool.references(q.pages[0]) == 2 and other.pages[0] == q.pages[0]
-    assert (s.cached_tokens, s.admitted_tokens) == (16, 10 + 13 + 7)
-
-
-def prefill(s: Scheduler, todo: list[Sequence]) -> tuple[int, list[list[int]]]:
-    """Runs them all; (prompt tokens computed, who had a chunk in each step)."""
-    for q in todo:
-        s.add(q)
-    tokens, steps = 0, []
-    while any(q.finish is None for q in todo):
-        plan = s.schedule()
-        assert plan, "nothing can be scheduled"
-        check_pages(s)
-        tokens += sum(c.length for c in plan.chunks)
-        steps.append([c.sequence.rid for c in plan.chunks])
-        resolve(plan, s)
-    return tokens, [rids for rids in steps if rids]
-
-
-@pytest.mark.parametrize("length", [5, 7, 8, 9, 30, 61])
-@pytest.mark.parametrize("mixed", [True, False])
-def test_copies_of_a_prompt_wait_for_its_first(length: int, mixed: bool) -> None:
-    """Each computed the whole prompt, because nothing of it was in the cache yet when they were admitted together."""
-    s = scheduler(200, slots=8, tiles=64, mixed=mixed)
-    tokens, _ = prefill(s, [sequence(i, tuple(range(length))) for i in range(6)])
-    assert tokens == length + 5 * (length - (length - 1) // PAGE * PAGE)
-    s = scheduler(200, slots=8, tiles=64, mixed=mixed, prefix_cache=False)
-    assert prefill(s, [sequence(i, tuple(range(length))) for i in range(6)]) == (6 * length, [[0, 1, 2, 3, 4, 5]])
-
-
-def test_copies_wait_for_one_step_in_which_others_may_start() -> None:
-    s = scheduler(slots=8, tiles=16)
-    copies, other, short = [sequence(i, tuple(range(20))) for i in range(3)], sequence(3, 20), sequence(4, (1, 2))
-    tokens, steps = prefill(s, [*copies, other, short])
-    assert steps == [[0, 3, 4], [1, 2]] and tokens == 20 + 20 + 2 + 4 + 4
-    # A prompt over several steps: its copies come with the step after its last.
-    s = scheduler(slots=8, tiles=2)
-    tokens, steps = prefill(s, [sequence(i, tuple(range(40))) for i in range(3)])
-    assert steps == [[0], [0], [0], [1, 2]] and tokens == 40 + 4 + 4
-    # Less than half in common is not worth a step; more is.
-    for same, expected in ((8, [[0, 1]]), (12, [[0], [1]])):
-        s = scheduler(slots=8, tiles=16)
-        todo = [sequence(0, tuple(range(20))), sequence(1, (*range(same), *range(100, 120 - same)))]
-        assert prefill(s, todo)[1] == expected
-
-
-def test_copies_wait_for_a_first_that_is_scored_too() -> None:
-    """It takes nothing from the cache itself, but leaves its pages there."""
-    s = scheduler(slots=8, tiles=16)
-    first, copy = sequence(0, tuple(range(20))), sequence(1, tuple(range(20)))
-    first.scores = {}
-    assert prefill(s, [first, copy]) == (20 + 4, [[0], [1]])
-
-
-def test_nobody_waits_for_a_prompt_that_comes_after_it_or_is_gone() -> None:
-    s = scheduler(slots=8, tiles=2)
-    low, high = sequence(0, tuple(range(40))), sequence(1, tuple(range(40)), priority=1)
-    s.add(low)
-    s.schedule()
-    s.add(high)
-    s.add(sequence(2, tuple(range(40))))
-    steps = [[c.sequence.rid for c in s.schedule().chunks] for _ in range(4)]
-    assert steps == [[1], [1, 0], [0], [2]]  # nor does it make its copy wait, which comes before it
-    s = scheduler(slots=8, tiles=4)
-    first, second = sequence(0, tuple(range(30))), sequence(1, tuple(range(30)))
-    s.add(first)
-    s.add(second)
-    assert [c.sequence.rid for c in s.schedule().chunks] == [0]
-    first.finish = FinishReason.ABORT
-    s.remove(first)
-    assert [c.sequence.rid for c in s.schedule().chunks] == [1]
-
-
-def test_the_last_token_is_always_computed() -> None:
-    s = scheduler()
-    finish(s, sequence(0, tuple(range(12)), new=1))
-    s.add(sequence(1, tuple(range(12)), new=1))
-    assert [(c.start, c.length) for c in s.schedule().chunks] == [(8, 4)]
-
-
-def test_without_the_prefix_cache_nothing_is_kept() -> None:
-    s = scheduler(prefix_cache=False)
-    finish(s, sequence(0, tuple(range(12))))
-    assert s.pool.cached == 0
-    s.add(sequence(1, tuple(range(12))))
-    assert [c.start for c in s.schedule().chunks] == [0]
-
-
-def test_a_failure_forgets_every_prefix_and_an_error_its_own() -> None:
-    s = scheduler()
-    finish(s, sequence(0, 12))
-    s.add(sequence(1, 12))
-    s.requeue(s.schedule().sequences)
-    assert s.pool.cached == s.pool.used == 0 and s.pool.free == s.pool.total
-    s = scheduler()
-    finish(s, sequence(0, 12))
-    s.add(bad := sequence(1, 12))
-    s.schedule()
-    bad.finish = FinishReason.ERROR
-    s.remove(bad)
-    assert s.pool.cached == 4  # of the first: 12 + 8 tokens, 19 computed
-
-
 def test_admission_by_forecast_leaves_room_to_grow() -> None:
     """Ten requests of 4 + 36 tokens (10 pages each) in 50 pages: by the forecast that learned their length, at most
     five run at once and nobody is preempted; without it all are admitted, and most are thrown out again."""
@@ -430,18 +281,6 @@ def test_random_traffic_on_a_simulated_device(seed: int, overlap: bool) -> None:
         raise AssertionError("it never ends")
     assert s.pool.used == 0 and len(s.free_slots) == slots and s.preemptions > 0
     assert (s.cached_tokens > 0) == options["prefix_cache"]
-
-
-def check_pages(s: Scheduler) -> None:
-    held = [page for q in s.running for page in q.pages]
-    assert s.at_limits == sum(-(-q.limit // s.page_size) for q in s.running)
-    assert len(set(held)) == s.pool.used and all(s.pool.references(page) == held.count(page) for page in set(held))
-    assert all(len(q.pages) == len(set(q.pages)) for q in s.running)
-    taken = [q.slot for q in s.running]
-    assert None not in taken and len(set(taken) | set(s.free_slots)) == len(taken) + len(s.free_slots)
-    for queue in (s.waiting, s.running):
-        order = [(-q.request.priority, q.arrival) for q in queue]
-        assert order == sorted(order)
 
 
 def content(q: Sequence, position: int) -> int:
