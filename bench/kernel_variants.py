@@ -40,8 +40,8 @@ def _block_many(shape: str) -> list[Config]:
     other = dataclasses.replace
     tall = Config(128, 2, m_groups=2, epilogue_n=64, one_commit=True, stripe=8, overwrite=True)
     deep = dict(epilogue_n=32, out_slots=1, one_commit=False)
-    share_w: dict[str, Any] = dict(cluster=2, stripe=4)
-    share_x: dict[str, Any] = dict(cluster=2, cluster_axis="n", stripe=4)
+    share_w: dict[str, Any] = dict(cluster=2, stripe=4, one_arrival=True)
+    share_x: dict[str, Any] = dict(cluster=2, cluster_axis="n", stripe=4, one_arrival=True)
     return [
         tall,
         other(tall, **deep),
@@ -149,7 +149,10 @@ CHECKS: tuple[tuple[Case, Config], ...] = (
     *((case, dataclasses.replace(config, overwrite=True)) for case, config in _LEAN_CHECKS),
     (Case(4100, 2048, 1152, scales="block", bias=True), dataclasses.replace(_DEEP, epilogue_n=16)),
     (Case(700, 4096, 1024, scales="block"), dataclasses.replace(_DEEP, stages=4, epilogue_n=16, one_arrival=True)),
-    (Case(4100, 4096, 1536, scales="block"), dataclasses.replace(_DEEP, stages=4, epilogue_n=16, cluster=2)),
+    (
+        Case(4100, 4096, 1536, scales="block"),
+        dataclasses.replace(_DEEP, stages=4, epilogue_n=16, cluster=2, one_arrival=True),
+    ),
     (Case(300, 2240, 640, scales="block"), dataclasses.replace(_DEEP, wg_n=112, epilogue_n=16)),
 )
 

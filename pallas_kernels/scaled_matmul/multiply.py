@@ -55,7 +55,9 @@ class Consumer:
         p = self.walk.p
         if p.one_arrival:
             # A few threads of a warpgroup arrive for all of it: the other warps must be done with the slot too.
-            plgpu.commit_smem() if p.interpretable else _await_warps()
+            # The lighter barrier has not been compared on a GPU yet: pairs of blocks keep the other without the option.
+            light = p.config.one_arrival and not p.interpretable
+            _await_warps() if light else plgpu.commit_smem()
         plgpu.barrier_arrive(self.walk.scratch["empty"].at[slot])
 
     def partial_sums(
